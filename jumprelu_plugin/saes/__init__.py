@@ -1,0 +1,1 @@
+"""The training SAEs: thin, they join parameters, objective and step to SAELens' training classes."""

@@ -1,0 +1,115 @@
+"""The config of the training SAE: SAELens' own fields, ours beside them, and what they must hold.
+
+A stock `sae_lens.JumpReLUTrainingSAEConfig` trains as it does in SAELens: it always carries a
+number for `l0_coefficient`, `jumprelu_bandwidth` and `jumprelu_init_threshold`, and every field
+added here keeps SAELens' behaviour at its default. Our subclass may leave those three out, and then
+they are found from the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sae_lens
+from typing_extensions import override
+
+from jumprelu_plugin.objective import SPARSITY_MODES
+from jumprelu_plugin.step.choose import PATHS
+from jumprelu_plugin.training.units import INPUT_UNITS
+
+StockConfig = sae_lens.JumpReLUTrainingSAEConfig
+
+
+@dataclass
+class JumpReLUTrainingSAEConfig(StockConfig):
+    """How to train a JumpReLU SAE. `JumpReLUTrainingSAEConfig(d_in=…, d_sae=…, target_l0=40)` is
+    a complete recipe; give `l0_coefficient` instead of `target_l0` for a fixed penalty.
+
+    Args:
+        target_l0: active latents a token to train for. Without `l0_coefficient`, the coefficient is
+            steered until the measured L0 holds this. In `quadratic` mode it is also the target of
+            the penalty.
+        l0_coefficient: λ, fixed. None steers it to `target_l0`.
+        jumprelu_bandwidth: ε. None takes it from the spread of the pre-activations.
+        jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
+        jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
+        normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
+        units: what θ₀, ε and λ are given in. `sqrt_d`: SAELens' units, E‖x‖ = √d_in. `unit_rms`:
+            the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
+        threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
+        decoder_rows: `free`, as in SAELens, or `unit_norm`, as in the paper. None means unit norm
+            when λ is steered, free otherwise.
+        step_path: `auto` times the sparse and the dense step and takes the faster; both compute the
+            same numbers.
+    """
+
+    normalize_activations: Literal[
+        "none", "expected_average_only_in", "layer_norm", "covariance_whitening"
+    ] = "expected_average_only_in"
+    jumprelu_init_threshold: float | None = None  # type: ignore[assignment]
+    jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
+    l0_coefficient: float | None = None  # type: ignore[assignment]
+    jumprelu_ste_to_input: bool = True
+    units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
+    threshold_parameter: Literal["raw", "log"] = "raw"
+    decoder_rows: Literal["free", "unit_norm"] | None = None
+    step_path: Literal["auto", "dense", "sparse"] = "auto"
+
+    @property
+    def steers_l0(self) -> bool:
+        """Whether λ is steered to `target_l0` instead of fixed."""
+        return self.l0_coefficient is None
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether decoder rows are held at unit norm."""
+        if self.decoder_rows is None:
+            return self.steers_l0
+        return self.decoder_rows == "unit_norm"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "jumprelu"
+
+
+def check(cfg: JumpReLUTrainingSAEConfig) -> None:
+    """Refuse a config that cannot train.
+
+    Raises:
+        ValueError: naming the field, what it holds, and what to do.
+    """
+    if cfg.l0_coefficient is None and cfg.target_l0 is None:
+        raise ValueError(
+            "neither target_l0 nor l0_coefficient is set: give target_l0=40 (say) to train for 40 "
+            "active latents a token, or l0_coefficient for a fixed sparsity penalty"
+        )
+    if cfg.jumprelu_sparsity_loss_mode == "quadratic" and cfg.target_l0 is None:
+        raise ValueError(
+            "cfg.target_l0 must be set for quadratic sparsity loss mode: it is where the penalty "
+            "has its minimum"
+        )
+    for field in ("jumprelu_init_threshold", "jumprelu_bandwidth"):
+        value = getattr(cfg, field)
+        if value is not None and not value > 0:
+            raise ValueError(
+                f"{field} is {value}; it must be greater than 0 (leave it out in "
+                "jumprelu_plugin.JumpReLUTrainingSAEConfig to take it from the data)"
+            )
+    if cfg.target_l0 is not None and not 0 < cfg.target_l0 <= cfg.d_sae:
+        raise ValueError(
+            f"target_l0 is {cfg.target_l0}; it must be greater than 0 and at most d_sae, "
+            f"which is {cfg.d_sae}"
+        )
+    choices = {
+        "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
+        "units": INPUT_UNITS,
+        "threshold_parameter": ("raw", "log"),
+        "decoder_rows": (None, "free", "unit_norm"),
+        "step_path": PATHS,
+    }
+    for field, allowed in choices.items():
+        if getattr(cfg, field) not in allowed:
+            names = ", ".join(str(choice) for choice in allowed)
+            raise ValueError(f"{field} is {getattr(cfg, field)!r}; it must be one of {names}")

@@ -1,0 +1,389 @@
+"""The training SAE behind `architecture="jumprelu"`.
+
+A subclass of SAELens' own: same parameters, same state dict, same config, and with a stock config
+the same losses and gradients. It computes them through `step/`, keeps the decoder constraint and
+the L0 control of `training/`, and is saved as a stock `jumprelu` folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from torch import Tensor
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from jumprelu_plugin.objective import PreActivationLoss, Step, reconstruction, sparsity_term
+from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, check
+from jumprelu_plugin.step.choose import PathChoice
+from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.reference import DenseEntries, encode_dense
+from jumprelu_plugin.step.sparse import encode_sparse
+from jumprelu_plugin.training.calibration import calibrate
+from jumprelu_plugin.training.control import L0Controller
+from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.training.optimizer import OptimizerSeam
+from jumprelu_plugin.training.units import LogParameter, ScaledParameter, units
+
+TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
+
+# Where a steered training starts; measured in docs/results.
+START_L0_RATIO = 2.0
+BANDWIDTH_IN_STD = 1.0
+START_COEFFICIENT = 0.1
+
+
+class JumpReLUTrainingSAE(StockTrainingSAE):
+    """A JumpReLU SAE in training (arXiv 2407.14435).
+
+    Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold
+    [d_sae] (float32 whatever the SAE's dtype, never negative).
+
+    Raises:
+        ValueError: on construction, if the config cannot train; on a step, if the activations or
+            the parameters are NaN or infinite.
+    """
+
+    cfg: JumpReLUTrainingSAEConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: JumpReLUTrainingSAEConfig, use_error_term: bool = False):
+        check(cfg)
+        self.units = units(cfg.units, cfg.d_in)
+        start = cfg.jumprelu_init_threshold
+        threshold = self.units.activation * (1.0 if start is None else start)
+        super().__init__(
+            dataclasses.replace(cfg, jumprelu_init_threshold=threshold),  # type: ignore[arg-type]
+            use_error_term,
+        )
+        self.cfg = cfg
+        self.bandwidth = (
+            None
+            if cfg.jumprelu_bandwidth is None
+            else self.units.activation * cfg.jumprelu_bandwidth
+        )
+        self.sparsity = sparsity_term(
+            cfg.jumprelu_sparsity_loss_mode,
+            target_l0=cfg.target_l0,
+            tanh_scale=cfg.jumprelu_tanh_scale,
+        )
+        self.controller = (
+            L0Controller(target=cfg.target_l0, coefficient=START_COEFFICIENT)
+            if cfg.steers_l0 and cfg.target_l0 is not None
+            else None
+        )
+        self._calibrated = start is not None and cfg.jumprelu_bandwidth is not None
+        self._seam: OptimizerSeam | None = None
+        self._path = PathChoice(cfg.step_path)
+        self._density = 1.0
+        self._parametrize()
+
+    # ---------------------------------------------------------------- parameters
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.cfg.unit_norm_decoder:
+            normalise_rows_(self.W_dec.data)
+            self.W_enc.data = self.W_dec.data.t().clone()
+        self._lay_out_encoder()
+
+    def _lay_out_encoder(self) -> None:
+        # Stored by latent: the fast step computes its gradient by latent ([d_sae, d_in]), and a
+        # parameter stored the same way takes it without a transposing copy.
+        self.W_enc.data = _by_latent(self.W_enc.data)
+
+    def _parametrize(self) -> None:
+        """Let the optimiser see parameters in the recipe's units; see `training.units`."""
+        scale = self.units.activation
+        if self.cfg.threshold_parameter == "log":
+            parametrize.register_parametrization(self, "threshold", LogParameter(scale))
+        elif scale != 1.0:
+            parametrize.register_parametrization(self, "threshold", ScaledParameter(scale))
+        if scale != 1.0:
+            for name in ("b_enc", "b_dec"):
+                parametrize.register_parametrization(self, name, ScaledParameter(scale))
+
+    def _parametrized(self) -> list[str]:
+        names = ("threshold", "b_enc", "b_dec")
+        return [name for name in names if parametrize.is_parametrized(self, name)]
+
+    def _store_plainly(self) -> None:
+        """Replace parametrized parameters by plain ones: for folding, when training is over."""
+        for name in self._parametrized():
+            parametrize.remove_parametrizations(self, name, leave_parametrized=True)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> JumpReLUTrainingSAE:
+        out = super()._apply(*args, **kwargs)
+        if parametrize.is_parametrized(self, "threshold"):
+            stored = self.parametrizations.threshold.original  # type: ignore[union-attr]
+            stored.data = stored.data.float()
+        return out  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------- one step
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        x = step_input.sae_in
+        self._before_first_step(x)
+        self._keep_threshold_positive()
+        # The estimators need θ, ε and z in full precision: at small ε, bfloat16 puts most of the
+        # window on one side or the other. Autocast is therefore switched off inside the step.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._step(x, step_input)
+
+    def _step(self, sae_in: Tensor, step_input: TrainStepInput) -> TrainStepOutput:
+        W_enc, b_enc, W_dec, b_dec = map(
+            _full_precision, (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        )
+        threshold, bandwidth = self.threshold, self.bandwidth
+        assert bandwidth is not None  # set by the first step at the latest
+        to_input = self.cfg.jumprelu_ste_to_input
+
+        x = _full_precision(self._normalised_input(sae_in))
+        b_pre = b_dec if self.cfg.apply_b_dec_to_input else None
+        entries = self._encode(x, W_enc, b_enc, b_pre, threshold, bandwidth)
+        theta = entries.per_latent(threshold)
+        activations = jumprelu(entries.z, theta, bandwidth, to_input)
+        if isinstance(entries, DenseEntries):
+            activations = self.hook_sae_acts_post(activations)
+        x_hat = self.hook_sae_recons(entries.decode(activations, W_dec) + b_dec)
+        x_hat = self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
+
+        step = Step(
+            entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
+        )
+        losses = self._losses(step, x_hat, _full_precision(sae_in), step_input)
+        feature_acts = entries.as_matrix(activations, where=activations > 0)
+        l0 = self._measure_l0(feature_acts)
+        loss = torch.stack(list(losses.values())).sum()
+        self._refuse_non_finite(loss, sae_in, step_input.n_training_steps)
+        coefficient = self._coefficient(step_input)
+        if self.controller is not None and self.training:
+            self.controller.update(l0)
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=x_hat,
+            feature_acts=feature_acts,
+            hidden_pre=entries.as_matrix(entries.z),
+            loss=loss,
+            losses=losses,
+            metrics={"steered_l0_coefficient": coefficient} if self.controller else {},
+        )
+
+    def _losses(
+        self, step: Step, x_hat: Tensor, target: Tensor, step_input: TrainStepInput
+    ) -> dict[str, Tensor]:
+        sparsity = self._coefficient(step_input) * self.sparsity(step)
+        losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
+        if self.cfg.pre_act_loss_coefficient is not None:
+            pre_act = self.cfg.pre_act_loss_coefficient * PreActivationLoss()(step)
+            losses["pre_act_loss"] = pre_act
+        if self.units.loss != 1.0:
+            losses = {name: loss / self.units.loss for name, loss in losses.items()}
+        return losses
+
+    def _coefficient(self, step_input: TrainStepInput) -> float:
+        scheduled = step_input.coefficients["l0"] * self.units.loss
+        return scheduled * (1.0 if self.controller is None else self.controller.coefficient)
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        if self.controller is not None:
+            # The controller is the schedule: 1 is what it multiplies.
+            return {"l0": TrainCoefficientConfig(value=1.0, warm_up_steps=0)}
+        return super().get_coefficients()
+
+    def _encode(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_pre: Tensor | None,
+        threshold: Tensor,
+        bandwidth: float,
+    ) -> Entries:
+        # A user's hook on the pre-activations or activations sees all of them: dense.
+        if self._path.start(x.device) == "dense" or self._is_watched():
+            entries = encode_dense(x, W_enc, b_enc, b_pre)
+            entries.z = self.hook_sae_acts_pre(entries.z)
+            return entries
+        keep_mean = self.cfg.pre_act_loss_coefficient is not None
+        return encode_sparse(x, W_enc, b_enc, b_pre, threshold, bandwidth, keep_mean=keep_mean)
+
+    def _is_watched(self) -> bool:
+        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        return any(len(p._forward_hooks) or len(p._backward_hooks) for p in points)
+
+    def _normalised_input(self, sae_in: Tensor) -> Tensor:
+        """`process_sae_in` up to the subtraction of b_dec, which belongs to the step."""
+        x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
+        return self.run_time_activation_norm_fn_in(x)
+
+    def _measure_l0(self, feature_acts: Tensor) -> float:
+        active = feature_acts._nnz() if feature_acts.is_sparse else feature_acts.count_nonzero()
+        batch, d_sae = feature_acts.shape
+        self._density = float(active) / (batch * d_sae)
+        return self._density * d_sae
+
+    def _refuse_non_finite(self, loss: Tensor, x: Tensor, step: int) -> None:
+        if torch.isfinite(loss):
+            return
+        hook = self.cfg.metadata.hook_name or "the activation source"
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the activations of {hook} hold NaN or infinite values (training step {step}); "
+                "run the model in float32 or bfloat16, or exclude the tokens that overflow"
+            )
+        raise ValueError(
+            f"the loss became {loss.item()} at training step {step} though the activations of "
+            f"{hook} are finite: the training diverged; lower lr (or l0_coefficient)"
+        )
+
+    # ---------------------------------------------------------------- around the step
+
+    def _before_first_step(self, x: Tensor) -> None:
+        if self._seam is None and self.training:
+            self._seam = OptimizerSeam(
+                self.W_dec, before=self._gradients_ready, after=self._stepped
+            )
+            if self.cfg.unit_norm_decoder:
+                self.W_dec.register_post_accumulate_grad_hook(_make_tangential)
+        if not self._calibrated:
+            self._calibrate(x)
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor) -> None:
+        sample = _full_precision(self._normalised_input(x))
+        if not torch.isfinite(sample).all():
+            self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
+        if self.cfg.apply_b_dec_to_input:
+            _set_parameter(self, "b_dec", sample.mean(0))
+            sample = sample - self.b_dec
+        z = sample @ _full_precision(self.W_enc) + self.b_enc
+        start_l0 = START_L0_RATIO * (self.cfg.target_l0 or 0.05 * self.cfg.d_sae)
+        found = calibrate(z, start_l0, BANDWIDTH_IN_STD)
+        if self.cfg.jumprelu_init_threshold is None:
+            _set_parameter(self, "threshold", found.threshold)
+        if self.bandwidth is None:
+            self.bandwidth = found.bandwidth
+        self._calibrated = True
+
+    @torch.no_grad()
+    def _keep_threshold_positive(self) -> None:
+        # On the stored value, not in the graph: a clamp in the graph would zero the gradient of a
+        # latent that reached 0 and pin it there.
+        if not parametrize.is_parametrized(self, "threshold"):
+            self.threshold.data.clamp_(min=0.0)
+        elif self.cfg.threshold_parameter == "raw":
+            self.parametrizations.threshold.original.data.clamp_(min=0.0)  # type: ignore[union-attr]
+
+    def _gradients_ready(self) -> None:
+        self._path.finish(self._density)
+
+    def _stepped(self) -> None:
+        if self.cfg.unit_norm_decoder:
+            normalise_rows_(self.W_dec.data)
+
+    # ---------------------------------------------------------------- inference on the training SAE
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bandwidth is None:  # before the first step: the value does not matter to inference
+            x_in = self.process_sae_in(x)
+            hidden_pre = self.hook_sae_acts_pre(x_in @ self.W_enc + self.b_enc)
+            active = hidden_pre > self.threshold.to(hidden_pre.dtype)
+            return self.hook_sae_acts_post(hidden_pre * active), hidden_pre
+        return super().encode_with_hidden_pre(x)
+
+    # ---------------------------------------------------------------- folding, saving, loading
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self._store_plainly()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self._store_plainly()
+        super().fold_activation_whitening(*args, **kwargs)
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        self._store_plainly()
+        super().fold_W_dec_norm()
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Write what stock SAELens reads: plain parameters, contiguous."""
+        for name in self._parametrized():
+            del state_dict[f"parametrizations.{name}.original"]
+            state_dict[name] = getattr(self, name).detach()
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
+        for name in self._parametrized():
+            parametrization = self.parametrizations[name][0]  # type: ignore[index]
+            stored = parametrization.right_inverse(state_dict.pop(name))
+            state_dict[f"parametrizations.{name}.original"] = stored
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save for resuming: SAELens' checkpoint files and, beside them, the controller's state."""
+        saved = super().save_model(path)
+        state = {
+            "bandwidth": self.bandwidth,
+            "controller": None if self.controller is None else self.controller.state(),
+        }
+        Path(path, TRAINING_STATE_FILENAME).write_text(json.dumps(state))
+        return saved
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        super().load_weights_from_checkpoint(checkpoint_path)
+        self._calibrated = self.bandwidth is not None
+        state_file = Path(checkpoint_path, TRAINING_STATE_FILENAME)
+        if not state_file.exists():  # a stock checkpoint
+            return
+        state = json.loads(state_file.read_text())
+        self.bandwidth = state["bandwidth"]
+        self._calibrated = self.bandwidth is not None
+        if self.controller is not None and state["controller"] is not None:
+            self.controller.load_state(state["controller"])
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    """Half-precision tensors as float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _by_latent(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    """The same matrix, with each latent's encoder vector contiguous in memory."""
+    return W_enc.t().contiguous().t()
+
+
+def _make_tangential(W_dec: Tensor) -> None:
+    if W_dec.grad is not None:
+        remove_parallel_gradient_(W_dec.grad, W_dec.data)
+
+
+@torch.no_grad()
+def _set_parameter(sae: JumpReLUTrainingSAE, name: str, value: Tensor) -> None:
+    """Set a parameter through its parametrization, if it has one, in place for the optimiser."""
+    if parametrize.is_parametrized(sae, name):
+        group = sae.parametrizations[name]  # type: ignore[index]
+        group.original.copy_(group[0].right_inverse(value))
+    else:
+        getattr(sae, name).copy_(value)

@@ -1,0 +1,60 @@
+"""The pre-activations a step works on: what every path of the step offers the objective.
+
+The objective never asks how pre-activations are stored. It sees *entries*: a tensor of values, one
+per (token, latent) pair that is represented, and five verbs over them. `reference.py` represents
+every pair ([batch, d_sae] values); `sparse.py` only those where anything can be non-zero ([nnz]
+values). Because each term is written once against the verbs, both paths compute the same loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Entries(ABC):
+    """Pre-activations z of a batch, at the represented (token, latent) pairs.
+
+    Attributes:
+        z: pre-activations, [batch, d_sae] or [nnz], differentiable with respect to W_enc, b_enc
+            and, where the encoder subtracts it, b_dec.
+        batch: number of tokens.
+        d_sae: number of latents.
+    """
+
+    z: Float[Tensor, "*entries"]
+    batch: int
+    d_sae: int
+
+    @abstractmethod
+    def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, "..."]:
+        """Bring one value per latent to where it broadcasts against `z`."""
+
+    @abstractmethod
+    def sum_latents(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " batch"]:
+        """Sum entry values over the latents of each token."""
+
+    @abstractmethod
+    def sum_tokens(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
+        """Sum entry values over the tokens of each latent."""
+
+    @abstractmethod
+    def decode(
+        self, activations: Float[Tensor, "*entries"], W_dec: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """activations @ W_dec, differentiable in both."""
+
+    @abstractmethod
+    def shortfall(
+        self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, ""]:
+        """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), over all pairs, represented or not."""
+
+    @abstractmethod
+    def as_matrix(self, values: Float[Tensor, "*entries"], where: Tensor | None = None) -> Tensor:
+        """Entry values as SAELens' trainer reads them: [batch, d_sae], dense or sparse COO.
+
+        `where` may drop entries known to be zero, to make a sparse answer smaller. Detached.
+        """

@@ -1,0 +1,91 @@
+"""The two straight-through estimators of JumpReLU training, elementwise.
+
+Notation of "Jumping Ahead" (arXiv 2407.14435): z is a pre-activation, θ its latent's threshold,
+ε the bandwidth, H the Heaviside step and K the rectangle kernel, 1 on (-1/2, 1/2).
+
+    jumprelu(z) = z H(z - θ)        ∂/∂θ := -(θ/ε) K((z - θ)/ε)        (eq. 11)
+    heaviside(z) = H(z - θ)         ∂/∂θ := -(1/ε) K((z - θ)/ε)        (eq. 12)
+
+In the paper no estimator gradient reaches z. With `to_input=True` it does, with the opposite sign
+(both functions jump where z - θ changes sign), as in Anthropic's January 2025 recipe.
+
+Both functions broadcast θ against z, so one definition serves a dense batch of pre-activations
+[batch, d_sae] with θ [d_sae] and a list of selected entries [nnz] with θ gathered to [nnz].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def in_window(
+    z: Float[Tensor, "*entries"], threshold: Float[Tensor, "..."], bandwidth: float
+) -> Bool[Tensor, "*entries"]:
+    """Where K((z - θ)/ε) = 1: strictly inside the window, on both sides of the threshold."""
+    distance = (z - threshold) / bandwidth
+    return (distance > -0.5) & (distance < 0.5)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return z * (z > threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        z, threshold = ctx.saved_tensors
+        jump = (threshold / ctx.bandwidth) * in_window(z, threshold, ctx.bandwidth) * grad
+        to_z = (z > threshold) * grad
+        if ctx.to_input:
+            to_z = to_z + jump
+        return to_z, (-jump).sum_to_size(threshold.shape), None, None
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor, None, None]:
+        z, threshold = ctx.saved_tensors
+        jump = (1.0 / ctx.bandwidth) * in_window(z, threshold, ctx.bandwidth) * grad
+        return (
+            jump if ctx.to_input else None,
+            (-jump).sum_to_size(threshold.shape),
+            None,
+            None,
+        )
+
+
+def jumprelu(
+    z: Float[Tensor, "*entries"],
+    threshold: Float[Tensor, "..."],
+    bandwidth: float,
+    to_input: bool = False,
+) -> Float[Tensor, "*entries"]:
+    """z where z > θ, else 0, with the estimator of eq. 11 in the backward pass."""
+    return _JumpReLU.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]
+
+
+def heaviside(
+    z: Float[Tensor, "*entries"],
+    threshold: Float[Tensor, "..."],
+    bandwidth: float,
+    to_input: bool = False,
+) -> Float[Tensor, "*entries"]:
+    """1 where z > θ, else 0, with the estimator of eq. 12 in the backward pass."""
+    return _Heaviside.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]

@@ -1,0 +1,249 @@
+"""The fast step: the numbers of `reference.py` from the active set and the estimator's window.
+
+Only the encode needs the whole dictionary. A pair (token, latent) takes part in the rest of the
+step only where z > θ - ε/2: above θ it is active, and within ε/2 of θ the estimators let gradient
+through. Everywhere else the activation, the gate and all of their gradients are exactly zero. So:
+
+    z        one dense product, in row chunks, kept only where z > θ - ε/2
+    x̂        sparse × dense
+    ∂f       sampled dense × dense product at the kept entries
+    ∂W_enc   sparse^T × dense, and so is ∂W_dec
+    ∂b_dec   through the encoder is -W_enc ∂b_enc: a matrix-vector product
+
+The products are PyTorch's own sparse CSR operators. No [batch, d_sae] tensor outlives the forward
+pass. Nothing is approximated: what is dropped is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jumprelu_plugin.step.entries import Entries
+
+# 16 MB of float32 pre-activations at d_sae 16,384: large enough that the product runs at the speed
+# of the whole one, small enough that selecting from it reads cache, not memory.
+DEFAULT_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which (token, latent) pairs are represented: CSR indices, columns ascending in each row."""
+
+    rows: Int[Tensor, " nnz"]
+    cols: Int[Tensor, " nnz"]
+    batch: int
+    d_sae: int
+
+    @cached_property
+    def row_ends(self) -> Int[Tensor, " batch+1"]:
+        return _ends(self.rows, self.batch)
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
+        """The order that sorts entries by latent (tokens ascending within one), and its ends."""
+        return torch.sort(self.cols, stable=True)[1], _ends(self.cols, self.d_sae)
+
+    def csr(self, values: Float[Tensor, " nnz"]) -> Tensor:
+        """The [batch, d_sae] matrix with these values, as CSR."""
+        return torch.sparse_csr_tensor(
+            self.row_ends, self.cols, values, (self.batch, self.d_sae), check_invariants=False
+        )
+
+    def csr_transposed(self, values: Float[Tensor, " nnz"]) -> Tensor:
+        """The [d_sae, batch] transpose, as CSR; the sort is shared by every call."""
+        order, ends = self.by_latent
+        return torch.sparse_csr_tensor(
+            ends, self.rows[order], values[order], (self.d_sae, self.batch), check_invariants=False
+        )
+
+    def sampled_product(
+        self, left: Float[Tensor, "batch k"], right: Float[Tensor, "d_sae k"]
+    ) -> Float[Tensor, " nnz"]:
+        """(left @ right.T) at the represented pairs only."""
+        if self.cols.numel() == 0:
+            return left.new_zeros(0)
+        pattern = self.csr(left.new_zeros(self.cols.numel()))
+        return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+
+
+def _ends(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
+    ends = index.new_zeros(size + 1)
+    torch.cumsum(torch.bincount(index, minlength=size), 0, out=ends[1:])
+    return ends
+
+
+@torch.no_grad()
+def select(
+    centred: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    lower_edge: Float[Tensor, " d_sae"],
+    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+) -> tuple[Pattern, Float[Tensor, " nnz"]]:
+    """The pairs with z > lower_edge and their z, encoding `chunk_elements` pairs at a time."""
+    d_sae = W_enc.shape[1]
+    chunk = max(1, chunk_elements // d_sae)
+    buffer = centred.new_empty(min(chunk, len(centred)), d_sae)
+    rows, cols, values = [], [], []
+    for start in range(0, len(centred), chunk):
+        piece = centred[start : start + chunk]
+        z = torch.addmm(b_enc, piece, W_enc, out=buffer[: len(piece)])
+        kept = z > lower_edge
+        row, col = kept.nonzero().unbind(1)
+        rows.append(row + start)
+        cols.append(col)
+        values.append(z[row, col])
+    return Pattern(torch.cat(rows), torch.cat(cols), len(centred), d_sae), torch.cat(values)
+
+
+class _SelectedPreActivations(torch.autograd.Function):
+    """Gives the selected z, whose values are already known, their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_pre: Tensor | None,
+        centred: Tensor,
+        pattern: Pattern,
+        z: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(centred, W_enc)
+        ctx.pattern = pattern
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        centred, W_enc = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        to_b_enc = grad.new_zeros(pattern.d_sae).index_add_(0, pattern.cols, grad)
+        to_W_enc = to_x = to_b_pre = None
+        if ctx.needs_input_grad[1]:
+            to_W_enc = (pattern.csr_transposed(grad) @ centred).t()
+        if ctx.needs_input_grad[0]:
+            to_x = pattern.csr(grad) @ W_enc.t()
+        if ctx.needs_input_grad[3]:
+            to_b_pre = -(W_enc @ to_b_enc)
+        return to_x, to_W_enc, to_b_enc, to_b_pre, None, None, None
+
+
+class _SparseDecode(torch.autograd.Function):
+    """activations @ W_dec for activations on a pattern."""
+
+    @staticmethod
+    def forward(ctx: Any, activations: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(activations, W_dec)
+        ctx.pattern = pattern
+        return pattern.csr(activations) @ W_dec
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        activations, W_dec = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        grad = grad.contiguous()
+        to_activations = to_W_dec = None
+        if ctx.needs_input_grad[0]:
+            to_activations = pattern.sampled_product(grad, W_dec)
+        if ctx.needs_input_grad[1]:
+            to_W_dec = pattern.csr_transposed(activations) @ grad
+        return to_activations, to_W_dec, None
+
+
+class SparseEntries(Entries):
+    """The pre-activations above the estimator's lower window edge, z [nnz]."""
+
+    def __init__(
+        self,
+        z: Float[Tensor, " nnz"],
+        pattern: Pattern,
+        mean_z: Float[Tensor, " d_sae"] | None,
+    ):
+        self.z = z
+        self.pattern = pattern
+        self.batch, self.d_sae = pattern.batch, pattern.d_sae
+        self._mean_z = mean_z
+
+    def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        return values.index_select(0, self.pattern.cols)
+
+    def sum_latents(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
+        return values.new_zeros(self.batch).index_add(0, self.pattern.rows, values)
+
+    def sum_tokens(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        return values.new_zeros(self.d_sae).index_add(0, self.pattern.cols, values)
+
+    def decode(
+        self, activations: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        return _SparseDecode.apply(activations, W_dec, self.pattern)  # type: ignore[return-value]
+
+    def shortfall(
+        self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
+    ) -> Float[Tensor, ""]:
+        # ReLU(θ - z) = (θ - z) + ReLU(z - θ). The first part is linear in z, so its mean over the
+        # tokens needs only the mean pre-activation; the second lives on the active set.
+        if self._mean_z is None:
+            raise ValueError("shortfall was asked for, but encode_sparse was told not to keep it")
+        excess = (self.z - self.per_latent(threshold)).relu()
+        linear = (weight * (threshold - self._mean_z)).sum()
+        return linear + (excess * self.per_latent(weight)).sum() / self.batch
+
+    def as_matrix(self, values: Float[Tensor, " nnz"], where: Tensor | None = None) -> Tensor:
+        rows, cols, values = self.pattern.rows, self.pattern.cols, values.detach()
+        if where is not None:
+            rows, cols, values = rows[where], cols[where], values[where]
+        # Sorted and without duplicates by construction: marking it so spares a sort in every sum.
+        return torch.sparse_coo_tensor(
+            torch.stack([rows, cols]),
+            values,
+            (self.batch, self.d_sae),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+
+
+def encode_sparse(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"] | None,
+    threshold: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    *,
+    keep_mean: bool = False,
+    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+) -> SparseEntries:
+    """z = (x - b_pre) W_enc + b_enc at the pairs where a JumpReLU step can differ from zero.
+
+    Args:
+        x, W_enc, b_enc, b_pre: as in `reference.encode_dense`.
+        threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are dropped.
+        keep_mean: also keep the mean pre-activation of every latent, which `shortfall` needs.
+        chunk_elements: how many pre-activations exist at one time.
+    """
+    # A little below θ - ε/2, so that rounding of the edge itself can drop nothing; the estimators
+    # test every kept entry with the reference's own expressions.
+    edge = threshold.detach() - 0.5 * bandwidth
+    edge = edge - 1e-6 * (threshold.detach().abs() + bandwidth)
+    with torch.no_grad():
+        centred = x if b_pre is None else x - b_pre
+        pattern, values = select(centred, W_enc, b_enc, edge, chunk_elements)
+    z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, centred, pattern, values)
+    mean_z = None
+    if keep_mean:
+        mean_x = x.mean(0) if b_pre is None else x.mean(0) - b_pre
+        mean_z = mean_x @ W_enc + b_enc
+    return SparseEntries(z, pattern, mean_z)  # type: ignore[arg-type]

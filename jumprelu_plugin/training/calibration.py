@@ -1,0 +1,56 @@
+"""Where a training starts: θ, ε and b_dec measured on the first batch instead of guessed.
+
+Published thresholds and bandwidths belong to one scale of pre-activations. Measured quantiles
+belong to the user's own layer, so one recipe transfers, and training starts near its target L0,
+where the sparse step is fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Numbers a training starts from.
+
+    Attributes:
+        threshold: θ₀ of each latent, [d_sae].
+        bandwidth: ε, in the units of the pre-activations.
+    """
+
+    threshold: Float[Tensor, " d_sae"]
+    bandwidth: float
+
+
+@torch.no_grad()
+def calibrate(
+    z: Float[Tensor, "batch d_sae"], start_l0: float, bandwidth_in_std: float
+) -> Calibration:
+    """θ₀ at the quantile of each latent that makes `start_l0` latents active, ε from z's spread.
+
+    Args:
+        z: pre-activations of one batch at initialisation.
+        start_l0: how many latents of a token should be active at the start.
+        bandwidth_in_std: ε as a multiple of the standard deviation of z.
+
+    Raises:
+        ValueError: the pre-activations are not finite, or all the same.
+    """
+    if not torch.isfinite(z).all():
+        raise ValueError(
+            "the first batch gave pre-activations that are NaN or infinite; check the activations "
+            "of the hook, and that the model runs in a dtype that can hold them"
+        )
+    spread = z.std().item()
+    if spread == 0:
+        raise ValueError("the first batch's activations are all the same: nothing to learn from")
+    batch, d_sae = z.shape
+    share = min(0.5, start_l0 / d_sae)
+    rank = max(1, round(share * batch))
+    threshold = z.topk(rank, dim=0).values[-1].clamp_min(0.0)
+    return Calibration(threshold, bandwidth_in_std * spread)

@@ -1,0 +1,84 @@
+"""Published recipes' units, brought to SAELens' units in one place.
+
+Gemma Scope divides activations by one number so that E‖x‖² = 1. SAELens' own scaling
+(`normalize_activations="expected_average_only_in"`) makes E‖x‖ = √d_in. In between lies a factor
+√d_in on x, and with it on everything that is measured like an activation:
+
+    quantity                 in units of E‖x‖² = 1      in SAELens' units
+    z, θ, ε, b_enc, b_dec    v                          v · √d_in
+    the loss, λ              v                          v · d_in
+    W_enc, W_dec (unit rows) v                          v
+
+A training must also *move* alike: Adam steps by about its learning rate whatever the gradient, so
+a bias stored in SAELens' units would move √d_in times too slowly. `ScaledParameter` stores it in
+the recipe's units and shows it in SAELens'. The loss is divided by d_in, which gives the
+recipe's gradients, clipping and Adam's epsilon back.
+
+SAELens scales the mean norm and Gemma Scope the mean square; they differ by the spread of the norms
+(a factor √(1 + cv²), a few percent on a language model's residual stream without BOS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+INPUT_UNITS = ("sqrt_d", "unit_rms")
+
+
+@dataclass(frozen=True)
+class Units:
+    """How numbers in a config become numbers in SAELens' units.
+
+    Attributes:
+        activation: factor on z, θ, ε and biases.
+        loss: factor on the loss and on λ.
+    """
+
+    activation: float
+    loss: float
+
+
+def units(name: str, d_in: int) -> Units:
+    """`sqrt_d`: the config speaks SAELens' units. `unit_rms`: it speaks Gemma Scope's.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name == "sqrt_d":
+        return Units(1.0, 1.0)
+    if name == "unit_rms":
+        return Units(d_in**0.5, float(d_in))
+    raise ValueError(f"units is {name!r}; it must be one of {', '.join(INPUT_UNITS)}")
+
+
+class ScaledParameter(nn.Module):
+    """A parametrization: the optimiser sees `value / factor`, everyone else `value`."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return stored * self.factor
+
+    def right_inverse(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return value / self.factor
+
+
+class LogParameter(nn.Module):
+    """A parametrization: the optimiser sees log(value / factor), everyone else `value` > 0."""
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return self.factor * torch.exp(stored)
+
+    def right_inverse(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        smallest = torch.finfo(value.dtype).tiny
+        return torch.log((value / self.factor).clamp_min(smallest))
