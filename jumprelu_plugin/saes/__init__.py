@@ -1,1 +1,1 @@
-"""The training SAEs: thin, they join parameters, objective and step to SAELens' training classes."""
+"""The training SAEs: thin, joining parameters, objective and step to SAELens' classes."""

@@ -40,8 +40,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
         decoder_rows: `free`, as in SAELens, or `unit_norm`, as in the paper. None means unit norm
             when λ is steered, free otherwise.
-        step_path: `auto` times the sparse and the dense step and takes the faster; both compute the
-            same numbers.
+        step_path: how a step is computed (`step.choose`). `auto` times the ways there are and takes
+            the fastest; all give the same numbers.
     """
 
     normalize_activations: Literal[
@@ -54,7 +54,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
     threshold_parameter: Literal["raw", "log"] = "raw"
     decoder_rows: Literal["free", "unit_norm"] | None = None
-    step_path: Literal["auto", "dense", "sparse"] = "auto"
+    step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
 
     @property
     def steers_l0(self) -> bool:

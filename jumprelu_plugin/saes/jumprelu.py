@@ -31,7 +31,14 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.units import LogParameter, ScaledParameter, units
+from jumprelu_plugin.training.units import (
+    LogParameter,
+    ScaledParameter,
+    parametrized,
+    set_value,
+    stored,
+    units,
+)
 
 TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
 
@@ -113,7 +120,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     def _parametrized(self) -> list[str]:
         names = ("threshold", "b_enc", "b_dec")
-        return [name for name in names if parametrize.is_parametrized(self, name)]
+        return [name for name in names if parametrized(self, name) is not None]
 
     def _store_plainly(self) -> None:
         """Replace parametrized parameters by plain ones: for folding, when training is over."""
@@ -123,9 +130,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> JumpReLUTrainingSAE:
         out = super()._apply(*args, **kwargs)
-        if parametrize.is_parametrized(self, "threshold"):
-            stored = self.parametrizations.threshold.original  # type: ignore[union-attr]
-            stored.data = stored.data.float()
+        if parametrized(self, "threshold") is not None:
+            threshold = stored(self, "threshold")
+            threshold.data = threshold.data.float()
         return out  # type: ignore[return-value]
 
     # ---------------------------------------------------------------- one step
@@ -211,13 +218,22 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         threshold: Tensor,
         bandwidth: float,
     ) -> Entries:
+        path = self._path.start(x.device)
         # A user's hook on the pre-activations or activations sees all of them: dense.
-        if self._path.start(x.device) == "dense" or self._is_watched():
+        if path == "dense" or self._is_watched():
             entries = encode_dense(x, W_enc, b_enc, b_pre)
             entries.z = self.hook_sae_acts_pre(entries.z)
             return entries
-        keep_mean = self.cfg.pre_act_loss_coefficient is not None
-        return encode_sparse(x, W_enc, b_enc, b_pre, threshold, bandwidth, keep_mean=keep_mean)
+        return encode_sparse(
+            x,
+            W_enc,
+            b_enc,
+            b_pre,
+            threshold,
+            bandwidth,
+            screen=path == "screened" and x.dtype == torch.float32,
+            keep_mean=self.cfg.pre_act_loss_coefficient is not None,
+        )
 
     def _is_watched(self) -> bool:
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
@@ -253,7 +269,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     def _before_first_step(self, x: Tensor) -> None:
         if self._seam is None and self.training:
             self._seam = OptimizerSeam(
-                self.W_dec, before=self._gradients_ready, after=self._stepped
+                self.W_dec, before=self._gradients_ready, after=self._parameters_moved
             )
             if self.cfg.unit_norm_decoder:
                 self.W_dec.register_post_accumulate_grad_hook(_make_tangential)
@@ -266,13 +282,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if not torch.isfinite(sample).all():
             self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
         if self.cfg.apply_b_dec_to_input:
-            _set_parameter(self, "b_dec", sample.mean(0))
+            set_value(self, "b_dec", sample.mean(0))
             sample = sample - self.b_dec
         z = sample @ _full_precision(self.W_enc) + self.b_enc
         start_l0 = START_L0_RATIO * (self.cfg.target_l0 or 0.05 * self.cfg.d_sae)
         found = calibrate(z, start_l0, BANDWIDTH_IN_STD)
         if self.cfg.jumprelu_init_threshold is None:
-            _set_parameter(self, "threshold", found.threshold)
+            set_value(self, "threshold", found.threshold)
         if self.bandwidth is None:
             self.bandwidth = found.bandwidth
         self._calibrated = True
@@ -280,18 +296,18 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     @torch.no_grad()
     def _keep_threshold_positive(self) -> None:
         # On the stored value, not in the graph: a clamp in the graph would zero the gradient of a
-        # latent that reached 0 and pin it there.
-        if not parametrize.is_parametrized(self, "threshold"):
-            self.threshold.data.clamp_(min=0.0)
-        elif self.cfg.threshold_parameter == "raw":
-            self.parametrizations.threshold.original.data.clamp_(min=0.0)  # type: ignore[union-attr]
+        # latent that reached 0 and pin it there. A logarithm needs none.
+        if not isinstance(parametrized(self, "threshold"), LogParameter):
+            stored(self, "threshold").data.clamp_(min=0.0)
 
     def _gradients_ready(self) -> None:
         self._path.finish(self._density)
 
-    def _stepped(self) -> None:
+    def _parameters_moved(self) -> None:
         if self.cfg.unit_norm_decoder:
             normalise_rows_(self.W_dec.data)
+        if self.controller is not None:
+            set_value(self, "threshold", self.threshold * self.controller.trim())
 
     # ---------------------------------------------------------------- inference on the training SAE
 
@@ -335,9 +351,10 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
         for name in self._parametrized():
-            parametrization = self.parametrizations[name][0]  # type: ignore[index]
-            stored = parametrization.right_inverse(state_dict.pop(name))
-            state_dict[f"parametrizations.{name}.original"] = stored
+            how = parametrized(self, name)
+            assert how is not None
+            key = f"parametrizations.{name}.original"
+            state_dict[key] = how.right_inverse(state_dict.pop(name))
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -377,13 +394,3 @@ def _by_latent(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"
 def _make_tangential(W_dec: Tensor) -> None:
     if W_dec.grad is not None:
         remove_parallel_gradient_(W_dec.grad, W_dec.data)
-
-
-@torch.no_grad()
-def _set_parameter(sae: JumpReLUTrainingSAE, name: str, value: Tensor) -> None:
-    """Set a parameter through its parametrization, if it has one, in place for the optimiser."""
-    if parametrize.is_parametrized(sae, name):
-        group = sae.parametrizations[name]  # type: ignore[index]
-        group.original.copy_(group[0].right_inverse(value))
-    else:
-        getattr(sae, name).copy_(value)

@@ -1,9 +1,12 @@
 """Which path computes a step: decided by timing real steps, not by a table of devices and shapes.
 
-Both paths give the same numbers, so trying one costs nothing but its own time. The dense step takes
-the same time at any density; the sparse step gets cheaper as fewer pairs are active. So: time a few
-steps of each, keep the faster, and time the sparse step again whenever the density has fallen well
-below where it last lost.
+    dense      every pair, `reference.py`
+    sparse     the pairs that matter, found by a full-precision product
+    screened   the same pairs, found by a bfloat16 product and checked in full precision
+
+All three give the same numbers, so trying one costs nothing but its own time. The dense step takes
+the same time at any density, the others less the fewer pairs are active. So: time a few steps of
+each, keep the fastest, and ask again when the density has halved or doubled.
 """
 
 from __future__ import annotations
@@ -17,86 +20,81 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-Path = Literal["dense", "sparse"]
-PATHS: tuple[str, ...] = ("auto", "dense", "sparse")
+Path = Literal["sparse", "screened", "dense"]
+_ALL: tuple[Path, ...] = ("sparse", "screened", "dense")
+PATHS: tuple[str, ...] = ("auto", *_ALL)
 
 # The first step of a path pays for page faults and library start-up; it is run and not counted.
 WARM_UP_STEPS = 1
 TIMED_STEPS = 3
-# A path that lost is tried again once density has moved this far in its favour.
-RETRY_RATIO = 0.7
+# Density has to change by this factor before the paths that depend on it are timed again.
+RETRY_FACTOR = 2.0
 
 
 class PathChoice:
     """Chooses the path of each step from the time the steps before it took.
 
     Args:
-        forced: "dense" or "sparse" always takes that path; "auto" measures.
+        forced: the name of a path always takes it; "auto" measures.
+
+    Raises:
+        ValueError: there is no such path.
     """
 
     def __init__(self, forced: str = "auto"):
         if forced not in PATHS:
             raise ValueError(f"step path is {forced!r}; it must be one of {', '.join(PATHS)}")
-        self.forced = forced
+        self.current: Path = "sparse" if forced == "auto" else forced  # type: ignore[assignment]
+        self._forced = forced != "auto"
         self._device = torch.device("cpu")
-        self._samples: dict[Path, list[float]] = {"sparse": [], "dense": []}
-        self._chosen: Path | None = None
-        self._lost_at_density: float | None = None
-        self._density = 1.0
-        self._running: Path = "sparse"
+        self._seconds: dict[Path, list[float]] = {path: [] for path in _ALL}
+        self._decided_at: float | None = None
         self._started: float | None = None
 
     @property
     def measuring(self) -> bool:
         """Whether the next steps are being timed."""
-        return self.forced == "auto" and self._chosen is None
+        return not self._forced and self._decided_at is None
 
     def start(self, device: torch.device) -> Path:
         """The path to take now; call at the start of a step on `device`.
 
-        While a path is being timed, the device's work is awaited before the clock is read.
+        While paths are being timed, the device's work is awaited before the clock is read.
         """
-        self._device = device
-        if self.forced != "auto":
-            return self.forced  # type: ignore[return-value]
-        if self._chosen is not None:
-            self._running = self._chosen
-            return self._chosen
-        needed = WARM_UP_STEPS + TIMED_STEPS
-        self._running = "sparse" if len(self._samples["sparse"]) < needed else "dense"
-        self._wait()
-        self._started = time.perf_counter()
-        return self._running
+        if self.measuring:
+            self.current = next(path for path in _ALL if self._untimed(path))
+            self._device = device
+            self._wait()
+            self._started = time.perf_counter()
+        return self.current
 
     def finish(self, density: float) -> None:
-        """Call when the gradients of the step are there, with its share of non-zero pairs."""
-        self._density = density
-        if self.forced != "auto":
-            return
-        if self._chosen is None and self._started is not None:
+        """Call when the gradients of the step are there, with its share of active pairs."""
+        if self.measuring and self._started is not None:
             self._wait()
-            self._samples[self._running].append(time.perf_counter() - self._started)
+            self._seconds[self.current].append(time.perf_counter() - self._started)
             self._started = None
-            self._decide()
-        elif self._chosen == "dense" and self._lost_at_density is not None:
-            if density < RETRY_RATIO * self._lost_at_density:
-                self._samples["sparse"].clear()
-                self._chosen = None
+            if not any(map(self._untimed, _ALL)):
+                self._decide(density)
+        elif self._outdated(density):
+            self._decided_at = None
+            for path in ("sparse", "screened"):
+                self._seconds[path].clear()
 
-    def _decide(self) -> None:
-        needed = WARM_UP_STEPS + TIMED_STEPS
-        if any(len(times) < needed for times in self._samples.values()):
-            return
-        took = {path: statistics.median(t[WARM_UP_STEPS:]) for path, t in self._samples.items()}
-        self._chosen = "sparse" if took["sparse"] <= took["dense"] else "dense"
-        self._lost_at_density = self._density if self._chosen == "dense" else None
-        logger.info(
-            "step path: %s (sparse %.1f ms, dense %.1f ms, %.2f %% of pairs active)",
-            self._chosen,
-            1e3 * took["sparse"],
-            1e3 * took["dense"],
-            100 * self._density,
-        )
+    def _untimed(self, path: Path) -> bool:
+        return len(self._seconds[path]) < WARM_UP_STEPS + TIMED_STEPS
+
+    def _outdated(self, density: float) -> bool:
+        if self._decided_at is None:
+            return False
+        return not 1 / RETRY_FACTOR < density / self._decided_at < RETRY_FACTOR
+
+    def _decide(self, density: float) -> None:
+        took = {path: statistics.median(s[WARM_UP_STEPS:]) for path, s in self._seconds.items()}
+        self.current = min(_ALL, key=took.__getitem__)
+        self._decided_at = max(density, 1e-12)
+        times = ", ".join(f"{path} {1e3 * seconds:.1f} ms" for path, seconds in took.items())
+        logger.info("step path: %s at %.3g %% density (%s)", self.current, 100 * density, times)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

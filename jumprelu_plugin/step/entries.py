@@ -50,7 +50,7 @@ class Entries(ABC):
     def shortfall(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, ""]:
-        """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), over all pairs, represented or not."""
+        """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), for all pairs, represented or not."""
 
     @abstractmethod
     def as_matrix(self, values: Float[Tensor, "*entries"], where: Tensor | None = None) -> Tensor:

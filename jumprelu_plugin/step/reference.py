@@ -51,6 +51,6 @@ def encode_dense(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"] | None,
 ) -> DenseEntries:
-    """z = (x - b_pre) W_enc + b_enc for every latent; `b_pre` is b_dec, or None to leave x as is."""
+    """z = (x - b_pre) W_enc + b_enc for every latent; `b_pre` is b_dec, or None to use x as is."""
     centred = x if b_pre is None else x - b_pre
     return DenseEntries(torch.addmm(b_enc, centred, W_enc))

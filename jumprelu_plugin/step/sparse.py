@@ -16,91 +16,20 @@ pass. Nothing is approximated: what is dropped is zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.entries import Entries
-
-# 16 MB of float32 pre-activations at d_sae 16,384: large enough that the product runs at the speed
-# of the whole one, small enough that selecting from it reads cache, not memory.
-DEFAULT_CHUNK_ELEMENTS = 2**22
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which (token, latent) pairs are represented: CSR indices, columns ascending in each row."""
-
-    rows: Int[Tensor, " nnz"]
-    cols: Int[Tensor, " nnz"]
-    batch: int
-    d_sae: int
-
-    @cached_property
-    def row_ends(self) -> Int[Tensor, " batch+1"]:
-        return _ends(self.rows, self.batch)
-
-    @cached_property
-    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
-        """The order that sorts entries by latent (tokens ascending within one), and its ends."""
-        return torch.sort(self.cols, stable=True)[1], _ends(self.cols, self.d_sae)
-
-    def csr(self, values: Float[Tensor, " nnz"]) -> Tensor:
-        """The [batch, d_sae] matrix with these values, as CSR."""
-        return torch.sparse_csr_tensor(
-            self.row_ends, self.cols, values, (self.batch, self.d_sae), check_invariants=False
-        )
-
-    def csr_transposed(self, values: Float[Tensor, " nnz"]) -> Tensor:
-        """The [d_sae, batch] transpose, as CSR; the sort is shared by every call."""
-        order, ends = self.by_latent
-        return torch.sparse_csr_tensor(
-            ends, self.rows[order], values[order], (self.d_sae, self.batch), check_invariants=False
-        )
-
-    def sampled_product(
-        self, left: Float[Tensor, "batch k"], right: Float[Tensor, "d_sae k"]
-    ) -> Float[Tensor, " nnz"]:
-        """(left @ right.T) at the represented pairs only."""
-        if self.cols.numel() == 0:
-            return left.new_zeros(0)
-        pattern = self.csr(left.new_zeros(self.cols.numel()))
-        return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
-
-
-def _ends(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
-    ends = index.new_zeros(size + 1)
-    torch.cumsum(torch.bincount(index, minlength=size), 0, out=ends[1:])
-    return ends
-
-
-@torch.no_grad()
-def select(
-    centred: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    lower_edge: Float[Tensor, " d_sae"],
-    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
-) -> tuple[Pattern, Float[Tensor, " nnz"]]:
-    """The pairs with z > lower_edge and their z, encoding `chunk_elements` pairs at a time."""
-    d_sae = W_enc.shape[1]
-    chunk = max(1, chunk_elements // d_sae)
-    buffer = centred.new_empty(min(chunk, len(centred)), d_sae)
-    rows, cols, values = [], [], []
-    for start in range(0, len(centred), chunk):
-        piece = centred[start : start + chunk]
-        z = torch.addmm(b_enc, piece, W_enc, out=buffer[: len(piece)])
-        kept = z > lower_edge
-        row, col = kept.nonzero().unbind(1)
-        rows.append(row + start)
-        cols.append(col)
-        values.append(z[row, col])
-    return Pattern(torch.cat(rows), torch.cat(cols), len(centred), d_sae), torch.cat(values)
+from jumprelu_plugin.step.pattern import Pattern
+from jumprelu_plugin.step.select import (
+    DEFAULT_CHUNK_ELEMENTS,
+    select_by_screening,
+    select_directly,
+)
 
 
 class _SelectedPreActivations(torch.autograd.Function):
@@ -223,6 +152,7 @@ def encode_sparse(
     threshold: Float[Tensor, " d_sae"],
     bandwidth: float,
     *,
+    screen: bool = False,
     keep_mean: bool = False,
     chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
 ) -> SparseEntries:
@@ -231,16 +161,19 @@ def encode_sparse(
     Args:
         x, W_enc, b_enc, b_pre: as in `reference.encode_dense`.
         threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are dropped.
+        screen: look for the pairs in bfloat16 first (`select.select_by_screening`).
         keep_mean: also keep the mean pre-activation of every latent, which `shortfall` needs.
         chunk_elements: how many pre-activations exist at one time.
     """
+    theta = threshold.detach()
     # A little below θ - ε/2, so that rounding of the edge itself can drop nothing; the estimators
     # test every kept entry with the reference's own expressions.
-    edge = threshold.detach() - 0.5 * bandwidth
-    edge = edge - 1e-6 * (threshold.detach().abs() + bandwidth)
+    lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
+    edges = torch.stack([lowest, theta - 0.5 * bandwidth, theta, theta + 0.5 * bandwidth])
     with torch.no_grad():
         centred = x if b_pre is None else x - b_pre
-        pattern, values = select(centred, W_enc, b_enc, edge, chunk_elements)
+        select = select_by_screening if screen else select_directly
+        pattern, values = select(centred, W_enc, b_enc, edges, chunk_elements)
     z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, centred, pattern, values)
     mean_z = None
     if keep_mean:

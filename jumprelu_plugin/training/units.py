@@ -21,10 +21,12 @@ SAELens scales the mean norm and Gemma Scope the mean square; they differ by the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 INPUT_UNITS = ("sqrt_d", "unit_rms")
 
@@ -82,3 +84,24 @@ class LogParameter(nn.Module):
     def right_inverse(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         smallest = torch.finfo(value.dtype).tiny
         return torch.log((value / self.factor).clamp_min(smallest))
+
+
+def parametrized(module: nn.Module, name: str) -> ScaledParameter | LogParameter | None:
+    """The parametrization of a parameter, or None if it is stored as it is."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    return cast(Any, module).parametrizations[name][0]
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """The tensor the optimiser sees for a parameter."""
+    if parametrized(module, name) is None:
+        return getattr(module, name)
+    return cast(Any, module).parametrizations[name].original
+
+
+@torch.no_grad()
+def set_value(module: nn.Module, name: str, value: Float[Tensor, "..."]) -> None:
+    """Give a parameter a value, in place, through its parametrization if it has one."""
+    how = parametrized(module, name)
+    stored(module, name).copy_(value if how is None else how.right_inverse(value))
