@@ -1,0 +1,15 @@
+"""How faithful and how sparse a dictionary is: streaming metrics, delta LM loss, reports."""
+
+from jumprelu_plugin.evaluation.loss import LanguageModelLoss, delta_lm_loss, evaluated_positions
+from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
+from jumprelu_plugin.evaluation.report import Evaluation, evaluate
+
+__all__ = [
+    "Evaluation",
+    "LanguageModelLoss",
+    "Metrics",
+    "StreamingMetrics",
+    "delta_lm_loss",
+    "evaluate",
+    "evaluated_positions",
+]

@@ -1,0 +1,190 @@
+"""Reach the activation at a named hook of a model, on every kind of hooked model.
+
+One place resolves hook names, attaches a function to a hook point and takes it off again, so that
+steering and evaluation behave alike on HookedTransformer, HookedSAETransformer, TransformerBridge
+and SAETransformerBridge. Functions are attached to the hook point itself and never through
+`model.hooks(...)`: on a bridge that route ignores alias names without compatibility mode, and
+calls a function twice when a hook point's name was left wrong by a splice and reset.
+
+It does not run models, and it knows nothing of losses or interventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+# SAELens never divides these out at inference: until the scale is folded into the weights, such an
+# SAE reads the raw activation in the wrong units.
+_UNFOLDED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
+
+
+def sae_sites(sae: Any) -> tuple[str, str]:
+    """The hooks an SAE reads and writes: `(hook_in, hook_out)`, equal unless it is a transcoder.
+
+    Raises ValueError when `sae.cfg.metadata.hook_name` is not set.
+    """
+    hook_in = sae.cfg.metadata.hook_name
+    if not hook_in:
+        raise ValueError(
+            f"{type(sae).__name__} has no hook name, so there is no telling which activation it"
+            " reads. Set sae.cfg.metadata.hook_name, for example 'blocks.12.hook_resid_post'."
+        )
+    return hook_in, sae.cfg.metadata.hook_name_out or hook_in
+
+
+def require_folded(sae: Any) -> None:
+    """Raise ValueError when the SAE still expects inputs scaled by a factor kept elsewhere."""
+    normalization = sae.cfg.normalize_activations
+    if normalization in _UNFOLDED_NORMALIZATIONS:
+        raise ValueError(
+            f"This SAE has normalize_activations={normalization!r}: its weights expect scaled"
+            " inputs, and SAELens does not scale them at inference. Fold the scale into the"
+            " weights first (sae.fold_activation_norm_scaling_factor(scale); for a checkpoint the"
+            " scale is in activation_scaler.json beside it)."
+        )
+
+
+def canonical_name(model: Any, name: str) -> str:
+    """The module path of hook `name`: on a bridge an alias is replaced by what it stands for."""
+    collect = getattr(model, "_collect_hook_aliases_from_registry", None)
+    if collect is None:
+        return name
+    target = {**model.hook_aliases, **collect()}.get(name)
+    return target if isinstance(target, str) else name
+
+
+def hook_point(model: Any, name: str) -> HookPoint:
+    """The hook point that `model`'s forward pass runs through under `name` (alias or canonical).
+
+    On a bridge, splicing an SAE and resetting it leaves the new hook point with a shortened name
+    and the alias pointing at the old one, after which `bridge.hooks(...)` there fires never, or
+    twice. Both are put right on the way, for this name; a healthy model is not touched.
+
+    Raises TypeError for a model without hooks, and ValueError for an unknown name or a hook where
+    an SAE is spliced in.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise TypeError(
+            f"{type(model).__name__} has no hook points. Load the model as a HookedTransformer,"
+            " HookedSAETransformer, TransformerBridge or SAETransformerBridge."
+        )
+    path = canonical_name(model, name)
+    found = _at_path(model, path)
+    if not isinstance(found, HookPoint):
+        if hasattr(found, "hook_sae_output"):
+            raise ValueError(
+                f"An SAE is spliced into the model at {name!r}, in place of the hook point. Call"
+                " model.reset_saes() first."
+            )
+        raise ValueError(f"The model has no hook {name!r}. {_suggestion(model, name)}")
+    _repair(model, name, path, found)
+    return found
+
+
+@contextmanager
+def attached(
+    model: Any, name: str, function: Callable[[Tensor], Tensor | None]
+) -> Iterator[HookPoint]:
+    """Run `function` on the activation at hook `name` during the block, once per forward pass.
+
+    A returned tensor replaces the activation; None leaves it. Functions already on the hook stay
+    and run first. On exit, by an exception too, exactly this function is removed. It is attached
+    as permanent, so `model.reset_hooks()` inside the block does not switch it off.
+
+    Raises RuntimeError on leaving when something else took the function off the model during the
+    block, since the forward passes after that ran without it.
+    """
+    point = hook_point(model, name)
+
+    def call(tensor: Tensor, *, hook: Any) -> Tensor | None:
+        return function(tensor)
+
+    point.add_hook(call, is_permanent=True)
+    handle = point.fwd_hooks[-1]
+    try:
+        yield point
+        replaced = _at_path(model, canonical_name(model, name)) is not point
+        lost = replaced or handle not in point.fwd_hooks
+    finally:
+        handle.hook.remove()
+        if handle in point.fwd_hooks:
+            point.fwd_hooks.remove(handle)
+    if lost:
+        raise RuntimeError(
+            f"The function at {name!r} was taken off inside the block (an SAE was spliced in there,"
+            " or hooks were reset with including_permanent=True): later forward passes ran without"
+            " it. Splice first and keep the block inside, or leave that hook alone."
+        )
+
+
+def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor, "batch pos d"]:
+    """An activation with one feature axis: `hook_z` [batch, pos, head, d_head] is flattened.
+
+    Undo it with `.reshape(activation.shape)`. Raises ValueError for any other number of axes.
+    """
+    if activation.ndim == 4:
+        return activation.flatten(start_dim=-2)
+    if activation.ndim == 3:
+        return activation
+    raise ValueError(
+        f"Expected an activation of shape [batch, position, d] or [batch, position, head, d_head],"
+        f" got {tuple(activation.shape)}."
+    )
+
+
+@contextmanager
+def flat_input(sae: Any) -> Iterator[None]:
+    """Let `sae.encode` take flattened activations: a `hook_z` SAE otherwise wants a head axis.
+
+    The SAE's own reshaping state comes back as it was.
+    """
+    names = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+    attributes = sae.__dict__
+    state = {name: attributes[name] for name in names if name in attributes}
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for name in names:
+            attributes.pop(name, None)
+        attributes.update(state)
+
+
+def _repair(model: Any, name: str, path: str, point: HookPoint) -> None:
+    """Let `name` and `path` lead to `point`, the hook point in the forward pass, by every route."""
+    if point.name not in model.hook_dict:
+        point.name = path
+    registry = getattr(model, "_hook_registry", {})
+    if registry.get(name, point) is not point:
+        registry[name] = point
+    parent, _, leaf = name.rpartition(".")
+    owner = _at_path(model, parent) if parent else model
+    alias = None if owner is None else vars(owner).get(leaf)
+    if isinstance(alias, HookPoint) and alias is not point:
+        object.__setattr__(owner, leaf, point)
+
+
+def _at_path(model: Any, path: str) -> Any:
+    found = model
+    for part in path.split("."):
+        try:
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        except (AttributeError, IndexError, TypeError):
+            return None
+    return found
+
+
+def _suggestion(model: Any, name: str) -> str:
+    collect = getattr(model, "_collect_hook_aliases_from_registry", dict)
+    known = sorted({*model.hook_dict, *collect()})
+    close = get_close_matches(name, known, n=5, cutoff=0.5)
+    if close:
+        return f"Close names: {', '.join(close)}."
+    return f"It has {len(known)} hooks; list them with sorted(model.hook_dict)."

@@ -1,0 +1,217 @@
+"""A result and where it came from: provenance, strict JSON on disk, short digests.
+
+Files are whole or absent: a record is written beside its place and renamed into it. JSON is
+strict: NaN and infinities are an error that names the key, never a silent `NaN` token and never a
+silent null. A quantity that does not exist is None, and whoever makes the record says so.
+
+It does not decide what a result contains, and it draws nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DISTRIBUTIONS = (
+    "jumprelu-plugin",
+    "torch",
+    "sae-lens",
+    "transformer-lens",
+    "transformers",
+    "numpy",
+)
+_DIGEST_CHARACTERS = 16
+
+
+def provenance(
+    seed: int | None = None, model_digest: str | None = None, data_digest: str | None = None
+) -> dict[str, Any]:
+    """What a reader needs to repeat a result: versions, commit, hardware, time, seed, digests.
+
+    `git` is None when the package does not run from a git checkout that tracks it. `time_utc` is
+    ISO 8601. A package that is not installed as a distribution has version None.
+    """
+    return {
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": seed,
+        "model_digest": model_digest,
+        "data_digest": data_digest,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _DISTRIBUTIONS},
+        "git": _git(Path(__file__).resolve()),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.platform(terse=True),
+        },
+    }
+
+
+def write_json(path: str | Path, obj: Any) -> Path:
+    """Write `obj` to `path` as strict JSON, indented, in one atomic step; parents are created.
+
+    Dataclasses, paths, tensors and numpy values are written as the plain values they hold. Raises
+    ValueError (and leaves any file already there as it was) for NaN or an infinity, naming the
+    key, and TypeError for anything JSON has no form for.
+    """
+    path = Path(path)
+    text = _strict_json(obj, indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def append_jsonl(path: str | Path, obj: Any) -> Path:
+    """Append `obj` as one line of strict JSON, in one write; parents are created.
+
+    A last line that a crash left without its newline is ended first, so that it spoils itself and
+    not this record. Raises as `write_json` does, before anything is written.
+    """
+    path = Path(path)
+    line = _strict_json(obj) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode("utf-8"))
+    return path
+
+
+def digest(*items: Tensor | bytes | str | Mapping[str, Tensor] | Iterable[Any]) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 over tensors, bytes, text or nests of them.
+
+    A tensor counts with its dtype, shape and exact bits; a mapping in the order of its keys. The
+    device a tensor is on does not matter. Raises TypeError for anything else.
+    """
+    state = hashlib.sha256()
+    for item in items:
+        _feed(state, item)
+    return state.hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _feed(state: Any, item: Any) -> None:
+    if isinstance(item, Tensor):
+        plain = item.detach().cpu().contiguous()
+        state.update(f"tensor {plain.dtype} {tuple(plain.shape)}:".encode())
+        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(item, str | bytes):
+        raw = item.encode("utf-8") if isinstance(item, str) else item
+        state.update(f"{type(item).__name__} {len(raw)}:".encode())
+        state.update(raw)
+    elif isinstance(item, Mapping):
+        state.update(f"mapping {len(item)}:".encode())
+        for key in sorted(item):
+            _feed(state, key)
+            _feed(state, item[key])
+    elif isinstance(item, list | tuple):
+        state.update(f"sequence {len(item)}:".encode())
+        for part in item:
+            _feed(state, part)
+    else:
+        raise TypeError(
+            f"digest takes tensors, bytes, text, and mappings or sequences of them;"
+            f" got {type(item).__name__}."
+        )
+
+
+def _strict_json(obj: Any, indent: int | None = None) -> str:
+    plain = _plain(obj, "")
+    return json.dumps(plain, allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def _plain(obj: Any, where: str) -> Any:
+    """`obj` in JSON's own types; `where` is the key path, for the error message."""
+    if obj is None or isinstance(obj, bool | str | int):
+        return obj
+    if isinstance(obj, float):
+        if not math.isfinite(obj):
+            raise ValueError(
+                f"{where or 'The value'} is {obj}, which JSON cannot hold. Write None where the"
+                " quantity does not exist, and find the fault where it should."
+            )
+        return obj
+    if isinstance(obj, Mapping):
+        return {_key(key, where): _plain(value, f"{where}.{key}".lstrip("."))
+                for key, value in obj.items()}  # fmt: skip
+    if isinstance(obj, list | tuple):
+        return [_plain(value, f"{where}[{i}]") for i, value in enumerate(obj)]
+    if isinstance(obj, PurePath):
+        return str(obj)
+    if isinstance(obj, Tensor | np.ndarray | np.generic):
+        return _plain(obj.tolist(), where)
+    if is_dataclass(obj) and not isinstance(obj, type):
+        return _plain(asdict(obj), where)
+    raise TypeError(
+        f"{where or 'The value'} is a {type(obj).__name__}, which JSON has no form for."
+        " Turn it into numbers, text, lists and mappings first."
+    )
+
+
+def _key(key: Any, where: str) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
+    raise TypeError(f"{where or 'The record'} has the key {key!r}; JSON keys are text.")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(file: Path) -> dict[str, Any] | None:
+    # An installed copy may lie inside some other repository, whose commit would be a lie.
+    if _run_git(file, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _run_git(file, "rev-parse", "HEAD")
+    changes = _run_git(file, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else {"commit": commit, "modified": bool(changes)}
+
+
+def _run_git(file: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or None

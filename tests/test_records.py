@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jumprelu_plugin import records
+from jumprelu_plugin.records import append_jsonl, digest, provenance, write_json
+
+
+def test_write_json_round_trips_and_makes_parents(tmp_path):
+    @dataclass
+    class Run:
+        name: str
+        folder: Path
+        losses: torch.Tensor
+
+    path = tmp_path / "a" / "b" / "run.json"
+    record = {
+        "run": Run("σ", Path("x/y"), torch.tensor([1.5, 2.25])),
+        "count": np.int64(7),
+        "share": np.float32(0.5),
+        "nothing": None,
+        3: [True, (1, 2)],
+    }
+    assert write_json(path, record) == path
+    assert json.loads(path.read_text()) == {
+        "run": {"name": "σ", "folder": "x/y", "losses": [1.5, 2.25]},
+        "count": 7,
+        "share": 0.5,
+        "nothing": None,
+        "3": [True, [1, 2]],
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_json_cannot_hold_name_their_key_and_leave_the_old_file(tmp_path, bad):
+    path = write_json(tmp_path / "r.json", {"kept": 1})
+    with pytest.raises(ValueError, match=r"result\.parts\[1\]\.fvu is (nan|-?inf)"):
+        write_json(path, {"result": {"parts": [{}, {"fvu": bad}]}})
+    with pytest.raises(ValueError, match=r"losses\[0\]"):
+        write_json(path, {"losses": torch.tensor([bad])})
+    with pytest.raises(TypeError, match="sae is a object"):
+        write_json(path, {"sae": object()})
+    with pytest.raises(TypeError, match="JSON keys are text"):
+        write_json(path, {(1, 2): 0})
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "r.json", {"kept": 1})
+
+    def full_disk(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new(tmp_path):
+    path = write_json(tmp_path / "r.json", {"kept": 1})
+    with path.open() as reader:
+        write_json(path, {"new": 2})
+        assert json.load(reader) == {"kept": 1}
+    assert json.loads(path.read_text()) == {"new": 2}
+
+
+def test_append_jsonl_adds_lines_and_survives_a_torn_one(tmp_path):
+    path = tmp_path / "logs" / "steps.jsonl"
+    append_jsonl(path, {"step": 1})
+    append_jsonl(path, {"step": 2, "name": "λ"})
+    with path.open("a") as file:
+        file.write('{"step": 3, "na')  # a writer that died
+    append_jsonl(path, {"step": 4})
+    with pytest.raises(ValueError, match="loss is nan"):
+        append_jsonl(path, {"loss": float("nan")})
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    assert [json.loads(lines[i]) for i in (0, 1, 3)] == [
+        {"step": 1},
+        {"step": 2, "name": "λ"},
+        {"step": 4},
+    ]
+
+
+def test_provenance_says_what_ran_and_is_strict_json(tmp_path):
+    record = provenance(seed=17, model_digest="abc", data_digest="def")
+    assert (record["seed"], record["model_digest"], record["data_digest"]) == (17, "abc", "def")
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"sae-lens", "transformer-lens", "transformers"} <= record["versions"].keys()
+    assert record["hardware"]["threads"] == torch.get_num_threads()
+    when = datetime.fromisoformat(record["time_utc"])
+    assert when.utcoffset() == timedelta(0)
+    assert json.loads(write_json(tmp_path / "p.json", record).read_text()) == record
+
+
+def test_git_commit_is_of_the_repository_that_tracks_the_file(tmp_path):
+    def git(*arguments):
+        identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org",
+                    "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}  # fmt: skip
+        done = subprocess.run(["git", "-c", "commit.gpgsign=false", *arguments], cwd=tmp_path,
+                              check=True, capture_output=True, text=True,
+                              env={**os.environ, **identity})  # fmt: skip
+        return done.stdout.strip()
+
+    tracked, stranger = tmp_path / "tracked.py", tmp_path / "stranger.py"
+    tracked.write_text("1")
+    stranger.write_text("1")
+    assert records._git(tracked) is None
+    git("init", "-q")
+    git("add", "tracked.py")
+    git("commit", "-q", "--no-verify", "-m", "one")
+    assert records._git(tracked) == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    tracked.write_text("2")
+    assert records._git(tracked) == {"commit": git("rev-parse", "HEAD"), "modified": True}
+    assert records._git(stranger) is None
+
+
+def test_digest_is_sha256_and_tells_apart_what_differs():
+    assert digest(b"abc") == hashlib.sha256(b"bytes 3:abc").hexdigest()[:16]
+    tensor = torch.arange(6, dtype=torch.float32)
+    same = [tensor, tensor.clone(), torch.arange(12.0)[::2] / 2]  # the last is not contiguous
+    assert len({digest(t) for t in same}) == 1
+    different = [
+        tensor,
+        tensor.reshape(2, 3),
+        tensor.reshape(3, 2),
+        tensor.double(),
+        tensor.bfloat16(),
+        -tensor,
+        b"abc",
+        "abc",
+        ["ab", "c"],
+        {"a": tensor},
+        {"b": tensor},
+        torch.tensor(0.0),
+        torch.zeros(0),
+    ]
+    assert len({digest(item) for item in different}) == len(different)
+    assert digest({"a": tensor, "b": -tensor}) == digest({"b": -tensor, "a": tensor})
+    assert digest(tensor, b"x") != digest(b"x", tensor)
+    with pytest.raises(TypeError, match="got int"):
+        digest(3)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,280 @@
+"""`architecture="jumprelu"` after the import: ours to train, stock to save, quiet to import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sae_lens
+import torch
+from datasets import Dataset
+from sae_lens.config import LoggingConfig
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    get_sae_training_class,
+)
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE as StockSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.synthetic.firing_probabilities import ConstantFiringProbabilityConfig
+from sae_lens.synthetic.synthetic_model import SyntheticModelConfig
+from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
+from tiny import D_MODEL, RESIDUAL, tiny_hf, tiny_hooked, tiny_tokenizer, tiny_tokens
+
+import jumprelu_plugin
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+
+StockConfig = sae_lens.JumpReLUTrainingSAEConfig
+OURS = (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig)
+STOCK = (StockSAE, StockConfig)
+QUIET = {"log_to_wandb": False}
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    yield
+    jumprelu_plugin.register()
+
+
+def test_importing_registers_the_training_entry_alone() -> None:
+    assert jumprelu_plugin.is_registered()
+    assert SAE_TRAINING_CLASS_REGISTRY["jumprelu"] == OURS
+    assert SAE_CLASS_REGISTRY["jumprelu"] == (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig)
+    others = [cls for name, (cls, _) in SAE_TRAINING_CLASS_REGISTRY.items() if name != "jumprelu"]
+    assert others
+    assert all(c.__module__.startswith(("sae_lens.", "jumprelu_plugin.")) for c in others)
+
+
+def test_register_and_unregister_are_idempotent_and_reversible(restored: None) -> None:
+    for _ in range(3):
+        jumprelu_plugin.unregister()
+        assert SAE_TRAINING_CLASS_REGISTRY["jumprelu"] == STOCK
+        assert not jumprelu_plugin.is_registered()
+    for _ in range(3):
+        jumprelu_plugin.register()
+        assert SAE_TRAINING_CLASS_REGISTRY["jumprelu"] == OURS
+        assert jumprelu_plugin.is_registered()
+    jumprelu_plugin.unregister()
+    assert SAE_TRAINING_CLASS_REGISTRY["jumprelu"] == STOCK
+
+
+# ---------------------------------------------------------------- stock configs
+
+
+def stock_config(**fields: Any) -> StockConfig:
+    return StockConfig(**{"d_in": 23, "d_sae": 101, "l0_coefficient": 0.7, **fields})
+
+
+def test_a_stock_config_through_its_dict_trains_as_stock() -> None:
+    given = stock_config(jumprelu_bandwidth=0.043, l0_warm_up_steps=13, decoder_init_norm=0.3)
+    cfg = TrainingSAEConfig.from_dict(given.to_dict())
+    assert type(cfg) is JumpReLUTrainingSAEConfig
+    for name, value in vars(given).items():
+        if name != "metadata":
+            assert getattr(cfg, name) == value, name
+    sae = TrainingSAE.from_dict(cfg.to_dict())
+    assert type(sae) is JumpReLUTrainingSAE
+    assert_stock_behaviour(sae, given)
+
+
+def test_a_stock_config_object_trains_as_stock() -> None:
+    given = stock_config(jumprelu_bandwidth=0.043, l0_warm_up_steps=13, decoder_init_norm=0.3)
+    assert_stock_behaviour(get_sae_training_class("jumprelu")[0](given), given)
+
+
+def assert_stock_behaviour(sae: Any, given: StockConfig) -> None:
+    """Fixed λ, free decoder, θ and ε as given, SAELens' parameters and schedule."""
+    stock = StockSAE(given)
+    assert sae.get_coefficients() == stock.get_coefficients()
+    assert sae.controller is None
+    assert not sae.cfg.unit_norm_decoder
+    assert sae.bandwidth == given.jumprelu_bandwidth
+    assert {n: p.shape for n, p in sae.state_dict().items()} == {
+        n: p.shape for n, p in stock.state_dict().items()
+    }
+    torch.testing.assert_close(sae.threshold, stock.threshold, rtol=0, atol=0)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((101,), 0.3))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"jumprelu_init_threshold": 0.0},
+        {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 2.3},
+        {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 11.0},
+        {"normalize_activations": "layer_norm", "dtype": "bfloat16"},
+        {"normalize_activations": "covariance_whitening", "decoder_init_norm": None},
+        {"apply_b_dec_to_input": False, "pre_act_loss_coefficient": 3e-6},
+    ],
+)
+def test_every_stock_config_is_taken(fields: dict[str, Any]) -> None:
+    given = stock_config(**fields)
+    StockSAE(given)  # what SAELens trains, this package trains
+    sae = TrainingSAE.from_dict(given.to_dict())
+    assert type(sae) is JumpReLUTrainingSAE
+
+
+# ---------------------------------------------------------------- stock checkpoints
+
+
+def loaded_by(classes: tuple[type, type], folder: Path) -> Any:
+    """The training SAE SAELens loads from a folder with these classes registered."""
+    jumprelu_plugin.unregister()
+    if classes == OURS:
+        jumprelu_plugin.register()
+    sae = TrainingSAE.load_from_disk(folder)
+    assert (type(sae), type(sae.cfg)) == classes
+    return sae
+
+
+def assert_same_state(found: Any, expected: Any) -> None:
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def randomise(sae: Any) -> None:
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        sae.threshold.abs_()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stock_checkpoint_loads_into_ours(tmp_path: Path, restored: None, dtype: str) -> None:
+    stock = StockSAE(stock_config(dtype=dtype))
+    randomise(stock)
+    stock.save_model(tmp_path)
+    resumed = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig.from_dict(stock.cfg.to_dict()))
+    resumed.load_weights_from_checkpoint(tmp_path)
+    assert_same_state(resumed, stock)
+    # `load_from_disk` casts the threshold to the SAE's dtype on its way, with stock classes too.
+    assert_same_state(loaded_by(OURS, tmp_path), loaded_by(STOCK, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_checkpoint_loads_into_stock(tmp_path: Path, restored: None, dtype: str) -> None:
+    ours = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig.from_dict(stock_config(dtype=dtype).to_dict())
+    )
+    randomise(ours)
+    ours.save_model(tmp_path)
+    resumed = StockSAE(stock_config(dtype=dtype))
+    resumed.load_weights_from_checkpoint(tmp_path)
+    assert_same_state(resumed, ours)
+    loaded = loaded_by(STOCK, tmp_path)
+    assert_same_state(loaded, loaded_by(OURS, tmp_path))
+    assert loaded.cfg.l0_coefficient == 0.7
+
+
+# ---------------------------------------------------------------- the other runners
+
+
+def test_synthetic_runner_trains_ours() -> None:
+    torch.manual_seed(4)
+    runner = SyntheticSAERunner(
+        SyntheticSAERunnerConfig(
+            synthetic_model=SyntheticModelConfig(
+                num_features=31,
+                hidden_dim=13,
+                firing_probability=ConstantFiringProbabilityConfig(probability=0.1),
+                seed=3,
+            ),
+            sae=stock_config(d_in=13, d_sae=29),
+            training_samples=7 * 53,
+            batch_size=53,
+            eval_samples=530,
+            output_path=None,
+            checkpoint_path=None,
+            n_batches_for_norm_estimate=3,
+            logger=LoggingConfig(**QUIET),
+        )
+    )
+    assert type(runner.sae) is JumpReLUTrainingSAE
+    before = runner.sae.W_dec.detach().clone()
+    result = runner.run()
+    assert not torch.equal(result.sae.W_dec, before)
+    assert result.final_eval is not None
+
+
+def test_multi_sae_runner_trains_ours(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    model = tiny_hooked(tiny_hf(), tokenizer)
+    config = MultiSAETrainingRunnerConfig(
+        saes={
+            "stock": stock_config(d_in=D_MODEL, d_sae=41),
+            "steered": JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=43, target_l0=5),
+        },
+        hook_names=RESIDUAL,
+        context_size=13,
+        training_tokens=3 * 26,
+        train_batch_size_tokens=26,
+        store_batch_size_prompts=2,
+        n_batches_in_buffer=4,
+        n_batches_for_norm_estimate=2,
+        checkpoint_path=None,
+        output_path=str(tmp_path / "output"),
+        logger=LoggingConfig(**QUIET),
+    )
+    runner = MultiSAETrainingRunner(
+        config,
+        override_model=model,
+        override_dataset=Dataset.from_dict({"tokens": tiny_tokens(60).tolist()}),
+    )
+    assert {name: type(sae) for name, sae in runner.saes.items()} == {
+        "stock": JumpReLUTrainingSAE,
+        "steered": JumpReLUTrainingSAE,
+    }
+    before = {name: sae.W_dec.detach().clone() for name, sae in runner.saes.items()}
+    for name, sae in runner.run().items():
+        assert not torch.equal(sae.W_dec, before[name])
+        assert (sae.controller is not None) == (name == "steered")
+        assert sae.W_dec.isfinite().all()
+
+
+# ---------------------------------------------------------------- a quiet import
+
+IMPORT = """
+import json, sys
+import sae_lens
+before = set(sys.modules)
+import jumprelu_plugin
+import torch, wandb
+with open(sys.argv[1], "w") as out:
+    json.dump({
+        "new": sorted(set(sys.modules) - before),
+        "run": wandb.run is not None,
+        "cuda": torch.cuda.is_initialized(),
+        "registered": jumprelu_plugin.is_registered(),
+    }, out)
+"""
+PLOTTING = ("matplotlib", "plotly", "seaborn")
+
+
+def test_import_prints_nothing_plots_nothing_and_starts_nothing(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    package = Path(jumprelu_plugin.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(package), "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT, str(report)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""
+    found = json.loads(report.read_text())
+    assert not [m for m in found["new"] if m.split(".")[0] in PLOTTING]
+    assert not found["run"] and not found["cuda"]
+    assert found["registered"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]

@@ -1,0 +1,632 @@
+"""Decoder constraint, units, L0 control, the optimiser seam, calibration and config errors.
+
+The units are checked against the paper's training written out in NumPy float64, in the paper's own
+units; the controller on simulated plants; everything else against its definition.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from itertools import cycle, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.training.calibration import calibrate
+from jumprelu_plugin.training.control import L0Controller
+from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.training.optimizer import OptimizerSeam
+from jumprelu_plugin.training.units import LogParameter, ScaledParameter, units
+
+# ---------------------------------------------------------------- decoder rows
+
+
+def test_parallel_gradient_is_removed_row_by_row() -> None:
+    W = torch.randn(13, 7, dtype=torch.float64)
+    W /= W.norm(dim=1, keepdim=True)
+    gradient = torch.randn(13, 7, dtype=torch.float64)
+    given = gradient.clone()
+    remove_parallel_gradient_(gradient, W)
+    for row in range(13):
+        w, g = W[row].numpy(), given[row].numpy()
+        expected = g - sum(g[k] * w[k] for k in range(7)) * w
+        np.testing.assert_allclose(gradient[row].numpy(), expected, rtol=1e-13, atol=1e-14)
+    assert (gradient * W).sum(1).abs().max() < 1e-14
+
+
+def test_a_row_of_zeros_survives_normalisation() -> None:
+    W = torch.randn(13, 7) * torch.logspace(-12, 12, 13).unsqueeze(1)
+    W[5] = 0.0
+    direction = W.double() / W.double().norm(dim=1, keepdim=True)
+    normalise_rows_(W)
+    assert torch.equal(W[5], torch.zeros(7))
+    kept = torch.arange(13) != 5
+    torch.testing.assert_close(W[kept].double(), direction[kept], rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------- units
+
+
+def test_units_are_the_table() -> None:
+    assert (units("sqrt_d", 23).activation, units("sqrt_d", 23).loss) == (1.0, 1.0)
+    paper = units("unit_rms", 23)
+    assert paper.activation == pytest.approx(math.sqrt(23)) and paper.loss == 23.0
+    with pytest.raises(ValueError, match="'rms'.*sqrt_d, unit_rms"):
+        units("rms", 23)
+
+
+@pytest.mark.parametrize("parametrization", [ScaledParameter(4.8), LogParameter(4.8)])
+def test_parametrizations_invert(parametrization: nn.Module) -> None:
+    value = torch.rand(13, dtype=torch.float64) + 0.01
+    stored = parametrization.right_inverse(value)  # type: ignore[operator]
+    torch.testing.assert_close(parametrization(stored), value, rtol=1e-14, atol=0.0)
+    log = isinstance(parametrization, LogParameter)
+    expected = np.log(value.numpy() / 4.8) if log else value.numpy() / 4.8
+    np.testing.assert_allclose(stored.numpy(), expected, rtol=1e-13)
+
+
+D_IN, D_SAE, BATCH, STEPS = 19, 53, 61, 6
+RATE, SPARSITY, WARM_UP, THETA, BANDWIDTH = 5e-3, 0.006, 3, 0.11, 0.07  # in the paper's units
+
+
+def data() -> list[Tensor]:
+    g = torch.Generator().manual_seed(8)
+    mixing = torch.randn(D_IN, D_IN, generator=g)
+    return [0.7 + torch.randn(BATCH, D_IN, generator=g) @ mixing for _ in range(STEPS)]
+
+
+def paper_sae(to_input: bool) -> JumpReLUTrainingSAE:
+    torch.manual_seed(5)
+    return JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=D_IN,
+            d_sae=D_SAE,
+            l0_coefficient=SPARSITY,
+            l0_warm_up_steps=WARM_UP,
+            jumprelu_init_threshold=THETA,
+            jumprelu_bandwidth=BANDWIDTH,
+            jumprelu_ste_to_input=to_input,
+            units="unit_rms",
+            threshold_parameter="log",
+            decoder_rows="unit_norm",
+        )
+    )
+
+
+def train(sae: JumpReLUTrainingSAE, batches: list[Tensor]) -> list[float]:
+    """Every step's loss; afterwards the SAE is folded, as SAELens' runner leaves it."""
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=len(batches) * BATCH,
+            train_batch_size_samples=BATCH,
+            lr=RATE,
+            lr_end=RATE / 10,
+            n_batches_for_norm_estimate=len(batches),
+        ),
+        sae=sae,
+        data_provider=cycle(batches),
+    )
+    losses: list[float] = []
+    take_step = trainer.step
+
+    def recorded(batch: Tensor) -> Any:
+        output = take_step(batch)
+        losses.append(output.loss.item())
+        return output
+
+    trainer.step = recorded  # type: ignore[method-assign]
+    trainer.fit()
+    return losses
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+def test_training_does_not_depend_on_the_scale_of_the_data(to_input: bool) -> None:
+    batches = data()
+    one, other = paper_sae(to_input), paper_sae(to_input)
+    scale = 4.7
+    of_one, of_other = train(one, batches), train(other, [scale * b for b in batches])
+    assert of_other == pytest.approx(of_one, rel=1e-4)
+    x = batches[2]
+    active = (one.encode(x) > 0).float().sum(1).mean()
+    assert 2 < active < 40
+    expected, found = one(x).detach(), other(scale * x).detach() / scale
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+class PaperTraining:
+    """'Jumping Ahead' (arXiv 2407.14435, section 3 and appendix) in NumPy, x scaled to E‖x‖ = 1.
+
+    Loss ‖x - x̂‖² + λ‖f‖₀, θ = exp(ℓ), gradients by hand, the decoder's made tangential,
+    all clipped to norm 1 as SAELens' trainer does, Adam (0.9, 0.999, 1e-8), unit rows.
+    """
+
+    def __init__(self, sae: JumpReLUTrainingSAE, to_input: bool):
+        self.to_input = to_input
+        self.p = {
+            "W_enc": sae.W_enc.detach().double().numpy().copy(),
+            "W_dec": sae.W_dec.detach().double().numpy().copy(),
+            "b_enc": np.zeros(D_SAE),
+            "b_dec": np.zeros(D_IN),
+            "log_theta": np.full(D_SAE, math.log(THETA)),
+        }
+        self.m = {name: np.zeros_like(value) for name, value in self.p.items()}
+        self.v = {name: np.zeros_like(value) for name, value in self.p.items()}
+        self.steps = 0
+
+    def forward(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        p = self.p
+        centred = x - p["b_dec"]
+        z = centred @ p["W_enc"] + p["b_enc"]
+        theta = np.exp(p["log_theta"])
+        gate = (z > theta).astype(float)
+        return centred, z, theta, gate, (z * gate) @ p["W_dec"] + p["b_dec"]
+
+    def step(self, x: np.ndarray) -> float:
+        p, n = self.p, len(x)
+        penalty = SPARSITY * min(1.0, self.steps / WARM_UP)
+        centred, z, theta, gate, x_hat = self.forward(x)
+        loss = ((x_hat - x) ** 2).sum(1).mean() + penalty * gate.sum(1).mean()
+
+        to_x_hat = 2 * (x_hat - x) / n
+        to_f = to_x_hat @ p["W_dec"].T
+        kernel = (np.abs(z - theta) < BANDWIDTH / 2) / BANDWIDTH
+        through_jump = (theta * to_f + penalty / n) * kernel  # against θ; along z, if it may
+        to_z = gate * to_f + (through_jump if self.to_input else 0.0)
+        to_W_dec = (z * gate).T @ to_x_hat
+        to_W_dec -= (to_W_dec * p["W_dec"]).sum(1, keepdims=True) * p["W_dec"]
+        gradient = {
+            "W_enc": centred.T @ to_z,
+            "W_dec": to_W_dec,
+            "b_enc": to_z.sum(0),
+            "b_dec": to_x_hat.sum(0) - (to_z @ p["W_enc"].T).sum(0),
+            "log_theta": -through_jump.sum(0) * theta,
+        }
+        self.adam(gradient)
+        p["W_dec"] /= np.linalg.norm(p["W_dec"], axis=1, keepdims=True)
+        return float(loss)
+
+    def adam(self, gradient: dict[str, np.ndarray]) -> None:
+        self.steps += 1
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradient.values()))
+        clip = min(1.0, 1.0 / (norm + 1e-6))
+        for name, g in gradient.items():
+            g = g * clip
+            self.m[name] = 0.9 * self.m[name] + 0.1 * g
+            self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
+            m = self.m[name] / (1 - 0.9**self.steps)
+            v = self.v[name] / (1 - 0.999**self.steps)
+            self.p[name] -= RATE * m / (np.sqrt(v) + 1e-8)
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+def test_paper_units_train_as_the_paper_written_out(to_input: bool) -> None:
+    sae = paper_sae(to_input)
+    paper = PaperTraining(sae, to_input)
+    start = paper.p["W_dec"].copy()
+    batches = data()
+    norm = float(np.mean([b.double().norm(dim=1).mean() for b in batches]))
+
+    expected = [paper.step(b.double().numpy() / norm) for b in batches]
+    assert train(sae, batches) == pytest.approx(expected, rel=1e-5)
+
+    x = batches[2]
+    x_hat = paper.forward(x.double().numpy() / norm)[-1] * norm
+    found = sae(x).detach().double().numpy()
+    assert np.linalg.norm(found - x_hat) < 1e-4 * np.linalg.norm(x_hat)
+    # θ is untouched by folding: still in SAELens' units, √d_in times the paper's.
+    theta = sae.threshold.detach().double().numpy() / math.sqrt(D_IN)
+    np.testing.assert_allclose(theta, np.exp(paper.p["log_theta"]), rtol=1e-5)
+    assert np.ptp(theta) > 0.01 * THETA  # it was trained
+    assert np.linalg.norm(paper.p["W_dec"] - start) > 0.1
+    # Folding divided the decoder by the input scale, so its rows are the data's norm over √d_in.
+    rows = sae.W_dec.detach().double().norm(dim=1).numpy()
+    np.testing.assert_allclose(rows, norm / math.sqrt(D_IN), rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_decoder_rows_keep_unit_norm_while_training(path: str) -> None:
+    cfg = JumpReLUTrainingSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_path=path
+    )
+    sae = JumpReLUTrainingSAE(cfg)
+    before = sae.W_dec.detach().clone()
+    train(sae, data())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE), rtol=0, atol=1e-6)
+    assert (sae.W_dec - before).norm() > 0.1
+
+
+def test_sqrt_d_and_unit_rms_name_the_same_start() -> None:
+    """θ, ε and λ of one training, given in either units, are the same numbers inside."""
+    root = math.sqrt(D_IN)
+    common = {"d_in": D_IN, "d_sae": D_SAE}
+    paper = JumpReLUTrainingSAEConfig(
+        **common,
+        units="unit_rms",
+        l0_coefficient=SPARSITY,
+        jumprelu_init_threshold=THETA,
+        jumprelu_bandwidth=BANDWIDTH,
+    )
+    saelens = JumpReLUTrainingSAEConfig(
+        **common,
+        l0_coefficient=SPARSITY * D_IN,
+        jumprelu_init_threshold=THETA * root,
+        jumprelu_bandwidth=BANDWIDTH * root,
+    )
+    one, other = JumpReLUTrainingSAE(paper), JumpReLUTrainingSAE(saelens)
+    torch.testing.assert_close(one.threshold, other.threshold, rtol=1e-6, atol=0.0)
+    assert one.bandwidth == pytest.approx(other.bandwidth)
+    # What the config says is what is recorded, in the units it was given in.
+    assert one.cfg.to_dict()["jumprelu_init_threshold"] == THETA
+    details = one.cfg.metadata.training_architecture_details
+    assert details["jumprelu_init_threshold"] == THETA
+
+
+# ---------------------------------------------------------------- L0 control
+
+
+START = 0.1
+
+
+class Plant:
+    """log L0 follows level - slope · log λ, after a delay and with inertia (both in steps)."""
+
+    def __init__(self, slope: float, delay: int, inertia: float, noise: float = 0.0):
+        self.slope, self.inertia, self.noise = slope, inertia, noise
+        self.queue = [math.log(START)] * (delay + 1)
+        self.level = math.log(300.0)  # L0 at λ = 1
+        self.log_l0 = self.level - slope * math.log(START)
+        self.random = np.random.default_rng(1)
+
+    def answer(self, coefficient: float) -> float:
+        self.queue.append(math.log(coefficient))
+        aim = self.level - self.slope * self.queue.pop(0)
+        self.log_l0 += (aim - self.log_l0) / self.inertia
+        return math.exp(self.log_l0 + self.noise * self.random.normal())
+
+
+def control(plant: Plant, target: float, steps: int = 25_000) -> np.ndarray:
+    """log(L0 / L0*) of every step."""
+    controller = L0Controller(target=target, coefficient=START)
+    coefficient, errors = controller.coefficient, []
+    for _ in range(steps):
+        l0 = plant.answer(coefficient)
+        coefficient = controller.update(l0)
+        errors.append(math.log(l0 / target))
+    return np.array(errors)
+
+
+PLANTS = [
+    (slope, delay, inertia)
+    for slope in (0.3, 1.0, 2.0)
+    for delay in (0, 30)
+    for inertia in (1.0, 20.0, 150.0)
+]
+
+
+@pytest.mark.parametrize(("slope", "delay", "inertia"), PLANTS)
+@pytest.mark.parametrize("target", [23.0, 470.0])
+def test_control_reaches_the_target(
+    slope: float, delay: int, inertia: float, target: float
+) -> None:
+    errors = control(Plant(slope, delay, inertia), target)
+    assert np.abs(errors[-1000:]).max() < math.log(1.03)
+    # Between two crossings of the target the largest error is a swing; swings never grow.
+    crossings = np.flatnonzero(np.diff(np.sign(errors))) + 1
+    swings = [float(np.abs(part).max()) for part in np.split(errors, crossings)]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(swings)), swings[:9]
+    assert max(swings[1:], default=0.0) < 0.6 * swings[0]
+
+
+def test_control_holds_the_target_through_batch_noise() -> None:
+    errors = control(Plant(0.7, 10, 40.0, noise=0.1), 37.0)
+    assert abs(errors[-3000:].mean()) < math.log(1.03)
+
+
+def test_control_survives_l0_of_nothing_and_of_everything() -> None:
+    controller = L0Controller(target=40.0, coefficient=0.1)
+    for l0 in [0.0] * 50 + [65_536.0] * 50:
+        before = controller.coefficient
+        after = controller.update(l0)
+        assert abs(math.log(after / before)) <= controller.max_rate * (1 + 1e-9)
+    assert math.isfinite(controller.coefficient) and controller.coefficient > 0
+
+
+def test_too_many_active_latents_raise_the_coefficient_and_too_few_lower_it() -> None:
+    for l0, grows in ((80.0, True), (20.0, False)):
+        controller = L0Controller(target=40.0, coefficient=0.1)
+        for _ in range(5):
+            controller.update(l0)
+        assert (controller.coefficient > 0.1) == grows
+
+
+def test_controller_continues_from_its_state() -> None:
+    one = L0Controller(target=40.0, coefficient=0.1)
+    for l0 in (70.0, 65.3, 61.1):
+        one.update(l0)
+    other = L0Controller(target=40.0, coefficient=0.9)
+    other.load_state(one.state())
+    assert [one.update(v) for v in (59.0, 12.0)] == [other.update(v) for v in (59.0, 12.0)]
+
+
+# ---------------------------------------------------------------- the optimiser seam
+
+
+def two_models() -> tuple[nn.Linear, nn.Linear]:
+    return nn.Linear(7, 5), nn.Linear(7, 5)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(11, 7, dtype=next(model.parameters()).dtype)).pow(2).sum().backward()
+    optimizer.step()
+
+
+def test_seam_finds_the_right_optimizer_and_brackets_its_steps() -> None:
+    ours, other = two_models()
+    events: list[str] = []
+    seam = OptimizerSeam(
+        ours.weight, before=lambda: events.append("before"), after=lambda: events.append("after")
+    )
+    for_ours = torch.optim.Adam(ours.parameters())
+    for_other = torch.optim.Adam(other.parameters())
+    take_step(other, for_other)
+    assert events == [] and seam.optimizer is None
+    take_step(ours, for_ours)
+    assert seam.optimizer is for_ours
+    assert events == ["before", "after"]
+    take_step(other, for_other)
+    take_step(ours, for_ours)
+    assert events == ["before", "after"] * 2
+    assert for_ours.param_groups[0]["fused"] is True
+    assert not for_other.param_groups[0]["fused"]
+
+
+def test_seam_sees_the_parameters_before_and_after_the_update() -> None:
+    model = two_models()[0]
+    seen: list[Tensor] = []
+    note = lambda: seen.append(model.weight.detach().clone())  # noqa: E731
+    seam = OptimizerSeam(model.weight, before=note, after=note)
+    start = model.weight.detach().clone()
+    take_step(model, torch.optim.Adam(model.parameters()))
+    assert torch.equal(seen[0], start) and not torch.equal(seen[1], start)
+    assert torch.equal(seen[1], model.weight)
+    assert seam.optimizer is not None
+
+
+def test_two_seams_wait_for_two_optimizers() -> None:
+    """Two SAEs in one process may both be waiting when the first optimiser steps."""
+    models = two_models()
+    events: list[str] = []
+    seams = [
+        OptimizerSeam(
+            model.weight,
+            before=lambda n=name: events.append(f"before {n}"),
+            after=lambda n=name: events.append(f"after {n}"),
+        )
+        for name, model in zip("ab", models, strict=True)
+    ]
+    optimizers = [torch.optim.Adam(model.parameters()) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        take_step(model, optimizer)
+    assert events == ["before a", "after a", "before b", "after b"]
+    assert [seam.optimizer for seam in seams] == optimizers
+
+
+def test_seam_lets_go_of_parameters_that_are_gone() -> None:
+    ours, other = two_models()
+    events: list[str] = []
+    seam = OptimizerSeam(ours.weight, before=lambda: events.append("!"), after=lambda: None)
+    del ours
+    gc.collect()
+    take_step(other, torch.optim.Adam(other.parameters()))
+    take_step(other, torch.optim.Adam(other.parameters()))
+    assert events == [] and seam.optimizer is None
+
+
+def test_an_sae_that_is_never_stepped_can_be_freed() -> None:
+    sae = JumpReLUTrainingSAE(good_config(l0_coefficient=0.1)).train()
+    sae.training_forward_pass(
+        step_input=TrainStepInput(
+            sae_in=torch.randn(17, 7),
+            coefficients={"l0": 0.1},
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+    )
+    gone = weakref.ref(sae)
+    del sae
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}, {"fused": False}])
+def test_seam_respects_a_kernel_the_user_chose(choice: dict[str, bool]) -> None:
+    model = two_models()[0]
+    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    optimizer = torch.optim.Adam(model.parameters(), **choice)
+    take_step(model, optimizer)
+    assert seam.optimizer is optimizer
+    assert not optimizer.param_groups[0]["fused"]
+
+
+def test_seam_leaves_other_optimizers_alone() -> None:
+    model = two_models()[0]
+    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    take_step(model, optimizer)
+    assert seam.optimizer is optimizer
+    assert not optimizer.param_groups[0].get("fused")
+
+
+@pytest.mark.parametrize("already", [0, 3])
+def test_fused_update_is_the_plain_update(already: int) -> None:
+    """Also when the switch comes late, as after resuming a run that began without it."""
+    results = {}
+    for kind in ("plain", "fused", "truth"):
+        torch.manual_seed(3)
+        model = two_models()[0]
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        if kind == "truth":
+            model = model.double()
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        batches = [torch.randn(11, 7) for _ in range(9)]
+        for index, batch in enumerate(batches):
+            if kind == "fused" and index == already:
+                seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+            optimizer.zero_grad()
+            model(batch.to(model.weight.dtype)).pow(2).sum().backward()
+            optimizer.step()
+        results[kind] = model.weight.detach().double()
+        assert bool(optimizer.param_groups[0]["fused"]) == (kind == "fused")
+        assert kind != "fused" or seam.optimizer is optimizer
+    error = (results["fused"] - results["truth"]).abs().max()
+    plain = (results["plain"] - results["truth"]).abs().max()
+    floor = torch.finfo(torch.float32).eps * results["truth"].abs().max()
+    assert error <= 2 * plain + floor
+
+
+# ---------------------------------------------------------------- calibration
+
+ROWS, LATENTS = 509, 211
+
+
+def pre_activations() -> Tensor:
+    spread = torch.linspace(0.3, 2.9, LATENTS)
+    return torch.randn(ROWS, LATENTS) * spread + torch.linspace(0.1, 0.4, LATENTS)
+
+
+@pytest.mark.parametrize("asked", [7.0, 31.0, 83.0])
+def test_calibration_gives_the_asked_l0(asked: float) -> None:
+    z = pre_activations()
+    found = calibrate(z, asked, bandwidth_in_std=0.7)
+    active = (z > found.threshold).sum(0)
+    # Each latent fires on its share of the rows, right to the one row that sits on the threshold
+    # and the rounding of the rank.
+    assert (active - asked / LATENTS * ROWS).abs().max() <= 1.5
+    assert found.bandwidth == pytest.approx(0.7 * float(z.std()))
+    assert len(found.threshold.unique()) == LATENTS
+
+
+def test_calibration_never_gives_a_negative_threshold() -> None:
+    found = calibrate(pre_activations() - 1.0, 100.0, 1.0)
+    assert found.threshold.min() == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_calibration_refuses_what_is_not_finite(bad: float) -> None:
+    z = pre_activations()
+    z[3, 5] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        calibrate(z, 7.0, 1.0)
+
+
+def test_calibration_refuses_activations_that_are_all_the_same() -> None:
+    """The same token over and over: latents differ from each other, but none of them varies."""
+    same = pre_activations()[:1].expand(ROWS, -1).clone()
+    for z in (torch.full((ROWS, LATENTS), 0.3), same):
+        with pytest.raises(ValueError, match="all the same"):
+            calibrate(z, 7.0, 1.0)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def good_config(**fields: Any) -> JumpReLUTrainingSAEConfig:
+    return JumpReLUTrainingSAEConfig(**{"d_in": 7, "d_sae": 13, "target_l0": 3, **fields})
+
+
+def test_the_good_config_is_good() -> None:
+    JumpReLUTrainingSAE(good_config())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("jumprelu_init_threshold", -0.1),
+        ("jumprelu_init_threshold", math.nan),
+        ("jumprelu_bandwidth", 0.0),
+        ("jumprelu_bandwidth", -2.5),
+        ("jumprelu_bandwidth", math.nan),
+        ("target_l0", 0.0),
+        ("target_l0", -3.0),
+        ("target_l0", 14),
+        ("target_l0", math.nan),
+        ("l0_coefficient", math.nan),
+        ("jumprelu_sparsity_loss_mode", "l1"),
+        ("units", "rms"),
+        ("threshold_parameter", "exp"),
+        ("decoder_rows", "unit"),
+        ("step_path", "fast"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError) as refusal:
+        JumpReLUTrainingSAE(good_config(**{field: value}))
+    assert field in str(refusal.value)
+    assert str(value) in str(refusal.value)
+
+
+def test_a_config_without_target_or_coefficient_says_which_to_give() -> None:
+    with pytest.raises(ValueError, match=r"target_l0=40.*l0_coefficient"):
+        JumpReLUTrainingSAE(good_config(target_l0=None))
+
+
+def test_quadratic_mode_needs_a_target() -> None:
+    with pytest.raises(ValueError, match="target_l0 must be set for quadratic"):
+        JumpReLUTrainingSAE(
+            good_config(target_l0=None, l0_coefficient=0.3, jumprelu_sparsity_loss_mode="quadratic")
+        )
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_refuses_activations_that_are_not_finite(first: bool, bad: float, path: str) -> None:
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_path=path
+        )
+    )
+    sae.cfg.metadata.hook_name = "blocks.1.hook_mlp_out"
+    batches = data()
+    batches[0 if first else 2][3, 4] = bad
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_mlp_out.*NaN or infinite"):
+        train(sae, batches)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_a_step_refuses_parameters_that_are_not_finite(name: str, path: str) -> None:
+    """Found within two steps: the value reaches the loss, or through Adam every parameter."""
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=D_IN,
+            d_sae=D_SAE,
+            l0_coefficient=0.1,
+            jumprelu_init_threshold=0.4,
+            jumprelu_bandwidth=0.3,
+            normalize_activations="none",
+            step_path=path,
+        )
+    )
+    with torch.no_grad():
+        parameter = getattr(sae, name)
+        parameter[(3,) * parameter.ndim] = math.nan
+    with pytest.raises(ValueError, match="diverged"):
+        train(sae, data())
+
+
+def test_training_on_one_token_over_and_over_is_refused() -> None:
+    sae = JumpReLUTrainingSAE(good_config(d_in=D_IN, normalize_activations="none"))
+    with pytest.raises(ValueError, match="all the same"):
+        train(sae, [torch.randn(1, D_IN).expand(BATCH, -1).clone()] * 3)
