@@ -56,7 +56,9 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     ):
         refuse_used_output_folder(cfg.output_path)
         if override_model is None and is_local_model(cfg.model_name):
-            override_model = load_model(cfg.model_name, "HookedSAETransformer", cfg.llm_device)
+            override_model = load_model(
+                cfg.model_name, "HookedSAETransformer", cfg.llm_device or cfg.device
+            )
         if override_dataset is None and not cfg.dataset_path and override_model is not None:
             override_dataset = tokenized_dataset(
                 override_model.tokenizer, cfg.context_size, split="train"

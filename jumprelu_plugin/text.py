@@ -225,7 +225,10 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Documen
         verbose=False,  # documents longer than the context are cut up below
     )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [token for ids in encoded["input_ids"] for token in (*ids, *end)]
+    stream: list[int] = []
+    for ids in encoded["input_ids"]:
+        stream += [*ids, *end]
+    return stream
 
 
 def tokenized_dataset(

@@ -107,7 +107,7 @@ def assert_stock_behaviour(sae: Any, given: StockConfig) -> None:
     "fields",
     [
         {},
-        {"jumprelu_init_threshold": 0.0},
+        {"jumprelu_init_threshold": 0.37},
         {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 2.3},
         {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 11.0},
         {"normalize_activations": "layer_norm", "dtype": "bfloat16"},

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from jumprelu_plugin.objective import L0, PreActivationLoss, Step, TanhL0, reconstruction
-from jumprelu_plugin.step import choose
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
@@ -326,92 +325,67 @@ def test_on_a_gpu(kind: str) -> None:
 
 
 class Clock:
-    """A clock that only moves when a step is run."""
+    """Time that passes only when told to."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now = 17.0
 
     def __call__(self) -> float:
         return self.now
 
 
-CPU = torch.device("cpu")
-TRIAL = choose.WARM_UP_STEPS + choose.TIMED_STEPS
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(choose.time, "perf_counter", clock)
+    monkeypatch.setattr("jumprelu_plugin.step.choose.time.perf_counter", clock)
     return clock
 
 
 def run_steps(
-    choice: PathChoice, clock: Clock, steps: int, density: float, sparse: float, dense: float
+    choice: PathChoice, clock: Clock, steps: int, density: float, seconds: dict[str, float]
 ) -> list[str]:
+    """Take steps whose time depends on the path; return the paths taken."""
     taken = []
     for _ in range(steps):
-        path = choice.start(CPU)
-        clock.now += sparse if path == "sparse" else dense
+        path = choice.start(torch.device("cpu"))
+        clock.now += seconds[path]
         choice.finish(density)
         taken.append(path)
     return taken
 
 
-@pytest.mark.parametrize(("sparse", "dense", "faster"), [(0.7, 1.3, "sparse"), (1.9, 1.3, "dense")])
-def test_auto_times_both_and_keeps_the_faster(
-    clock: Clock, sparse: float, dense: float, faster: str
-) -> None:
+@pytest.mark.parametrize("fastest", ["sparse", "screened", "dense"])
+def test_auto_times_every_path_and_keeps_the_fastest(clock: Clock, fastest: str) -> None:
     choice = PathChoice("auto")
-    assert choice.measuring
-    taken = run_steps(choice, clock, 2 * TRIAL, 0.1, sparse, dense)
-    assert taken == ["sparse"] * TRIAL + ["dense"] * TRIAL
-    assert not choice.measuring
-    assert set(run_steps(choice, clock, 50, 0.1, sparse, dense)) == {faster}
+    seconds = {"sparse": 1.9, "screened": 1.7, "dense": 2.3, fastest: 0.7}
+    assert set(run_steps(choice, clock, 12, 0.03, seconds)) == {"sparse", "screened", "dense"}
+    assert set(run_steps(choice, clock, 5, 0.03, seconds)) == {fastest}
 
 
 def test_the_first_step_of_a_path_is_not_counted(clock: Clock) -> None:
     choice = PathChoice("auto")
-    run_steps(choice, clock, 1, 0.1, sparse=90.0, dense=1.0)
-    run_steps(choice, clock, 2 * TRIAL - 1, 0.1, sparse=0.5, dense=1.0)
-    assert choice.start(CPU) == "sparse"
+    slow_start = {"sparse": 90.0, "screened": 1.7, "dense": 2.3}
+    run_steps(choice, clock, 1, 0.03, slow_start)
+    run_steps(choice, clock, 11, 0.03, {**slow_start, "sparse": 0.7})
+    assert choice.current == "sparse"
 
 
-def test_one_slow_step_does_not_decide(clock: Clock) -> None:
+def test_paths_are_timed_again_when_density_has_halved_and_not_before(clock: Clock) -> None:
     choice = PathChoice("auto")
-    run_steps(choice, clock, TRIAL - 1, 0.1, sparse=0.5, dense=1.0)
-    run_steps(choice, clock, 1, 0.1, sparse=90.0, dense=1.0)
-    run_steps(choice, clock, TRIAL, 0.1, sparse=0.5, dense=1.0)
-    assert choice.start(CPU) == "sparse"
+    run_steps(choice, clock, 12, 0.2, {"sparse": 3.1, "screened": 3.3, "dense": 2.3})
+    assert choice.current == "dense"
+    now = {"sparse": 1.1, "screened": 0.9, "dense": 2.3}
+    assert set(run_steps(choice, clock, 5, 0.13, now)) == {"dense"}
+    run_steps(choice, clock, 9, 0.07, now)
+    assert choice.current == "screened"
 
 
-def test_sparse_is_tried_again_when_density_has_fallen(clock: Clock) -> None:
-    choice = PathChoice("auto")
-    run_steps(choice, clock, 2 * TRIAL, 0.30, sparse=2.0, dense=1.0)
-    still = run_steps(choice, clock, 20, 0.30 * choose.RETRY_RATIO + 0.01, sparse=2.0, dense=1.0)
-    assert set(still) == {"dense"}
-    run_steps(choice, clock, 1, 0.05, sparse=0.2, dense=1.0)  # sees the new density
-    again = run_steps(choice, clock, TRIAL + 10, 0.05, sparse=0.2, dense=1.0)
-    assert set(again) == {"sparse"}
-
-
-def test_a_second_loss_waits_for_a_further_fall(clock: Clock) -> None:
-    choice = PathChoice("auto")
-    run_steps(choice, clock, 2 * TRIAL, 0.30, sparse=2.0, dense=1.0)
-    run_steps(choice, clock, 1, 0.10, sparse=2.0, dense=1.0)
-    tried = run_steps(choice, clock, TRIAL + 20, 0.10, sparse=2.0, dense=1.0)
-    assert tried == ["sparse"] * TRIAL + ["dense"] * 20
-    run_steps(choice, clock, 1, 0.02, sparse=0.1, dense=1.0)
-    assert run_steps(choice, clock, TRIAL + 3, 0.02, sparse=0.1, dense=1.0)[-1] == "sparse"
-
-
-@pytest.mark.parametrize("forced", ["dense", "sparse"])
-def test_a_forced_path_is_never_timed(clock: Clock, forced: str) -> None:
-    choice = PathChoice(forced)
-    assert not choice.measuring
-    assert set(run_steps(choice, clock, 30, 0.5, sparse=9.0, dense=9.0)) == {forced}
+@pytest.mark.parametrize("forced", ["sparse", "screened", "dense"])
+def test_a_forced_path_is_taken_whatever_it_costs(clock: Clock, forced: str) -> None:
+    seconds = {"sparse": 1.0, "screened": 1.0, "dense": 1.0, forced: 50.0}
+    assert set(run_steps(PathChoice(forced), clock, 13, 0.03, seconds)) == {forced}
 
 
 def test_an_unknown_path_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'fast'.*auto, dense, sparse"):
+    with pytest.raises(ValueError, match="'fast'.*auto, sparse, screened, dense"):
         PathChoice("fast")

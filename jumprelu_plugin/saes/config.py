@@ -8,7 +8,8 @@ they are found from the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import sae_lens
@@ -74,6 +75,14 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         return "jumprelu"
 
 
+def with_our_fields(cfg: StockConfig) -> JumpReLUTrainingSAEConfig:
+    """The same config as our class; a stock object keeps its values and its behaviour."""
+    if isinstance(cfg, JumpReLUTrainingSAEConfig):
+        return cfg
+    values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    return JumpReLUTrainingSAEConfig(**values)
+
+
 def check(cfg: JumpReLUTrainingSAEConfig) -> None:
     """Refuse a config that cannot train.
 
@@ -90,6 +99,8 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
             "cfg.target_l0 must be set for quadratic sparsity loss mode: it is where the penalty "
             "has its minimum"
         )
+    if cfg.l0_coefficient is not None and not math.isfinite(cfg.l0_coefficient):
+        raise ValueError(f"l0_coefficient is {cfg.l0_coefficient}; it must be a finite number")
     for field in ("jumprelu_init_threshold", "jumprelu_bandwidth"):
         value = getattr(cfg, field)
         if value is not None and not value > 0:

@@ -16,12 +16,18 @@ import torch
 from jaxtyping import Float
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from jumprelu_plugin.objective import PreActivationLoss, Step, reconstruction, sparsity_term
-from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, check
+from jumprelu_plugin.saes.config import (
+    JumpReLUTrainingSAEConfig,
+    StockConfig,
+    check,
+    with_our_fields,
+)
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
@@ -41,6 +47,7 @@ from jumprelu_plugin.training.units import (
 )
 
 TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
+STORED_PARAMETERS_FILENAME = "jumprelu_stored_parameters.safetensors"
 
 # Where a steered training starts; measured in docs/results.
 START_L0_RATIO = 2.0
@@ -61,7 +68,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     cfg: JumpReLUTrainingSAEConfig  # type: ignore[assignment]
 
-    def __init__(self, cfg: JumpReLUTrainingSAEConfig, use_error_term: bool = False):
+    def __init__(self, cfg: StockConfig, use_error_term: bool = False):
+        cfg = with_our_fields(cfg)
         check(cfg)
         self.units = units(cfg.units, cfg.d_in)
         start = cfg.jumprelu_init_threshold
@@ -71,6 +79,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             use_error_term,
         )
         self.cfg = cfg
+        cfg.add_training_info_to_metadata()
         self.bandwidth = (
             None
             if cfg.jumprelu_bandwidth is None
@@ -251,7 +260,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         return self._density * d_sae
 
     def _refuse_non_finite(self, loss: Tensor, x: Tensor, step: int) -> None:
-        if torch.isfinite(loss):
+        # A latent whose b_enc or θ is NaN is selected nowhere, and the loss would not show it.
+        vectors = self.b_enc.detach().sum() + self.threshold.detach().sum()
+        if torch.isfinite(loss.detach() + 0 * vectors):
             return
         hook = self.cfg.metadata.hook_name or "the activation source"
         if not torch.isfinite(x).all():
@@ -358,8 +369,12 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save for resuming: SAELens' checkpoint files and, beside them, the controller's state."""
+        """Save for resuming: SAELens' checkpoint files and, beside them, what they do not hold."""
         saved = super().save_model(path)
+        # θ = exp(log θ) and back is not exact to the last bit; a resumed run should be.
+        as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}
+        if as_stored:
+            save_file(as_stored, Path(path, STORED_PARAMETERS_FILENAME))
         state = {
             "bandwidth": self.bandwidth,
             "controller": None if self.controller is None else self.controller.state(),
@@ -371,6 +386,11 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         super().load_weights_from_checkpoint(checkpoint_path)
         self._calibrated = self.bandwidth is not None
+        stored_file = Path(checkpoint_path, STORED_PARAMETERS_FILENAME)
+        if stored_file.exists():
+            for name, value in load_file(stored_file).items():
+                if parametrized(self, name) is not None:
+                    stored(self, name).data.copy_(value)
         state_file = Path(checkpoint_path, TRAINING_STATE_FILENAME)
         if not state_file.exists():  # a stock checkpoint
             return

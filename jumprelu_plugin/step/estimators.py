@@ -42,7 +42,8 @@ class _JumpReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         z, threshold = ctx.saved_tensors
-        jump = (threshold / ctx.bandwidth) * in_window(z, threshold, ctx.bandwidth) * grad
+        inside = in_window(z, threshold, ctx.bandwidth).to(grad.dtype)
+        jump = (threshold / ctx.bandwidth) * inside * grad
         to_z = (z > threshold) * grad
         if ctx.to_input:
             to_z = to_z + jump
@@ -62,7 +63,8 @@ class _Heaviside(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor, None, None]:
         z, threshold = ctx.saved_tensors
-        jump = (1.0 / ctx.bandwidth) * in_window(z, threshold, ctx.bandwidth) * grad
+        inside = in_window(z, threshold, ctx.bandwidth).to(grad.dtype)
+        jump = (1.0 / ctx.bandwidth) * inside * grad
         return (
             jump if ctx.to_input else None,
             (-jump).sum_to_size(threshold.shape),

@@ -46,9 +46,9 @@ def calibrate(
             "the first batch gave pre-activations that are NaN or infinite; check the activations "
             "of the hook, and that the model runs in a dtype that can hold them"
         )
-    spread = z.std().item()
-    if spread == 0:
+    if (z == z[:1]).all():
         raise ValueError("the first batch's activations are all the same: nothing to learn from")
+    spread = z.std().item()
     batch, d_sae = z.shape
     share = min(0.5, start_l0 / d_sae)
     rank = max(1, round(share * batch))

@@ -36,7 +36,7 @@ class L0Controller:
 
     target: float
     coefficient: float
-    integral_gain: float = 0.03
+    integral_gain: float = 0.003
     proportional_gain: float = 0.3
     trim_gain: float = 0.02
     smoothing: float = 0.1

@@ -35,28 +35,34 @@ class OptimizerSeam:
     ):
         self.optimizer: torch.optim.Optimizer | None = None
         self._owned = weakref.ref(owned)
-        self._before = before
-        self._after = after
+        self._before = _held_weakly(before)
+        self._after = _held_weakly(after)
         self._fuse = fuse
-        self._search = register_optimizer_step_pre_hook(self._look_at)
+        self._search = register_optimizer_step_pre_hook(_weakly(self, OptimizerSeam._look_at))
+        # Nobody can step parameters that are gone.
+        weakref.finalize(owned, self._search.remove)
 
     def close(self) -> None:
         """Stop listening to other optimisers' steps."""
         self._search.remove()
 
-    def _look_at(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _look_at(self, optimizer: torch.optim.Optimizer) -> None:
         owned = self._owned()
-        if owned is None:
-            return self.close()
+        if owned is None or self.optimizer is not None:
+            return
         if not any(p is owned for group in optimizer.param_groups for p in group["params"]):
             return
-        self.close()
         self.optimizer = optimizer
         if self._fuse:
             _fuse(optimizer)
-        self._before()
+        # This step's own pre-hooks run after the search, so the new one is called for it too.
         optimizer.register_step_pre_hook(lambda *_: self._before())
-        optimizer.register_step_post_hook(lambda *_: self._after())
+        optimizer.register_step_post_hook(lambda *_: self._stepped())
+
+    def _stepped(self) -> None:
+        # Only now: PyTorch walks through the search hooks while they run.
+        self.close()
+        self._after()
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
@@ -67,3 +73,29 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
         floating = all(torch.is_floating_point(p) for p in group["params"])
         if isinstance(optimizer, torch.optim.Adam) and unset and plain and floating:
             group["fused"] = True
+
+
+def _weakly(seam: OptimizerSeam, method: Callable[..., None]) -> Callable[..., None]:
+    """A step hook that does not keep the seam alive."""
+    reference = weakref.ref(seam)
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            method(alive, optimizer)
+
+    return hook
+
+
+def _held_weakly(callback: Callable[[], None]) -> Callable[[], None]:
+    """A bound method that does not keep its object alive; any other callable as it is."""
+    if not hasattr(callback, "__self__"):
+        return callback
+    method = weakref.WeakMethod(callback)
+
+    def call() -> None:
+        alive = method()
+        if alive is not None:
+            alive()
+
+    return call
