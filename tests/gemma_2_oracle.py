@@ -7,6 +7,7 @@ route's rounding from a route's mistake. No cache, no batching tricks: for tests
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,13 @@ from transformers import Gemma2ForCausalLM
 
 def gemma_2_in_float64(plain: Gemma2ForCausalLM, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits (batch, length, vocabulary) and the residual stream after every block."""
-    config = plain.config
+    config: Any = plain.config
     weights = {name: weight.detach().double() for name, weight in plain.state_dict().items()}
     length = tokens.shape[1]
     theta = config.rope_parameters["rope_theta"]
-    # The tables are float32 in both libraries, so their rounding belongs to the model.
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    angles = torch.outer(torch.arange(length).float(), 1.0 / theta**exponents)
-    cos, sin = angles.cos().double(), angles.sin().double()
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponents)
+    cos, sin = angles.cos(), angles.sin()
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
 
     def norm(x: Tensor, name: str) -> Tensor:

@@ -96,6 +96,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             else None
         )
         self._calibrated = start is not None and cfg.jumprelu_bandwidth is not None
+        self._has_loaded_weights = False
         self._seam: OptimizerSeam | None = None
         self._path = PathChoice(cfg.step_path)
         self._density = 1.0
@@ -293,12 +294,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if not torch.isfinite(sample).all():
             self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
         if self.cfg.apply_b_dec_to_input:
-            set_value(self, "b_dec", sample.mean(0))
+            if not self._has_loaded_weights:
+                set_value(self, "b_dec", sample.mean(0))
             sample = sample - self.b_dec
         z = sample @ _full_precision(self.W_enc) + self.b_enc
         start_l0 = START_L0_RATIO * (self.cfg.target_l0 or 0.05 * self.cfg.d_sae)
         found = calibrate(z, start_l0, BANDWIDTH_IN_STD)
-        if self.cfg.jumprelu_init_threshold is None:
+        if self.cfg.jumprelu_init_threshold is None and not self._has_loaded_weights:
             set_value(self, "threshold", found.threshold)
         if self.bandwidth is None:
             self.bandwidth = found.bandwidth
@@ -360,6 +362,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
+        self._has_loaded_weights = True  # calibration must not overwrite them
         state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
         for name in self._parametrized():
             how = parametrized(self, name)
