@@ -171,7 +171,7 @@ def _build_hooked(hooked_class: Any, name: str, folder: Path | None, device: str
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    return hooked.to(device)
+    return hooked.to(device, print_details=False)
 
 
 def _hooked_gemma_2_config(config: Any, name: str, folder: Path, device: str) -> Any:

@@ -67,7 +67,7 @@ def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=61,
         attn_logit_softcapping=1.3,
         final_logit_softcapping=2.9,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=0.03,
         rope_parameters={"rope_type": "default", "rope_theta": 777.0},
         initializer_range=0.4,
         pad_token_id=0,
@@ -138,6 +138,17 @@ def test_residual_stream_is_transformers_hidden_state(
         hidden = plain_embedded(tokens, output_hidden_states=True).hidden_states[3]
     _, after_blocks = gemma_2_in_float64(plain_embedded, tokens)
     assert_as_exact_as(cache[hook], hidden, after_blocks[2])
+
+
+@pytest.mark.parametrize("class_name", HOOKED)
+def test_weights_are_unprocessed(class_name: str, odd_folder: Path) -> None:
+    plain = Gemma2ForCausalLM.from_pretrained(odd_folder)
+    model = load_model(odd_folder, class_name)
+    layer, block = plain.model.layers[1], model.blocks[1]
+    assert torch.equal(block.mlp.W_in, layer.mlp.up_proj.weight.T)
+    assert torch.equal(block.mlp.W_out, layer.mlp.down_proj.weight.T)
+    assert torch.equal(block.ln2.w, 1 + layer.pre_feedforward_layernorm.weight)
+    assert torch.equal(model.unembed.W_U, plain.lm_head.weight.T)
 
 
 @pytest.mark.parametrize("class_name", HOOKED)
