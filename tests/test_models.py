@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_residual_stream_is_transformers_hidden_state(
 
 @pytest.mark.parametrize("class_name", HOOKED)
 def test_weights_are_unprocessed(class_name: str, odd_folder: Path) -> None:
-    plain = Gemma2ForCausalLM.from_pretrained(odd_folder)
+    plain: Any = Gemma2ForCausalLM.from_pretrained(odd_folder)
     model = load_model(odd_folder, class_name)
     layer, block = plain.model.layers[1], model.blocks[1]
     assert torch.equal(block.mlp.W_in, layer.mlp.up_proj.weight.T)
