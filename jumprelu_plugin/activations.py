@@ -109,6 +109,12 @@ class ResumableActivationsStore(ActivationsStore):
         for sequence in super()._iterate_tokenized_sequences():
             self._sequences_read += 1
             yield sequence
+        if not self._sequences_read:
+            raise ValueError(
+                f"too little text: the dataset's {self.n_dataset_processed} documents do not fill "
+                f"one sequence of context_size {self.context_size}; give more text or a smaller "
+                "context_size"
+            )
 
     @override
     def _iterate_filtered_activations(self) -> Generator[Tensor, None, None]:

@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, logger
 from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.load_model import load_model as load_hub_model
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from jumprelu_plugin.activations import resumable
-from jumprelu_plugin.models import load_model, local_folder
+from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
 from jumprelu_plugin.text import tokenized_dataset
 from jumprelu_plugin.trainer import JumpReLUTrainer
 
@@ -39,8 +43,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
     Args:
         cfg: SAELens' runner config. `model_name` may also be the embedded model's name or a folder
-            with a model and its tokenizer; an empty `dataset_path` then means the text of the
-            `demo` extra.
+            with a model and its tokenizer. An empty `dataset_path` means the text of the `demo`
+            extra.
         override_dataset, override_model, override_sae: as in SAELens.
         metrics_path: where to append the metrics as JSON lines; `metrics.jsonl` in the output
             folder by default. Every line is complete when it is written. A run that is not resumed
@@ -50,9 +54,10 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             (`activations.py` gives the size).
 
     Raises:
-        ValueError: the hook does not exist, its width is not the SAE's d_in, the output folder
-            already holds an SAE, the text is empty, or the checkpoint to resume is of another SAE.
-        FileNotFoundError: there is no such model folder, or no such checkpoint.
+        ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
+            than the model's, the output folder already holds an SAE, there is no text, or the
+            checkpoint to resume is of another SAE.
+        OSError: the model cannot be had, or there is no such checkpoint.
     """
 
     def __init__(
@@ -67,19 +72,18 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         refuse_empty_text(override_dataset)
-        if override_model is None and local_folder(cfg.model_name) is not None:
-            override_model = load_model(
-                cfg.model_name, hooked_class(cfg.model_class_name), cfg.llm_device or cfg.device
-            )
-        if override_model is not None:
-            refuse_wrong_hook(override_model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
-        if override_dataset is None and not cfg.dataset_path and override_model is not None:
-            override_dataset = tokenized_dataset(
-                override_model.tokenizer, cfg.context_size, split="train"
-            )
+        ours = override_model is None and override_dataset is None
+        model = language_model(cfg) if override_model is None else override_model
+        refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        refuse_long_context(model, cfg.context_size)
+        if override_dataset is None and not cfg.dataset_path:
+            override_dataset = tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
         torch.manual_seed(cfg.seed)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
-        refuse_wrong_hook(self.model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        try:
+            with quiet() if ours else nullcontext():
+                super().__init__(cfg, override_dataset, model, override_sae)
+        except StopIteration:  # from the first look at a dataset that was read from dataset_path
+            refuse_empty_text([])
         self.activations_store = resumable(self.activations_store, cfg, save_buffer)
         self.evaluator.activations_store = self.activations_store
         if metrics_path is None and cfg.output_path is not None:
@@ -121,9 +125,40 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
                 file.replace(output / file.name)
 
 
-def hooked_class(model_class_name: str) -> str:
-    """The class a local model is loaded as: SAELens' default can also splice SAEs in."""
-    return "HookedSAETransformer" if model_class_name == "HookedTransformer" else model_class_name
+def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+    """The model a config names: ours or a folder's through `models`, a hub's as SAELens loads it.
+
+    A folder is loaded as HookedSAETransformer where `model_class_name` is left at SAELens' default.
+    """
+    name, kind, device = cfg.model_name, cfg.model_class_name, cfg.llm_device or cfg.device
+    if local_folder(name) is not None:
+        kind = "HookedSAETransformer" if kind == "HookedTransformer" else kind
+        return load_model(name, kind, device)
+    with hub_errors_explained(name):
+        return load_hub_model(
+            kind, name, device, cfg.model_from_pretrained_kwargs, hook_names=[cfg.hook_name]
+        )
+
+
+def refuse_long_context(model: Any, context_size: int) -> None:
+    """Raise ValueError for sequences longer than the model takes."""
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and context_size > longest:
+        raise ValueError(
+            f"context_size is {context_size}, but the model takes at most {longest} tokens: set "
+            f"context_size={longest} or less"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without SAELens' warnings that the config does not name what overrides it: here it does."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def refuse_empty_text(dataset: Any) -> None:

@@ -7,6 +7,7 @@ made between steps, and are made when the run is interrupted.
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
@@ -33,8 +34,9 @@ PROGRESS_EVERY = 10
 class JumpReLUTrainer(SAETrainer[Any, Any]):
     """`SAETrainer` with a telling progress bar and, if `metrics_path` is set, JSON lines.
 
-    A line is written every `cfg.logger.wandb_log_frequency` steps and holds exactly what SAELens
-    would give wandb at that step, and the step.
+    A line is written every `cfg.logger.wandb_log_frequency` steps, and one at the end of every
+    `cfg.feature_sampling_window`. It holds the numbers SAELens gives wandb at that step, and the
+    step; a number that is not finite is null.
 
     SIGINT (Ctrl-C) and SIGTERM end a run after the step it is in, with a checkpoint if
     `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. Before the end of the
@@ -55,9 +57,38 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         output = super().step(batch)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
-            metrics = self.build_train_step_log_dict(output, self.n_training_samples)
-            append_jsonl(self.metrics_path, {"step": self.n_training_steps, **metrics})
+            self._record(self.build_train_step_log_dict(output, self.n_training_samples))
         return output
+
+    # ---------------------------------------------------------------- metrics
+
+    @override
+    def full_sparsity_window_log(self) -> dict[str, Any]:
+        log = super().full_sparsity_window_log()
+        if log:
+            self._record(log)
+        return log
+
+    @override
+    def _build_sparsity_log_dict(self) -> dict[str, Any]:
+        if self.cfg.logger.log_to_wandb:
+            return super()._build_sparsity_log_dict()
+        # SAELens makes a wandb histogram here even for a run without wandb.
+        return {
+            "metrics/mean_log10_feature_sparsity": self.log_feature_sparsity.mean().item(),
+            "sparsity/below_1e-5": (self.feature_sparsity < 1e-5).sum().item(),
+            "sparsity/below_1e-6": (self.feature_sparsity < 1e-6).sum().item(),
+        }
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        if self.metrics_path is None:
+            return
+        numbers = {
+            name: value if math.isfinite(value) else None
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
+        append_jsonl(self.metrics_path, {"step": self.n_training_steps, **numbers})
 
     # ---------------------------------------------------------------- interruption
 
