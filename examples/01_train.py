@@ -1,7 +1,10 @@
 """Train a JumpReLU SAE with SAELens' own runner. The plugin adds one import and one config.
 
-Writes ./output/01_train: a stock SAELens folder, which examples 03 to 05 load.
+Writes ./output/01_train: a stock SAELens folder, which the next examples load.
+JUMPRELU_EXAMPLE_STEPS=1000 in the environment trains longer.
 """
+
+import os
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
@@ -13,7 +16,8 @@ from jumprelu_plugin.text import tokenized_dataset
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 1024
 TARGET_L0 = 32  # how many latents should be active on a token
-STEPS = 100  # a taste; 1,000 and more for a dictionary worth looking at
+# A taste; 1,000 and more for a dictionary worth looking at.
+STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "100"))
 BATCH = 1024  # tokens in a step
 CONTEXT = 128  # tokens in a sequence
 OUTPUT = "output/01_train"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,14 @@ from jumprelu_plugin.models import load_model
 from jumprelu_plugin.recipes import recipe
 from jumprelu_plugin.runner import JumpReLUTrainingRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
 
-@pytest.fixture(autouse=True)
-def plain_output(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread (quicker at these sizes), and no line breaks in messages."""
+
+@pytest.fixture
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line breaks in messages."""
     monkeypatch.setenv("TERMINAL_WIDTH", "2000")
     monkeypatch.setenv("COLUMNS", "2000")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,10 @@ from jumprelu_plugin.activations import MixingBuffer, resumable
 from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.runner import JumpReLUTrainingRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, CONTEXT, STEPS, D_SAE = 31, 13, 500, 41
 ROWS = 67  # 804 rows of activations an epoch, 15,500 in a run: several times through the text
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order, here and in the subprocesses; and quicker at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
