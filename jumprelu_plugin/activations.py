@@ -166,15 +166,15 @@ class ResumableActivationsStore(ActivationsStore):
         self._dataloader = buffer
         torch.set_rng_state(state["random_state"])
 
-    def _skip_to(self, sequence: int) -> None:
-        self.iterable_sequences = self._iterate_tokenized_sequences()
-        for _ in islice(self.iterable_sequences, sequence):
-            pass
-        if self._sequences_read != sequence:
+    def _skip_to(self, place: int) -> None:
+        sequences = self._iterate_tokenized_sequences()
+        skipped = sum(1 for _ in islice(sequences, place))
+        if skipped != place:
             raise ValueError(
-                f"the checkpoint was made {sequence} sequences into the text, and this text has "
-                f"{self._sequences_read}: give the dataset and context_size the run started with"
+                f"the checkpoint was made {place} sequences into the text, and this text has "
+                f"{skipped}: give the dataset and context_size the run started with"
             )
+        self.iterable_sequences, self._sequences_read = sequences, place
 
 
 def resumable(

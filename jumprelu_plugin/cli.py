@@ -31,6 +31,13 @@ class Commands(TyperGroup):
             if isinstance(error, BrokenPipeError) or os.environ.get("JUMPRELU_TRACEBACK"):
                 raise
             raise UserError(str(error)) from error
+        except Exception as error:
+            from sae_lens.training._interruption import InterruptedException
+
+            if not isinstance(error, InterruptedException):
+                raise
+            typer.echo(error, err=True)
+            raise typer.Exit(130) from error
 
 
 app = typer.Typer(
@@ -83,8 +90,6 @@ def train(
     --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
     it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
-    from sae_lens.training._interruption import InterruptedException
-
     from jumprelu_plugin.flags import parse_flags
     from jumprelu_plugin.recipes import recipe as find_recipe
     from jumprelu_plugin.runner import JumpReLUTrainingRunner
@@ -94,12 +99,7 @@ def train(
     if recipe is not None:
         defaults += find_recipe(recipe).flags()
     # The user's own flags come last, and the last one counts.
-    cfg = parse_flags([*defaults, *given])
-    try:
-        JumpReLUTrainingRunner(cfg, save_buffer=save_buffer).run()
-    except InterruptedException as interruption:
-        typer.echo(interruption, err=True)
-        raise typer.Exit(130) from interruption
+    JumpReLUTrainingRunner(parse_flags([*defaults, *given]), save_buffer=save_buffer).run()
 
 
 @app.command()

@@ -115,7 +115,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     def _stop(self) -> None:
         if self.cfg.checkpoint_path is None:
-            raise InterruptedException("interrupted; nothing was saved: checkpoint_path is None")
+            raise InterruptedException("interrupted; nothing was saved (checkpoint_path is None)")
         name = str(self.n_training_samples)
         self.save_checkpoint(checkpoint_name=name)
         folder = Path(self.cfg.checkpoint_path, name)

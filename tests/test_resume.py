@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
@@ -88,8 +88,8 @@ def assert_same_sae(found: JumpReLUTrainingRunner, expected: JumpReLUTrainingRun
 
 
 def steps_logged(folder: Path) -> list[int]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "losses/overall_loss" in line]
 
 
 # ---------------------------------------------------------------- the stream of activations
@@ -187,6 +187,35 @@ def test_a_checkpoint_of_a_longer_text_is_refused(model: Any, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"sequences into the text.* 6: give the dataset"):
         run(model, again, token_rows(6))
     assert not (tmp_path / "b").exists()
+
+
+def test_checkpoints_are_exchanged_with_saelens_own_runner(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # its handlers would outlive the test
+    steps = {"training_tokens": 60 * BATCH}
+
+    def theirs(cfg: Any) -> Any:
+        return LanguageModelSAETrainingRunner(cfg, token_rows(), model).run()
+
+    def ours(cfg: Any) -> Any:
+        return run(model, cfg, token_rows()).sae
+
+    for name, first, second in (("a", theirs, ours), ("b", ours, theirs)):
+        first(config(tmp_path / name, n_checkpoints=1, **steps))
+        (checkpoint,) = (tmp_path / name / "checkpoints").glob("*/*")
+        again = config(tmp_path / name / "again", resume_from_checkpoint=str(checkpoint), **steps)
+        assert second(again).W_dec.isfinite().all()
+        assert (tmp_path / name / "again" / "output" / "cfg.json").exists()
+
+
+def test_a_prefetching_run_is_saved_and_resumed(model: Any, tmp_path: Path) -> None:
+    steps = {"training_tokens": 60 * BATCH, "prefetch_llm_batches": 2}
+    cfg = config(tmp_path, n_checkpoints=1, **steps)
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    again = config(tmp_path / "again", resume_from_checkpoint=str(checkpoint), **steps)
+    assert run(model, again, token_rows()).trainer.n_training_samples == 60 * BATCH
 
 
 # ---------------------------------------------------------------- real signals
