@@ -27,6 +27,7 @@ from jumprelu_plugin import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.activations import MixingBuffer, resumable
 from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.trainer import JumpReLUTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,6 +217,40 @@ def test_a_prefetching_run_is_saved_and_resumed(model: Any, tmp_path: Path) -> N
     (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
     again = config(tmp_path / "again", resume_from_checkpoint=str(checkpoint), **steps)
     assert run(model, again, token_rows()).trainer.n_training_samples == 60 * BATCH
+
+
+# ---------------------------------------------------------------- whole, or not there
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("last_written", ["save_to_checkpoint", "save_trainer_state"])
+def test_a_checkpoint_that_cannot_be_finished_is_not_there(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_written: str
+) -> None:
+    owner = ActivationsStore if last_written == "save_to_checkpoint" else JumpReLUTrainer
+    monkeypatch.setattr(owner, last_written, failing)
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=10 * BATCH)
+    with pytest.raises(OSError, match="no space"):
+        run(model, cfg, token_rows())
+    assert list(Path(cfg.checkpoint_path or "").iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_finished_is_not_an_sae(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, training_tokens=10 * BATCH)
+    with monkeypatch.context() as patch:
+        # The last thing SAELens writes there; weights and config are on the disk by then.
+        patch.setattr("sae_lens.llm_sae_training_runner.json.dump", failing)
+        with pytest.raises(OSError, match="no space"):
+            run(model, cfg, token_rows())
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
+    # So the same command can be given again.
+    run(model, cfg, token_rows())
+    assert steps_logged(tmp_path / "output") == list(range(10))
 
 
 # ---------------------------------------------------------------- real signals
