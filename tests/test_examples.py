@@ -12,19 +12,20 @@ import torch
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
 STEPS = "12"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where all of them run. 01 has been run: what it trains is what others load."""
     folder = tmp_path_factory.mktemp("examples")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("JUMPRELU_EXAMPLE_STEPS", STEPS)
         runpy.run_path(str(EXAMPLES[0]), run_name="__main__")
         yield folder
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():  # SAELens' runner leaves its own
         signal.signal(number, handler)
 
