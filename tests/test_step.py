@@ -22,7 +22,7 @@ from jumprelu_plugin.step.reference import encode_dense
 from jumprelu_plugin.step.sparse import SparseEntries, encode_sparse
 
 BATCH, D_IN, D_SAE, D_OUT = 37, 23, 101, 19
-CHUNKS = {"one row": D_SAE, "less than a row": 3, "three rows": 3 * D_SAE + 5, "all": 10**9}
+CHUNKS = {"less than a row": D_SAE // 2 + 3, "three rows": 3 * D_SAE + 5, "all": 10**9}
 SPARSITY, TANH, PRE_ACT = 0.31, 0.17, 0.23
 
 
@@ -106,7 +106,7 @@ def encode(path: str, p: Problem, leaves: dict[str, Tensor], chunk: int = 10**9)
     if path == "dense":
         return encode_dense(*inputs)
     return encode_sparse(
-        *inputs, leaves["threshold"], p.bandwidth, keep_mean=True, chunk_elements=chunk
+        *inputs, leaves["threshold"], p.bandwidth, keep_mean=True, tile_bytes=8 * chunk
     )
 
 
