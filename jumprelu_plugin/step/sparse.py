@@ -10,8 +10,8 @@ through. Everywhere else the activation, the gate and all of their gradients are
     ∂W_enc   sparse^T × dense, and so is ∂W_dec
     ∂b_dec   through the encoder is -W_enc ∂b_enc: a matrix-vector product
 
-The products are PyTorch's own operators (`pattern.py`). No [batch, d_sae] tensor outlives the forward
-pass. Nothing is approximated: what is dropped is zero.
+The products are PyTorch's own operators (`pattern.py`). No [batch, d_sae] tensor outlives the
+forward pass. Nothing is approximated: what is dropped is zero.
 """
 
 from __future__ import annotations
