@@ -380,6 +380,42 @@ def test_paths_are_timed_again_when_density_has_halved_and_not_before(clock: Clo
     assert choice.current == "screened"
 
 
+@pytest.mark.parametrize(("product_seconds", "tried"), [(0.3, False), (0.1, True), (None, True)])
+def test_dense_is_tried_only_where_its_products_leave_room(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, product_seconds: float | None, tried: bool
+) -> None:
+    asked = []
+
+    def seconds(*sizes: int) -> float | None:
+        asked.append(sizes)
+        return product_seconds
+
+    monkeypatch.setattr("jumprelu_plugin.step.choose.product.seconds", seconds)
+    choice = PathChoice("auto")
+    took = {"sparse": 1.3, "screened": 1.1, "dense": 0.9}
+    paths = []
+    for _ in range(15):
+        paths.append(choice.start(torch.device("cpu"), (37, 23, 101)))
+        clock.now += took[paths[-1]]
+        choice.finish(0.03)
+    assert ("dense" in paths) == tried
+    assert choice.current == ("dense" if tried else "screened")
+    assert set(asked) == {(37, 23, 101)}
+
+
+def test_the_choice_and_its_reasons_are_logged(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="jumprelu_plugin.step.choose"):
+        run_steps(PathChoice("screened"), clock, 3, 0.03, {"screened": 1.0})
+        run_steps(
+            PathChoice("auto"), clock, 13, 0.03, {"sparse": 0.31, "screened": 0.47, "dense": 2.3}
+        )
+    forced, chosen = (record.getMessage() for record in caplog.records)
+    assert forced == "step path: screened, as asked for"
+    assert chosen.startswith("step path: sparse at 3 % density (sparse 310.0 ms, screened 470.0 ms")
+
+
 @pytest.mark.parametrize("forced", ["sparse", "screened", "dense"])
 def test_a_forced_path_is_taken_whatever_it_costs(clock: Clock, forced: str) -> None:
     seconds = {"sparse": 1.0, "screened": 1.0, "dense": 1.0, forced: 50.0}
