@@ -228,7 +228,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         threshold: Tensor,
         bandwidth: float,
     ) -> Entries:
-        path = self._path.start(x.device, (len(x), *W_enc.shape))
+        path = self._path.start(x.device, (len(x), W_enc.shape[0], W_enc.shape[1]))
         # A user's hook on the pre-activations or activations sees all of them: dense.
         if path == "dense" or self._is_watched():
             entries = encode_dense(x, W_enc, b_enc, b_pre)

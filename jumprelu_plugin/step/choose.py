@@ -119,8 +119,8 @@ class PathChoice:
         return not 1 / RETRY_FACTOR < density / self._decided_at < RETRY_FACTOR
 
     def _decide(self, density: float) -> None:
-        took = {path: self._median(path) for path in _ALL if self._seconds[path]}
-        self.current = min(took, key=took.__getitem__)
+        took: dict[Path, float] = {path: self._median(path) for path in _ALL if self._seconds[path]}
+        self.current = min(took, key=lambda path: took[path])
         self._decided_at = max(density, 1e-12)
         times = [f"{path} {1e3 * seconds:.1f} ms" for path, seconds in took.items()]
         if "dense" not in took:
