@@ -7,7 +7,8 @@ of `LanguageModelSAETrainingRunner` it
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
   - shows and records metrics, and saves everything when it is interrupted (`trainer.py`);
   - resumes exactly where it stopped (`activations.py`);
-  - writes the output folder whole.
+  - writes the output folder whole;
+  - trains transcoders, reading both hooks in one forward pass (`pair_store.py`).
 A script that keeps SAELens' own runner trains the same SAE.
 """
 
@@ -31,15 +32,21 @@ from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from jumprelu_plugin.activations import resumable
+from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
+from jumprelu_plugin.pair_scaler import PairScaler
+from jumprelu_plugin.pair_store import HookPair, PairStore
+from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.text import tokenized_dataset
 from jumprelu_plugin.trainer import JumpReLUTrainer
+from jumprelu_plugin.transcoder_evaluator import TranscoderEvaluator
 
 METRICS_FILENAME = "metrics.jsonl"
 
 
 class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
-    """Train one SAE on a hook of a language model.
+    """Train one SAE on a hook of a language model, or one transcoder on a pair of hooks.
 
     Args:
         cfg: SAELens' runner config. `model_name` may also be the embedded model's name or a folder
@@ -86,9 +93,24 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             refuse_empty_text([])
         self.activations_store = resumable(self.activations_store, cfg, save_buffer)
         self.evaluator.activations_store = self.activations_store
+        if isinstance(self.sae, JumpReLUTrainingTranscoder):
+            self._read_pairs(self.sae.cfg)
         if metrics_path is None and cfg.output_path is not None:
             metrics_path = Path(cfg.output_path, METRICS_FILENAME)
         self.metrics_path = None if metrics_path is None else Path(metrics_path)
+
+    def _read_pairs(self, transcoder: JumpReLUTranscoderTrainingConfig) -> None:
+        """Have the store give rows [input ‖ output], and evaluate what is trained on them."""
+        pair = HookPair(self.cfg.hook_name, output_hook(transcoder))
+        refuse_wrong_hook(self.model, pair.hook_out, transcoder.width_out, width_field="d_out")
+        widths = pair_widths(self.model, [pair], self.cfg.hook_head_index)
+        transcoder.metadata.hook_name_out = pair.hook_out
+        self.activations_store = PairStore.like(
+            self.activations_store, {"": pair}, widths, self.cfg.seed
+        )
+        self.evaluator = TranscoderEvaluator(  # type: ignore[assignment]
+            self.model, self.activations_store, self.cfg.n_eval_batches
+        )
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
@@ -101,6 +123,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             save_checkpoint_fn=trainer.save_checkpoint_fn,
         )
         self.trainer.metrics_path = self.metrics_path
+        if isinstance(self.sae, JumpReLUTrainingTranscoder):
+            self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
         if self.cfg.resume_from_checkpoint is not None:
             self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
         elif self.metrics_path is not None:
@@ -196,7 +220,24 @@ def refuse_used_output_folder(output_path: str | None) -> None:
         )
 
 
-def refuse_wrong_hook(model: Any, hook_name: str, d_in: int, head: int | None = None) -> None:
+def output_hook(transcoder: JumpReLUTranscoderTrainingConfig) -> str:
+    """The output hook a transcoder's config names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    hook = transcoder.hook_name_out or transcoder.metadata.hook_name_out
+    if not hook:
+        raise ValueError(
+            "a transcoder needs an output hook: set hook_name_out in its config, for example "
+            "hook_name='blocks.3.ln2.hook_normalized' with hook_name_out='blocks.3.hook_mlp_out'"
+        )
+    return hook
+
+
+def refuse_wrong_hook(
+    model: Any, hook_name: str, d_in: int, head: int | None = None, width_field: str = "d_in"
+) -> None:
     """Raise ValueError if the model has no such hook or its activations are not d_in wide."""
     if hook_name not in model.hook_dict:
         close = difflib.get_close_matches(hook_name, list(model.hook_dict), n=3, cutoff=0.5)
@@ -204,9 +245,10 @@ def refuse_wrong_hook(model: Any, hook_name: str, d_in: int, head: int | None = 
         raise ValueError(f"the model has no hook {hook_name!r}{hint}")
     width = hook_width(model, hook_name, head)
     if width != d_in:
+        flattened = " (heads flattened)" if hook_name.endswith("hook_z") else ""
         raise ValueError(
-            f"the SAE's d_in is {d_in}, but the activations at {hook_name} are {width} wide"
-            f"{' (heads flattened)' if hook_name.endswith('hook_z') else ''}: set d_in={width}"
+            f"the SAE's {width_field} is {d_in}, but the activations at {hook_name} are "
+            f"{width} wide{flattened}: set {width_field}={width}"
         )
 
 
