@@ -123,7 +123,9 @@ def shown(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
             f"{record['tokens_per_second']:.0f}",
             f"{record['share_of_one_product']:.0%}",
             "" if passes is None else f"{passes:.3f}",
-            "" if memory is None else f"{(memory['peak_bytes'] - memory['before_bytes']) / 1e6:.0f}",
+            ""
+            if memory is None
+            else f"{(memory['peak_bytes'] - memory['before_bytes']) / 1e6:.0f}",
             "" if l0 is None else f"{l0:.0f}",
         )
     return table
@@ -162,7 +164,9 @@ def main(
     work = plans(quick)
     for name, why in absent().items():
         console.print(f"left out: {name} ({why})")
-    console.print(f"about {estimated_minutes(work):.0f} minutes on {torch.get_num_threads()} threads")
+    console.print(
+        f"about {estimated_minutes(work):.0f} minutes on {torch.get_num_threads()} threads"
+    )
     origin = provenance(seed=0)
     partial = output.with_suffix(".partial")
     partial.unlink(missing_ok=True)

@@ -134,3 +134,27 @@ def sparsity_term(mode: str, *, target_l0: float | None, tanh_scale: float) -> T
     raise ValueError(
         f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of {', '.join(SPARSITY_MODES)}"
     )
+
+
+@dataclass(frozen=True)
+class ThresholdSlopes:
+    """What raising every threshold together changes: Σ_i ∂/∂θ_i by the estimators, no gradient.
+
+    Attributes:
+        l0: of the mean L0.
+        penalty: of the sparsity term, before its coefficient.
+    """
+
+    l0: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
+
+
+def threshold_slopes(term: Term, step: Step, penalty: Float[Tensor, ""]) -> ThresholdSlopes:
+    """The slopes at this batch; `penalty` is term(step), and its graph stays usable."""
+
+    def slope(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
+
+    of_penalty = slope(penalty)
+    of_l0 = of_penalty if isinstance(term, L0) else slope(step.l0().mean())
+    return ThresholdSlopes(of_l0, of_penalty)

@@ -192,7 +192,7 @@ def test_checkpoint_restores_everything(kind: str, tmp_path: Path) -> None:
     assert (restored.controller is None) == (sae.controller is None) == ("fixed" in kind)
     if sae.controller is not None and restored.controller is not None:
         assert restored.controller.state() == sae.controller.state()
-        assert restored.controller.coefficient != 0.1
+        assert restored.controller.coefficient > 0
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
         assert torch.equal(getattr(restored, name), getattr(sae, name)), name
     for (name, found), (_, expected) in zip(
@@ -237,10 +237,13 @@ def test_fine_tuning_starts_from_the_saved_sae(kind: str, tmp_path: Path) -> Non
     for name, value in parameters_of(loaded).items():
         # One step of Adam moves a stored parameter by its learning rate, 5e-3, whatever its units;
         # a biased or log parameter shows that times √d_in or times θ, below 5e-3 · √19 · 2.
-        # A steered run also trims every threshold by one known factor.
-        steered = name == "threshold" and loaded.controller is not None
-        trim = loaded.controller.trim() if steered else 1.0
-        assert (value - before[name] * trim).abs().max() < 0.05, name
+        change = value - before[name]
+        allowed = 0.05
+        if name == "threshold" and loaded.controller is not None:
+            # A steered run also shifts all thresholds together, by up to gain · ε/2.
+            assert loaded.bandwidth is not None
+            allowed += loaded.controller.gain * loaded.bandwidth / 2
+        assert change.abs().max() < allowed, name
 
 
 def parameters_of(sae: JumpReLUTrainingSAE) -> dict[str, Tensor]:

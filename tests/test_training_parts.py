@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from itertools import cycle, pairwise
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.units import LogParameter, ScaledParameter, units
+from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
+from jumprelu_plugin.training.units import LogParameter, ScaledParameter, stored, units
 
 # ---------------------------------------------------------------- decoder rows
 
@@ -273,88 +274,193 @@ def test_sqrt_d_and_unit_rms_name_the_same_start() -> None:
 # ---------------------------------------------------------------- L0 control
 
 
-START = 0.1
+class GaussianLayer:
+    """Pre-activations of d_sae independent Gaussians, whose L0 and slopes are known exactly.
+
+    L0(s) = Σ_i Q((θ_i + s - μ_i)/σ_i); the loss without its penalty is given a slope that says what
+    an active latent is worth, so that the multiplier is known too.
+    """
+
+    def __init__(self, seed: int, d_sae: int = 211):
+        random = np.random.default_rng(seed)
+        self.mean, self.std = random.normal(size=d_sae), random.uniform(0.5, 2.0, d_sae)
+        self.threshold = random.uniform(0.0, 3.0, d_sae)
+        self.random = random
+
+    def l0(self) -> float:
+        distance = (self.threshold - self.mean) / self.std
+        return float(sum(0.5 * math.erfc(u / math.sqrt(2)) for u in distance))
+
+    def slope(self) -> float:
+        distance = (self.threshold - self.mean) / self.std
+        return -float((np.exp(-0.5 * distance**2) / (self.std * math.sqrt(2 * math.pi))).sum())
 
 
-class Plant:
-    """log L0 follows level - slope · log λ, after a delay and with inertia (both in steps)."""
-
-    def __init__(self, slope: float, delay: int, inertia: float, noise: float = 0.0):
-        self.slope, self.inertia, self.noise = slope, inertia, noise
-        self.queue = [math.log(START)] * (delay + 1)
-        self.level = math.log(300.0)  # L0 at λ = 1
-        self.log_l0 = self.level - slope * math.log(START)
-        self.random = np.random.default_rng(1)
-
-    def answer(self, coefficient: float) -> float:
-        self.queue.append(math.log(coefficient))
-        aim = self.level - self.slope * self.queue.pop(0)
-        self.log_l0 += (aim - self.log_l0) / self.inertia
-        return math.exp(self.log_l0 + self.noise * self.random.normal())
-
-
-def control(plant: Plant, target: float, steps: int = 25_000) -> np.ndarray:
-    """log(L0 / L0*) of every step."""
-    controller = L0Controller(target=target, coefficient=START)
-    coefficient, errors = controller.coefficient, []
-    for _ in range(steps):
-        l0 = plant.answer(coefficient)
-        coefficient = controller.update(l0)
-        errors.append(math.log(l0 / target))
-    return np.array(errors)
+@pytest.mark.parametrize("target", [2.3, 23.0, 130.0])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("pull", [0.0, -0.01, 0.01])
+def test_thresholds_are_shifted_to_the_target(target: float, noise: float, pull: float) -> None:
+    """Also while training pulls every threshold down or up at each step."""
+    layer = GaussianLayer(seed=3)
+    controller = L0Controller(target)
+    seen = []
+    for _ in range(400):
+        measured = layer.l0() * (1 + noise * layer.random.normal())
+        shift = controller.shift(measured, torch.tensor(layer.slope()), bandwidth=1.3)
+        assert abs(shift) <= controller.gain * 1.3 / 2 + 1e-6
+        layer.threshold += float(shift) + pull
+        seen.append(layer.l0())
+    assert abs(np.mean(seen[-200:]) - target) < 0.01 * target
 
 
-PLANTS = [
-    (slope, delay, inertia)
-    for slope in (0.3, 1.0, 2.0)
-    for delay in (0, 30)
-    for inertia in (1.0, 20.0, 150.0)
-]
+def test_an_empty_window_shifts_as_far_as_the_estimate_reaches() -> None:
+    nothing = torch.tensor(0.0)
+    for l0, direction in ((19.0, 1), (0.0, -1), (7.0, 0)):
+        controller = L0Controller(7.0)
+        furthest = direction * controller.gain * 0.4
+        assert float(controller.shift(l0, nothing, 0.8)) == pytest.approx(furthest)
 
 
-@pytest.mark.parametrize(("slope", "delay", "inertia"), PLANTS)
-@pytest.mark.parametrize("target", [23.0, 470.0])
-def test_control_reaches_the_target(
-    slope: float, delay: int, inertia: float, target: float
-) -> None:
-    errors = control(Plant(slope, delay, inertia), target)
-    assert np.abs(errors[-1000:]).max() < math.log(1.03)
-    # Between two crossings of the target the largest error is a swing; swings never grow.
-    crossings = np.flatnonzero(np.diff(np.sign(errors))) + 1
-    swings = [float(np.abs(part).max()) for part in np.split(errors, crossings)]
-    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(swings)), swings[:9]
-    assert max(swings[1:], default=0.0) < 0.6 * swings[0]
+def test_the_target_settles_geometrically() -> None:
+    controller = L0Controller(10.0, start_ratio=4.0, settle_steps=20)
+    aims = []
+    for _ in range(30):
+        aims.append(controller.aim())
+        controller.shift(controller.aim(), torch.tensor(-1.0), 0.5)
+    assert aims[0] == pytest.approx(40.0) and aims[10] == pytest.approx(20.0)
+    assert aims[20:] == [10.0] * 10
 
 
-def test_control_holds_the_target_through_batch_noise() -> None:
-    errors = control(Plant(0.7, 10, 40.0, noise=0.1), 37.0)
-    assert abs(errors[-3000:].mean()) < math.log(1.03)
-
-
-def test_control_survives_l0_of_nothing_and_of_everything() -> None:
-    controller = L0Controller(target=40.0, coefficient=0.1)
-    for l0 in [0.0] * 50 + [65_536.0] * 50:
-        before = controller.coefficient
-        after = controller.update(l0)
-        assert abs(math.log(after / before)) <= controller.max_rate * (1 + 1e-9)
-    assert math.isfinite(controller.coefficient) and controller.coefficient > 0
-
-
-def test_too_many_active_latents_raise_the_coefficient_and_too_few_lower_it() -> None:
-    for l0, grows in ((80.0, True), (20.0, False)):
-        controller = L0Controller(target=40.0, coefficient=0.1)
-        for _ in range(5):
-            controller.update(l0)
-        assert (controller.coefficient > 0.1) == grows
+def test_the_coefficient_becomes_the_multiplier() -> None:
+    """The price at which shifting every threshold together changes nothing to first order."""
+    controller = L0Controller(7.0)
+    worth, random = 0.37, np.random.default_rng(5)
+    controller.price(torch.tensor(0.0), torch.tensor(0.0))
+    assert controller.coefficient == 0.0  # an empty window measures nothing
+    for step in range(300):
+        penalty = -random.uniform(3.0, 30.0)
+        others = -worth * penalty * (1 + 0.3 * random.normal())
+        controller.price(torch.tensor(others), torch.tensor(penalty))
+        if step == 0:  # the first measurement counts in full
+            assert float(controller.coefficient) == pytest.approx(-others / penalty, rel=1e-6)
+    assert float(controller.coefficient) == pytest.approx(worth, rel=0.15)
+    for _ in range(300):  # latents that only harm are worth nothing, not less
+        controller.price(torch.tensor(-2.0), torch.tensor(-1.0))
+    assert float(controller.coefficient) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_controller_continues_from_its_state() -> None:
-    one = L0Controller(target=40.0, coefficient=0.1)
-    for l0 in (70.0, 65.3, 61.1):
-        one.update(l0)
-    other = L0Controller(target=40.0, coefficient=0.9)
+    one, other = (L0Controller(40.0, start_ratio=2.0, settle_steps=9) for _ in range(2))
+    for l0, others in ((70.0, 3.1), (65.3, 2.9), (61.1, 2.2)):
+        one.shift(l0, torch.tensor(-5.0), 0.7)
+        one.price(torch.tensor(others), torch.tensor(-5.0))
     other.load_state(one.state())
-    assert [one.update(v) for v in (59.0, 12.0)] == [other.update(v) for v in (59.0, 12.0)]
+    for controller in (one, other):
+        controller.price(torch.tensor(1.7), torch.tensor(-4.1))
+    assert one.state() == other.state()
+    assert one.shift(51.0, torch.tensor(-5.0), 0.7) == other.shift(51.0, torch.tensor(-5.0), 0.7)
+
+
+@pytest.mark.parametrize("mode", ["step", "tanh", "quadratic"])
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_steered_training_lands_on_its_target(mode: Any, path: Any) -> None:
+    """In every mode, at a learning rate that alone would carry L0 away."""
+    torch.manual_seed(3)
+    directions = nn.functional.normalize(torch.randn(67, 19), dim=1)
+    cfg = JumpReLUTrainingSAEConfig(
+        d_in=19,
+        d_sae=83,
+        target_l0=5.0,
+        jumprelu_sparsity_loss_mode=mode,
+        step_path=path,
+        l0_settle_steps=60,
+    )
+
+    def batches():
+        while True:
+            yield ((torch.rand(2048, 67) < 0.06) * (1 + torch.rand(2048, 67))) @ directions
+
+    sae = JumpReLUTrainingSAE(cfg)
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=250 * 2048,
+            train_batch_size_samples=2048,
+            lr=1e-2,
+            lr_end=0.0,
+            lr_decay_steps=50,
+            n_batches_for_norm_estimate=5,
+        ),
+        sae=sae,
+        data_provider=batches(),
+    )
+    trainer.fit()
+    with torch.no_grad():
+        x = torch.cat([next(batches()) for _ in range(8)])
+        l0 = float((sae.eval().encode(x) > 0).float().sum(1).mean())
+    assert l0 == pytest.approx(5.0, rel=0.03)
+    assert sae.controller is not None and float(sae.controller.coefficient) > 0
+
+
+# ---------------------------------------------------------------- dead latents
+
+
+@pytest.mark.parametrize("parameter", ["raw", "log"])
+def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
+    cfg = JumpReLUTrainingSAEConfig(
+        d_in=19, d_sae=83, target_l0=5.0, units="unit_rms", threshold_parameter=parameter
+    )
+    torch.manual_seed(7)
+    sae = JumpReLUTrainingSAE(cfg)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    sum(p.square().sum() + p.sum() for p in sae.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    dead = torch.zeros(83, dtype=torch.bool)
+    dead[[3, 17, 80]] = True
+    before = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec", "threshold", "b_enc")}
+    residual = torch.randn(11, 19)
+    residual[4:] = 0.0  # tokens rebuilt without an error are never drawn
+    latents, tokens = draw(dead, residual)
+    assert sorted(latents.tolist()) == [3, 17, 80]
+    assert len(set(tokens.tolist())) == 3 and tokens.max() < 4
+    centre = torch.randn(19)
+    restart_(sae, latents, residual[tokens], residual[tokens], centre, ~dead, optimizer)
+    living = before["W_enc"][:, ~dead].norm(dim=0).mean()
+    for latent, token in zip(latents.tolist(), tokens.tolist(), strict=True):
+        unit = residual[token] / residual[token].norm()
+        torch.testing.assert_close(sae.W_enc[:, latent], living * unit)
+        torch.testing.assert_close(sae.W_dec[latent] / sae.W_dec[latent].norm(), unit)
+        z = centre @ sae.W_enc[:, latent] + sae.b_enc[latent]
+        assert abs(float(z.detach())) < 1e-4
+        torch.testing.assert_close(sae.threshold[latent], before["threshold"][~dead].median())
+    for name, value in before.items():
+        axis = 1 if name == "W_enc" else 0
+        kept = (~dead).nonzero().flatten()
+        found = getattr(sae, name).detach()
+        torch.testing.assert_close(found.index_select(axis, kept), value.index_select(axis, kept))
+        moments = optimizer.state[stored(sae, name)]
+        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+            assert (moment.index_select(axis, latents) == 0).all()
+            assert (moment.index_select(axis, kept) != 0).all()
+
+
+def test_nothing_is_restarted_without_dead_latents_or_errors() -> None:
+    residual = torch.randn(5, 7)
+    assert draw(torch.zeros(11, dtype=torch.bool), residual)[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), torch.zeros(5, 7))[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), residual)[0].numel() == 5
+
+
+def test_the_firing_record_counts_silence() -> None:
+    record = FiringRecord(5)
+    dense = torch.tensor([[0.0, 1.0, 0, 0, 0], [0, 0, 2.0, 0, 0]])
+    record.update(dense)
+    record.update(torch.tensor([[0.0, 3.0, 0, 0, 0]]).to_sparse())
+    assert record.silent.tolist() == [2, 0, 1, 2, 2] and record.steps == 2
+
+
+def test_patience_gives_rare_latents_more_time() -> None:
+    assert patience(d_sae=16_384, target_l0=64.0, batch=4_096) == 50
+    assert patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 400
 
 
 # ---------------------------------------------------------------- the optimiser seam

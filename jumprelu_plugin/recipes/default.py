@@ -10,7 +10,7 @@ DEFAULT = Recipe(
     "rows are unit vectors. What JumpReLUTrainingSAEConfig does when only target_l0 is given.",
     sae={},
     runner={
-        "lr": 4e-4,  # best of the three tried (docs/results.md)
+        "lr": 3e-3,  # docs/results.md
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },

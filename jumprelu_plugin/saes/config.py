@@ -43,6 +43,13 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             when λ is steered, free otherwise.
         step_path: how a step is computed (`step.choose`). `auto` times the ways there are and takes
             the fastest; all give the same numbers.
+        start_l0_ratio, l0_settle_steps: a steered training starts at `start_l0_ratio` times the
+            target and comes down to it over this many steps. By default it asks for the target at
+            once.
+        bandwidth_in_std: where ε is taken from the data, how many standard deviations of the
+            pre-activations.
+        restart_dead_latents: start dead latents again from residuals (`training.restart`). None
+            means where λ is steered.
     """
 
     normalize_activations: Literal[
@@ -56,6 +63,10 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     threshold_parameter: Literal["raw", "log"] = "raw"
     decoder_rows: Literal["free", "unit_norm"] | None = None
     step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
+    start_l0_ratio: float = 1.0
+    l0_settle_steps: int = 0
+    bandwidth_in_std: float = 1.0
+    restart_dead_latents: bool | None = None
 
     @property
     def steers_l0(self) -> bool:
@@ -68,6 +79,11 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         if self.decoder_rows is None:
             return self.steers_l0
         return self.decoder_rows == "unit_norm"
+
+    @property
+    def restarts_dead_latents(self) -> bool:
+        """Whether dead latents are started again."""
+        return self.steers_l0 if self.restart_dead_latents is None else self.restart_dead_latents
 
     @override
     @classmethod
@@ -108,6 +124,12 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
                 f"{field} is {value}; it must be greater than 0 (leave it out in "
                 "jumprelu_plugin.JumpReLUTrainingSAEConfig to take it from the data)"
             )
+    for field in ("start_l0_ratio", "bandwidth_in_std"):
+        value = getattr(cfg, field)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{field} is {value}; it must be a finite number greater than 0")
+    if cfg.l0_settle_steps < 0:
+        raise ValueError(f"l0_settle_steps is {cfg.l0_settle_steps}; it must be 0 or more")
     if cfg.target_l0 is not None and not 0 < cfg.target_l0 <= cfg.d_sae:
         raise ValueError(
             f"target_l0 is {cfg.target_l0}; it must be greater than 0 and at most d_sae, "

@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from jumprelu_plugin.objective import PreActivationLoss, Step, reconstruction, sparsity_term
+from jumprelu_plugin.objective import (
+    PreActivationLoss,
+    Step,
+    reconstruction,
+    sparsity_term,
+    threshold_slopes,
+)
 from jumprelu_plugin.saes.config import (
     JumpReLUTrainingSAEConfig,
     StockConfig,
@@ -37,6 +43,7 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
+from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
 from jumprelu_plugin.training.units import (
     LogParameter,
     ScaledParameter,
@@ -49,10 +56,9 @@ from jumprelu_plugin.training.units import (
 TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
 STORED_PARAMETERS_FILENAME = "jumprelu_stored_parameters.safetensors"
 
-# Where a steered training starts: reasonable, not yet tuned.
-START_L0_RATIO = 2.0
-BANDWIDTH_IN_STD = 1.0
-START_COEFFICIENT = 0.1
+# A dead latent is started again only while the learning rate is at least this share of its peak:
+# later it could no longer learn.
+RESTART_ABOVE_RATE = 0.5
 
 
 class JumpReLUTrainingSAE(StockTrainingSAE):
@@ -87,11 +93,11 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         )
         self.sparsity = sparsity_term(
             cfg.jumprelu_sparsity_loss_mode,
-            target_l0=cfg.target_l0,
+            target_l0=_quadratic_centre(cfg),
             tanh_scale=cfg.jumprelu_tanh_scale,
         )
         self.controller = (
-            L0Controller(target=cfg.target_l0, coefficient=START_COEFFICIENT)
+            L0Controller(cfg.target_l0, cfg.start_l0_ratio, cfg.l0_settle_steps)
             if cfg.steers_l0 and cfg.target_l0 is not None
             else None
         )
@@ -100,6 +106,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._seam: OptimizerSeam | None = None
         self._path = PathChoice(cfg.step_path)
         self._density = 1.0
+        self._shift: Tensor | None = None  # of the thresholds, due after this step's update
+        self._firing = FiringRecord(cfg.d_sae) if cfg.restarts_dead_latents else None
+        self._latest: tuple[Tensor, Tensor] | None = None  # encoder input and residual
         self._parametrize()
 
     # ---------------------------------------------------------------- parameters
@@ -170,7 +179,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         W_enc, b_enc, W_dec, b_dec = map(
             _full_precision, (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         )
-        threshold, bandwidth = self.threshold, self.bandwidth
+        # A node of its own in the graph, so that the gradient of θ can be listened to.
+        threshold, bandwidth = self.threshold.view(-1), self.bandwidth
         assert bandwidth is not None  # set by the first step at the latest
         to_input = self.cfg.jumprelu_ste_to_input
 
@@ -189,14 +199,19 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         step = Step(
             entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
         )
-        losses = self._losses(step, x_hat, _full_precision(target), step_input)
+        target = _full_precision(target)
+        coefficient = self._coefficient(step_input)
+        penalty = self.sparsity(step)
+        losses = self._losses(step, x_hat, target, coefficient * penalty)
         feature_acts = entries.as_matrix(activations, where=activations > 0)
         l0 = self._measure_l0(feature_acts)
         loss = torch.stack(list(losses.values())).sum()
         self._refuse_non_finite(loss, rows, step_input.n_training_steps)
-        coefficient = self._coefficient(step_input)
-        if self.controller is not None and self.training:
-            self.controller.update(l0)
+        if self.training and loss.requires_grad:
+            self._steer(step, penalty, l0)
+            if self._firing is not None:
+                self._firing.update(feature_acts)
+                self._latest = x, (target - x_hat).detach()
         return TrainStepOutput(
             sae_in=target,
             sae_out=x_hat,
@@ -208,9 +223,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         )
 
     def _losses(
-        self, step: Step, x_hat: Tensor, target: Tensor, step_input: TrainStepInput
+        self, step: Step, x_hat: Tensor, target: Tensor, sparsity: Tensor
     ) -> dict[str, Tensor]:
-        sparsity = self._coefficient(step_input) * self.sparsity(step)
         losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
         if self.cfg.pre_act_loss_coefficient is not None:
             pre_act = self.cfg.pre_act_loss_coefficient * PreActivationLoss()(step)
@@ -219,9 +233,23 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             losses = {name: loss / self.units.loss for name, loss in losses.items()}
         return losses
 
-    def _coefficient(self, step_input: TrainStepInput) -> float:
+    def _coefficient(self, step_input: TrainStepInput) -> float | Tensor:
         scheduled = step_input.coefficients["l0"] * self.units.loss
         return scheduled * (1.0 if self.controller is None else self.controller.coefficient)
+
+    def _steer(self, step: Step, penalty: Tensor, l0: float) -> None:
+        """Measure what the controller needs: its shift now, λ when the gradient of θ arrives."""
+        controller = self.controller
+        if controller is None:
+            return
+        slopes = threshold_slopes(self.sparsity, step, penalty)
+        self._shift = controller.shift(l0, slopes.l0, step.bandwidth)
+        paid = controller.coefficient.to(penalty.device) * slopes.penalty
+
+        def price(gradient: Tensor) -> None:
+            controller.price(gradient.sum() - paid, slopes.penalty)
+
+        step.threshold.register_hook(price)
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -309,8 +337,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
                 set_value(self, "b_dec", sample.mean(0))
             sample = sample - self.b_dec
         z = sample @ _full_precision(self.W_enc) + self.b_enc
-        start_l0 = START_L0_RATIO * (self.cfg.target_l0 or 0.05 * self.cfg.d_sae)
-        found = calibrate(z, start_l0, BANDWIDTH_IN_STD)
+        start_l0 = 0.05 * self.cfg.d_sae if self.controller is None else self.controller.aim()
+        found = calibrate(z, start_l0, self.cfg.bandwidth_in_std)
         if self.cfg.jumprelu_init_threshold is None and not self._has_loaded_weights:
             set_value(self, "threshold", found.threshold)
         if self.bandwidth is None:
@@ -330,8 +358,39 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     def _parameters_moved(self) -> None:
         if self.cfg.unit_norm_decoder:
             normalise_rows_(self.W_dec.data)
-        if self.controller is not None:
-            set_value(self, "threshold", self.threshold * self.controller.trim())
+        if self._shift is not None:
+            # At most halved, so that a logarithm stays finite.
+            moved = torch.maximum(self.threshold + self._shift, 0.5 * self.threshold)
+            set_value(self, "threshold", moved)
+            self._shift = None
+        # Also after the last step: below 0, an active latent could be negative.
+        self._keep_threshold_positive()
+        if self._firing is not None:
+            self._restart_dead_latents(self._firing)
+
+    def _restart_dead_latents(self, firing: FiringRecord) -> None:
+        optimizer = None if self._seam is None else self._seam.optimizer
+        if optimizer is None or self._latest is None:
+            return
+        x, residual = self._latest
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        firing.peak_rate = max(firing.peak_rate, rate)
+        mean_l0 = self._density * self.cfg.d_sae
+        due = patience(self.cfg.d_sae, self.cfg.target_l0 or mean_l0, len(x))
+        if firing.steps % due or rate < RESTART_ABOVE_RATE * firing.peak_rate:
+            return
+        dead = firing.silent >= due
+        latents, tokens = draw(dead, residual)
+        encoders, centre = self._restart_encoders(x, residual, tokens)
+        restart_(self, latents, encoders, residual[tokens], centre, ~dead, optimizer)
+        firing.silent[latents] = 0
+
+    def _restart_encoders(
+        self, x: Tensor, residual: Tensor, tokens: Tensor
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]]:
+        """Directions in which restarted latents look, and the input that gives them z = 0."""
+        centre = torch.zeros_like(x[0]) if self.cfg.apply_b_dec_to_input else x.mean(0)
+        return residual[tokens], centre
 
     # ---------------------------------------------------------------- inference on the training SAE
 
@@ -387,11 +446,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         saved = super().save_model(path)
         # θ = exp(log θ) and back is not exact to the last bit; a resumed run should be.
         as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}
+        if self._firing is not None:
+            as_stored["silent"] = self._firing.silent
         if as_stored:
             save_file(as_stored, Path(path, STORED_PARAMETERS_FILENAME))
         state = {
             "bandwidth": self.bandwidth,
             "controller": None if self.controller is None else self.controller.state(),
+            "firing": None if self._firing is None else self._firing.state(),
         }
         Path(path, TRAINING_STATE_FILENAME).write_text(json.dumps(state))
         return saved
@@ -403,7 +465,10 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         stored_file = Path(checkpoint_path, STORED_PARAMETERS_FILENAME)
         if stored_file.exists():
             for name, value in load_file(stored_file).items():
-                if parametrized(self, name) is not None:
+                if name == "silent":
+                    if self._firing is not None:
+                        self._firing.silent = value
+                elif parametrized(self, name) is not None:
                     stored(self, name).data.copy_(value)
         state_file = Path(checkpoint_path, TRAINING_STATE_FILENAME)
         if not state_file.exists():  # a stock checkpoint
@@ -413,6 +478,19 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._calibrated = self.bandwidth is not None
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state(state["controller"])
+        if self._firing is not None and state["firing"] is not None:
+            self._firing.load_state(state["firing"])
+
+
+def _quadratic_centre(cfg: JumpReLUTrainingSAEConfig) -> float | None:
+    """Where the quadratic penalty has its minimum.
+
+    At the target, where its coefficient is fixed. A steered training is held at the target, and a
+    penalty that is flat there has no price: it is centred at half the target instead.
+    """
+    if cfg.target_l0 is None:
+        return None
+    return 0.5 * cfg.target_l0 if cfg.steers_l0 else cfg.target_l0
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

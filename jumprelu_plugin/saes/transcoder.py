@@ -133,6 +133,14 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         set_value(self, "threshold", self.threshold * factor)
         self.bandwidth *= factor
 
+    @override
+    def _restart_encoders(
+        self, x: Tensor, residual: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # The residual lies in the output's space: look for what is unusual in these inputs.
+        mean = x.mean(0)
+        return x[tokens] - mean, mean
+
     # ---------------------------------------------------------------- inference
 
     @override
