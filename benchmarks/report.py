@@ -149,7 +149,8 @@ def draw(records: Records, path: Path) -> None:
                 markersize=4,
             )
         fixed = chosen[0]
-        others = [f"{n} {fixed[n]:g}" for n in ("d_in", "d_sae", "batch", "l0") if n != name]
+        names = {"d_in": "d_in", "d_sae": "d_sae", "batch": "batch", "l0": "L0"}
+        others = [f"{shown} {fixed[n]:g}" for n, shown in names.items() if n != name]
         axis.set(xscale="log", yscale="log", xlabel=label, title=", ".join(others))
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[0].set_ylabel("seconds a training step")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +10,38 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+
+
+class UserError(typer.BadParameter):
+    """What the user can mend: said without a traceback, exit code 2."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+class Commands(TyperGroup):
+    """The subcommands, with their errors said as typer says a wrong option."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand; JUMPRELU_TRACEBACK=1 keeps the traceback of an error."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) or os.environ.get("JUMPRELU_TRACEBACK"):
+                raise
+            raise UserError(str(error)) from error
+        except Exception as error:
+            from sae_lens.training._interruption import InterruptedException
+
+            if not isinstance(error, InterruptedException):
+                raise
+            typer.echo(error, err=True)
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,14 +81,16 @@ def demo(
 def train(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
+    save_buffer: Annotated[
+        bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
+    ] = True,
 ) -> None:
     """Train with SAELens' own runner flags (--help lists them), plus our fields.
 
     --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
-    it is not given.
+    it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
-    from sae_lens.llm_sae_training_runner import _parse_cfg_args
-
+    from jumprelu_plugin.flags import parse_flags
     from jumprelu_plugin.recipes import recipe as find_recipe
     from jumprelu_plugin.runner import JumpReLUTrainingRunner
 
@@ -67,7 +99,85 @@ def train(
     if recipe is not None:
         defaults += find_recipe(recipe).flags()
     # The user's own flags come last, and the last one counts.
-    JumpReLUTrainingRunner(_parse_cfg_args([*defaults, *given])).run()
+    JumpReLUTrainingRunner(parse_flags([*defaults, *given]), save_buffer=save_buffer).run()
+
+
+@app.command()
+def train_transcoders(
+    model: Annotated[str, typer.Option(help="tiny-gemma-2, a folder, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder for layer_0, layer_1, … and a record.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 1_000_000,
+    target_l0: Annotated[float | None, typer.Option(help="Active latents a token; 24.")] = None,
+    l0_coefficient: Annotated[float | None, typer.Option(help="A fixed penalty instead.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Latents of each; 8 times d_in.")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="With a linear skip connection.")] = False,
+    layers: Annotated[str | None, typer.Option(help="Such as 0-5 or 1,3; all.")] = None,
+    hook_in: Annotated[
+        str, typer.Option(help="Input hook.")
+    ] = "blocks.{layer}.ln2.hook_normalized",
+    hook_out: Annotated[str, typer.Option(help="Output hook.")] = "blocks.{layer}.hook_mlp_out",
+    dataset: Annotated[str, typer.Option(help="Text; the demo extra's by default.")] = "",
+    recipe: Annotated[str, typer.Option(help="A recipe for transcoders.")] = "transcoder",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the recipe's.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens a step; the recipe's.")] = None,
+    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    chunk_sequences: Annotated[int, typer.Option(help="Sequences shuffled together.")] = 1024,
+    memory_gb: Annotated[float | None, typer.Option(help="Keep to this much memory.")] = None,
+    checkpoints: Annotated[int, typer.Option(help="Saved along the way.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of initialisation and data order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train one transcoder a layer in a single pass over the text.
+
+    Interrupted, the same command goes on where it stood.
+    """
+    from sae_lens.training._interruption import InterruptedException
+
+    from jumprelu_plugin.transcoder_set import TranscoderSettings
+    from jumprelu_plugin.transcoder_set import train_transcoders as run
+
+    settings = TranscoderSettings(
+        model_name=model,
+        dataset_path=dataset,
+        hook_in=hook_in,
+        hook_out=hook_out,
+        layers=None if layers is None else _layer_numbers(layers),
+        d_sae=d_sae,
+        target_l0=target_l0,
+        l0_coefficient=l0_coefficient,
+        skip=skip,
+        recipe=recipe,
+        training_tokens=tokens,
+        lr=lr,
+        batch_tokens=batch_tokens,
+        context_size=context_size,
+        chunk_sequences=chunk_sequences,
+        memory_gb=memory_gb,
+        checkpoints=checkpoints,
+        seed=seed,
+        device=device,
+    )
+    try:
+        written = run(output, settings, say=console.print)
+    except InterruptedException:
+        console.print("interrupted; the same command goes on from the last step")
+        raise typer.Exit(130) from None
+    console.print(f"written: {written}")
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    """The layers that "0-5" or "1,3,5" names.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--layers is {text!r}; give numbers such as 0-5 or 1,3,5")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
 
 
 @app.command()
@@ -160,9 +270,9 @@ def _load(sae_folder: Path, model_name: str | None) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """Run the command; what the user can mend is said in one line, not in a traceback."""
-    try:
-        app()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(1)
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,40 +1,61 @@
 """The only file that touches SAELens' registries.
 
-`register()` makes `architecture="jumprelu"` train this package's class, in every runner of SAELens.
-It replaces the *training* entry alone: what is saved is a stock `jumprelu` folder, and the entries
-that load one for inference are never touched.
+`register()` makes `architecture="jumprelu"` train this package's class, in every runner of SAELens,
+and gives `jumprelu_transcoder` and `jumprelu_skip_transcoder`, which SAELens can only load, a class
+to train. It touches *training* entries alone: what is saved is a stock folder, and the entries that
+load one for inference are never touched.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.saes.transcoder import (
+    JumpReLUTrainingSkipTranscoder,
+    JumpReLUTrainingTranscoder,
+)
+from jumprelu_plugin.saes.transcoder_config import (
+    JumpReLUSkipTranscoderTrainingConfig,
+    JumpReLUTranscoderTrainingConfig,
+)
 
-ARCHITECTURE = "jumprelu"
-_OURS = (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig)
-# What was there before us; None while we are not registered.
-_replaced = None
+_OURS: dict[str, tuple[Any, Any]] = {
+    "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
+    "jumprelu_transcoder": (JumpReLUTrainingTranscoder, JumpReLUTranscoderTrainingConfig),
+    "jumprelu_skip_transcoder": (
+        JumpReLUTrainingSkipTranscoder,
+        JumpReLUSkipTranscoderTrainingConfig,
+    ),
+}
+# What was there before us, None for an architecture nobody trained; empty while not registered.
+_replaced: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Train this package's class for `architecture="jumprelu"`. Harmless to repeat."""
-    global _replaced
-    if is_registered():
-        return
-    _replaced = SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURE]
-    SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURE] = _OURS
+    """Train this package's classes for its architectures. Harmless to repeat."""
+    for architecture, ours in _OURS.items():
+        entry = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
+        if entry != ours:
+            _replaced[architecture] = entry
+            SAE_TRAINING_CLASS_REGISTRY[architecture] = ours
 
 
 def unregister() -> None:
-    """Give `architecture="jumprelu"` back to the class that had it. Harmless to repeat."""
-    global _replaced
-    if is_registered() and _replaced is not None:
-        SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURE] = _replaced
-        _replaced = None
+    """Give the architectures back to the classes that had them. Harmless to repeat."""
+    for architecture, entry in _replaced.items():
+        if SAE_TRAINING_CLASS_REGISTRY.get(architecture) != _OURS[architecture]:
+            continue
+        if entry is None:
+            del SAE_TRAINING_CLASS_REGISTRY[architecture]
+        else:
+            SAE_TRAINING_CLASS_REGISTRY[architecture] = entry
+    _replaced.clear()
 
 
 def is_registered() -> bool:
-    """Whether `architecture="jumprelu"` trains this package's class now."""
-    return SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURE][0] is JumpReLUTrainingSAE
+    """Whether the architectures train this package's classes now."""
+    return all(SAE_TRAINING_CLASS_REGISTRY.get(name) == ours for name, ours in _OURS.items())

@@ -3,13 +3,16 @@
 from jumprelu_plugin.evaluation.loss import LanguageModelLoss, delta_lm_loss, evaluated_positions
 from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
 from jumprelu_plugin.evaluation.report import Evaluation, evaluate
+from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_spliced
 
 __all__ = [
     "Evaluation",
     "LanguageModelLoss",
     "Metrics",
+    "SplicedSet",
     "StreamingMetrics",
     "delta_lm_loss",
     "evaluate",
+    "evaluate_spliced",
     "evaluated_positions",
 ]

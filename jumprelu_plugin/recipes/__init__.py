@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from jumprelu_plugin.recipes.default import DEFAULT
 from jumprelu_plugin.recipes.gemma_scope import GEMMA_SCOPE
+from jumprelu_plugin.recipes.gemma_scope_transcoder import GEMMA_SCOPE_TRANSCODER
 from jumprelu_plugin.recipes.recipe import Recipe
+from jumprelu_plugin.recipes.transcoder import TRANSCODER
+from jumprelu_plugin.recipes.transcoder_recipe import TranscoderRecipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DEFAULT, GEMMA_SCOPE)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (DEFAULT, GEMMA_SCOPE, TRANSCODER, GEMMA_SCOPE_TRANSCODER)
+}
 
 
 def recipe(name: str) -> Recipe:
@@ -20,4 +25,29 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-__all__ = ["DEFAULT", "GEMMA_SCOPE", "RECIPES", "Recipe", "recipe"]
+def transcoder_recipe(name: str) -> TranscoderRecipe:
+    """The transcoders' recipe of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    found = RECIPES.get(name)
+    if not isinstance(found, TranscoderRecipe):
+        names = [other.name for other in RECIPES.values() if isinstance(other, TranscoderRecipe)]
+        raise ValueError(
+            f"there is no recipe {name!r} for transcoders; there are: {', '.join(names)}"
+        )
+    return found
+
+
+__all__ = [
+    "DEFAULT",
+    "GEMMA_SCOPE",
+    "GEMMA_SCOPE_TRANSCODER",
+    "RECIPES",
+    "TRANSCODER",
+    "Recipe",
+    "TranscoderRecipe",
+    "recipe",
+    "transcoder_recipe",
+]

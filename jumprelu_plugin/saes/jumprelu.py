@@ -157,7 +157,16 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         with torch.autocast(x.device.type, enabled=False):
             return self._step(x, step_input)
 
-    def _step(self, sae_in: Tensor, step_input: TrainStepInput) -> TrainStepOutput:
+    def _input_and_target(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What a batch's rows hold: here the input, which is also what is reconstructed."""
+        return rows, rows
+
+    def _decoder_offset(self, x: Tensor, b_dec: Tensor) -> Tensor:
+        """What the output holds besides the decoded latents, given the normalised input."""
+        return b_dec
+
+    def _step(self, rows: Tensor, step_input: TrainStepInput) -> TrainStepOutput:
+        sae_in, target = self._input_and_target(rows)
         W_enc, b_enc, W_dec, b_dec = map(
             _full_precision, (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         )
@@ -172,22 +181,24 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         activations = jumprelu(entries.z, theta, bandwidth, to_input)
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
-        x_hat = self.hook_sae_recons(entries.decode(activations, W_dec).add_(b_dec))
+        x_hat = self.hook_sae_recons(
+            entries.decode(activations, W_dec).add_(self._decoder_offset(x, b_dec))
+        )
         x_hat = self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
         step = Step(
             entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
         )
-        losses = self._losses(step, x_hat, _full_precision(sae_in), step_input)
+        losses = self._losses(step, x_hat, _full_precision(target), step_input)
         feature_acts = entries.as_matrix(activations, where=activations > 0)
         l0 = self._measure_l0(feature_acts)
         loss = torch.stack(list(losses.values())).sum()
-        self._refuse_non_finite(loss, sae_in, step_input.n_training_steps)
+        self._refuse_non_finite(loss, rows, step_input.n_training_steps)
         coefficient = self._coefficient(step_input)
         if self.controller is not None and self.training:
             self.controller.update(l0)
         return TrainStepOutput(
-            sae_in=sae_in,
+            sae_in=target,
             sae_out=x_hat,
             feature_acts=feature_acts,
             hidden_pre=entries.as_matrix(entries.z),

@@ -1,0 +1,217 @@
+"""Transcoders of every layer against EleutherAI sparsify's TopK transcoders, in one run.
+
+    pip install --no-deps eai-sparsify natsort schedulefree
+    python benchmarks/transcoders_vs_sparsify.py --output sparsify.json
+
+Same model, hooks, width, tokens and number of tokens in a step. Ours goes first, at its target L0;
+sparsify, through its own unmodified Trainer with its defaults, then gets k = the largest L0 any of
+ours came out with on held-out text, rounded up, so that it never has fewer latents. Both are judged
+on the same held-out tokens. sparsify's k is an upper bound: a latent among the k that is not
+positive counts for nothing, so its measured L0 can lie below.
+
+The CPU is asked for one thread unless --threads says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.util import get_special_token_ids
+from torch import Tensor, nn
+
+from jumprelu_plugin.evaluation import StreamingMetrics
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+
+CONTEXT = 128
+SEQUENCES_A_STEP = 8  # 1,016 tokens besides BOS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("transcoders_vs_sparsify.json"))
+    parser.add_argument("--sequences", type=int, default=3200, help="training text")
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--target-l0", type=float, default=24.0)
+    parser.add_argument("--held-out", type=int, default=128, help="sequences to judge on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+
+    model = load_model(EMBEDDED_MODEL)
+    special = sorted(get_special_token_ids(model.tokenizer))
+    # Shuffled once, for both: sparsify reads in order.
+    text = tokenized_dataset(model.tokenizer, CONTEXT, "train").shuffle(seed=given.seed)
+    text = text.select(range(given.sequences))
+    held_out = torch.tensor(
+        tokenized_dataset(model.tokenizer, CONTEXT, "test")[: given.held_out]["tokens"]
+    )
+    pairs = [
+        (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
+        for layer in range(model.cfg.n_layers)
+    ]
+
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        ours = train_ours(model, text, given, Path(folder, "ours"))
+        seconds = time.perf_counter() - started
+        found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
+        k = math.ceil(max(layer["l0"] for layer in found))
+        started = time.perf_counter()
+        theirs = train_sparsify(model, pairs, text, special, k, given, Path(folder, "sparsify"))
+        their_seconds = time.perf_counter() - started
+        their_found = judge(model, pairs, held_out, special, theirs)
+
+    print(
+        f"{'layer':>5}  {'ours FVU':>9} {'L0':>6} {'dead':>6}  {'sparsify FVU':>12} {'L0':>6} {'dead':>6}"
+    )
+    for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):
+        print(f"{layer:>5}  {a['fvu']:>9.4f} {a['l0']:>6.2f} {a['dead_share']:>6.1%}  "
+              f"{b['fvu']:>12.4f} {b['l0']:>6.2f} {b['dead_share']:>6.1%}")  # fmt: skip
+    print(f"seconds: {seconds:.0f} and {their_seconds:.0f}")
+    write_json(
+        given.output,
+        {
+            "kind": "transcoders_vs_sparsify",
+            "settings": vars(given),
+            "k": k,
+            "ours": {"seconds": seconds, "layers": found},
+            "sparsify": {"seconds": their_seconds, "layers": their_found},
+            "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
+        },
+    )
+
+
+def train_ours(model: Any, text: Any, given: argparse.Namespace, folder: Path) -> list[Any]:
+    batch = SEQUENCES_A_STEP * (CONTEXT - 1)
+    settings = TranscoderSettings(
+        d_sae=given.d_sae,
+        target_l0=given.target_l0,
+        training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
+        batch_tokens=batch,
+        context_size=CONTEXT,
+        evaluation_sequences=0,
+        checkpoints=0,
+        seed=given.seed,
+    )
+    train_transcoders(folder, settings, model=model, dataset=text)
+    return [SAE.load_from_disk(folder / f"layer_{i}") for i in range(model.cfg.n_layers)]
+
+
+def as_function(sae: Any) -> Any:
+    return lambda x: (sae(x), sae.encode(x))
+
+
+# ---------------------------------------------------------------- sparsify
+
+
+class Pair(nn.Module):
+    """A module that takes x and gives y, as sparsify's trainer expects of an MLP."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class Pairs(nn.Module):
+    """What sparsify's trainer needs of a model: one `Pair` for each pair of hooks."""
+
+    def __init__(self, model: Any, pairs: list[tuple[str, str]]):
+        super().__init__()
+        self.points = nn.ModuleList(Pair() for _ in pairs)
+        self._harvested = [model]  # in a list: its weights are not this module's
+        self._pairs = pairs
+        self.device = torch.device("cpu")
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> Pairs:
+        return self
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> None:
+        hooks = [hook for pair in self._pairs for hook in pair]
+        cache = self._harvested[0].run_with_cache(input_ids, names_filter=hooks, prepend_bos=False)[
+            1
+        ]
+        with torch.enable_grad():
+            for point, (hook_in, hook_out) in zip(self.points, self._pairs, strict=True):
+                point(cache[hook_in], cache[hook_out])
+
+
+def train_sparsify(
+    model: Any,
+    pairs: list[tuple[str, str]],
+    text: Any,
+    special: list[int],
+    k: int,
+    given: argparse.Namespace,
+    folder: Path,
+) -> list[Any]:
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+
+    cfg = TrainConfig(
+        SparseCoderConfig(num_latents=given.d_sae, k=k, transcode=True),
+        batch_size=SEQUENCES_A_STEP,
+        hookpoints=["points.*"],
+        init_seeds=[given.seed],
+        exclude_tokens=special,
+        log_to_wandb=False,
+        save_dir=str(folder),
+        save_every=10**9,
+    )
+    rows = text.rename_column("tokens", "input_ids").with_format("torch")
+    trainer = Trainer(cfg, rows, Pairs(model, pairs))  # type: ignore[arg-type]
+    trainer.fit()
+    for optimizer in trainer.optimizers:
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()  # schedule-free: the averaged weights are the result
+
+    def as_pair(coder: Any) -> Any:
+        def call(x: Tensor) -> tuple[Tensor, Tensor]:
+            out = coder(x, x)
+            acts = x.new_zeros(len(x), coder.num_latents)
+            return out.sae_out, acts.scatter_(1, out.latent_indices, out.latent_acts)
+
+        return call
+
+    return [as_pair(trainer.saes[f"points.{layer}"]) for layer in range(len(pairs))]
+
+
+# ---------------------------------------------------------------- the judge
+
+
+@torch.no_grad()
+def judge(
+    model: Any,
+    pairs: list[tuple[str, str]],
+    tokens: Tensor,
+    special: list[int],
+    transcoders: list[Any],
+) -> list[dict[str, float]]:
+    """Each layer's FVU, L0 and dead share on the tokens that are not special."""
+    metrics = [StreamingMetrics() for _ in pairs]
+    hooks = [hook for pair in pairs for hook in pair]
+    for batch in tokens.split(8):
+        cache = model.run_with_cache(batch, names_filter=hooks, prepend_bos=False)[1]
+        kept = ~torch.isin(batch, torch.tensor(special))
+        for (hook_in, hook_out), transcoder, found in zip(pairs, transcoders, metrics, strict=True):
+            found.update(cache[hook_out][kept], *transcoder(cache[hook_in][kept]))
+    names = ("fvu", "l0", "dead_share")
+    return [{name: asdict(m.compute())[name] for name in names} for m in metrics]
+
+
+if __name__ == "__main__":
+    main()

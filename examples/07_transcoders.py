@@ -1,0 +1,42 @@
+"""Train one transcoder a layer on the embedded Gemma 2, then splice all of them in at once.
+
+Writes ./output/07_transcoders: stock SAELens folders layer_0 to layer_5 and a record. The same
+training from the terminal: jumprelu train-transcoders --model tiny-gemma-2 --output <folder>
+"""
+
+import torch
+from rich.console import Console
+from sae_lens import SAE
+
+from jumprelu_plugin.evaluation import evaluate_spliced
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+
+OUTPUT = "output/07_transcoders"
+console = Console()
+
+model = load_model(EMBEDDED_MODEL)
+settings = TranscoderSettings(
+    hook_in="blocks.{layer}.ln2.hook_normalized",  # any pair of hooks; {layer} is each in turn
+    hook_out="blocks.{layer}.hook_mlp_out",
+    d_sae=512,
+    target_l0=24,
+    training_tokens=40_000,  # a taste; a million and more for transcoders worth using
+    batch_tokens=512,
+    chunk_sequences=128,  # sequences whose activations are shuffled together
+    evaluation_sequences=0,  # done by hand below
+)
+train_transcoders(OUTPUT, settings, model=model, say=console.print)
+
+# What was saved needs no plugin: SAELens loads it.
+transcoders = [SAE.load_from_disk(f"{OUTPUT}/layer_{layer}") for layer in range(model.cfg.n_layers)]
+held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
+console.print(evaluate_spliced(model, transcoders, held_out).table())
+
+# One of them, for one word: which latents of layer 3 fire, and how strongly.
+transcoder = transcoders[3]
+_, cache = model.run_with_cache("The capital of the country")
+latents = transcoder.encode(cache[transcoder.cfg.metadata.hook_name])[0, -1]
+for latent in latents.topk(3).indices.tolist():
+    print(f"latent {latent}: {latents[latent]:.2f}")

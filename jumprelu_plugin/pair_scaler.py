@@ -1,0 +1,97 @@
+"""Input and target of a transcoder, each on its own scale.
+
+SAELens' trainer scales activations with an `ActivationScaler` of one number, estimates it before
+the first step, saves it beside a checkpoint and hands it to the SAE for folding. `PairScaler` is
+one of two numbers, for rows [x ‖ y].
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.types import DataProvider
+from torch import Tensor
+from typing_extensions import override
+
+
+class PairScaler(ActivationScaler):
+    """Multiplies both sides so that E‖x‖² = E‖y‖² = d_in.
+
+    Both sides take d_in, whatever d_out is: one unit then serves z, θ, ε, the loss and λ, and a
+    recipe's numbers mean what they mean for an SAE. Gemma Scope (arXiv 2408.05147) divides input
+    and target each by its own root mean square, which is this up to the common √d_in.
+
+    Attributes:
+        scaling_factor: (s_in, s_out), or None before it is measured.
+    """
+
+    scaling_factor: Any = None
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        self._squares = [0.0, 0.0]
+        self._rows = 0
+
+    @override
+    def scale(self, acts: Float[Tensor, "batch d_in+d_out"]) -> Float[Tensor, "batch d_in+d_out"]:
+        return self._multiply(acts, 1)
+
+    @override
+    def unscale(self, acts: Float[Tensor, "batch d_in+d_out"]) -> Float[Tensor, "batch d_in+d_out"]:
+        return self._multiply(acts, -1)
+
+    def _multiply(self, rows: Tensor, power: int) -> Tensor:
+        if self.scaling_factor is None:
+            return rows
+        source, target = rows.split([self.d_in, self.d_out], dim=-1)
+        scale_in, scale_out = self.scaling_factor
+        return torch.cat([source * scale_in**power, target * scale_out**power], dim=-1)
+
+    @override
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: DataProvider, n_batches_for_norm_estimate: int = 1000
+    ) -> None:
+        """Measure both scales on the next batches.
+
+        Raises:
+            ValueError: a side is zero everywhere, or not finite.
+        """
+        for _ in range(n_batches_for_norm_estimate):
+            self.observe(next(data_provider))
+        self.settle()
+
+    @torch.no_grad()
+    def observe(self, rows: Float[Tensor, "batch d_in+d_out"]) -> None:
+        """Take a batch into the estimate."""
+        for side, part in enumerate(rows.split([self.d_in, self.d_out], dim=-1)):
+            self._squares[side] += part.double().square().sum().item()
+        self._rows += len(rows)
+
+    def settle(self) -> None:
+        """Fix the scales from what was observed.
+
+        Raises:
+            ValueError: a side is zero everywhere, or not finite.
+        """
+        for name, total in zip(("input", "output"), self._squares, strict=True):
+            if not 0 < total < math.inf:
+                raise ValueError(
+                    f"the mean square of the {name} hook's activations over {self._rows} tokens is "
+                    f"{total / max(self._rows, 1)}: there is no scale to divide by. Check the "
+                    "hook, and that the model runs in a dtype that can hold its activations"
+                )
+        self.scaling_factor = tuple(
+            math.sqrt(self.d_in * self._rows / total) for total in self._squares
+        )
+
+    @override
+    def load(self, file_path: str | Path) -> None:
+        super().load(file_path)
+        if self.scaling_factor is not None:
+            self.scaling_factor = tuple(self.scaling_factor)

@@ -1,0 +1,36 @@
+"""A recipe for transcoders: the same data, for the transcoders' config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import override
+
+from jumprelu_plugin.recipes.recipe import Recipe
+from jumprelu_plugin.saes.transcoder_config import (
+    JumpReLUSkipTranscoderTrainingConfig,
+    JumpReLUTranscoderTrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class TranscoderRecipe(Recipe):
+    """A way to train a transcoder; `sae` holds fields of `JumpReLUTranscoderTrainingConfig`."""
+
+    @override
+    def sae_config(
+        self, d_in: int, d_sae: int, *, skip: bool = False, **changes: Any
+    ) -> JumpReLUTranscoderTrainingConfig:
+        """The transcoder's config for these widths; `changes` override fields of the recipe.
+
+        Args:
+            skip: with a linear map from input to output.
+            changes: `d_out` and `hook_name_out` among them.
+        """
+        kind = JumpReLUSkipTranscoderTrainingConfig if skip else JumpReLUTranscoderTrainingConfig
+        return kind(d_in=d_in, d_sae=d_sae, **{**self.sae, **changes})
+
+    @override
+    def flags(self) -> list[str]:
+        return ["--architecture", "jumprelu_transcoder", *super().flags()]

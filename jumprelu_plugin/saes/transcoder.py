@@ -1,0 +1,214 @@
+"""The training transcoders behind `jumprelu_transcoder` and `jumprelu_skip_transcoder`.
+
+    f = JumpReLU_θ(x W_enc + b_enc),     ŷ = f W_dec + b_dec  (+ x W_skipᵀ)
+
+A subclass of the training SAE: the same step, sparsity control and calibration, with another
+target. A batch's rows hold both sides, [x ‖ y]: SAELens' trainer hands one tensor to a step, and
+rows keep the two sides of a token together through shuffling. What is saved is the folder of
+SAELens' own inference class of the same name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
+from typing_extensions import override
+
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.saes.transcoder_config import (
+    JumpReLUSkipTranscoderTrainingConfig,
+    JumpReLUTranscoderTrainingConfig,
+    check_transcoder,
+)
+from jumprelu_plugin.training.decoder import normalise_rows_
+from jumprelu_plugin.training.units import set_value
+
+
+class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
+    """A JumpReLU transcoder in training (arXiv 2406.11944; Gemma Scope, arXiv 2408.05147).
+
+    Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], threshold
+    [d_sae]. A training step takes rows [batch, d_in + d_out] and returns the target as its
+    `sae_in`, which is what SAELens' metrics compare the output with.
+
+    Raises:
+        ValueError: on construction, if the config cannot train; on a step, if the rows have
+            another width or hold NaN or infinite values.
+    """
+
+    cfg: JumpReLUTranscoderTrainingConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: JumpReLUTranscoderTrainingConfig, use_error_term: bool = False):
+        check_transcoder(cfg)
+        super().__init__(cfg, use_error_term)
+
+    # ---------------------------------------------------------------- parameters
+
+    @override
+    def initialize_weights(self) -> None:
+        """He-uniform encoder and decoder, drawn apart: the two spaces have nothing in common.
+
+        The decoder's rows then get the norm `decoder_init_norm`, or 1 where they are held at 1.
+        """
+        d_in, d_sae, d_out = self.cfg.d_in, self.cfg.d_sae, self.cfg.width_out
+        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae, **where))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, **where))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **where))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, **where))
+        nn.init.kaiming_uniform_(self.W_enc.data.t())  # fan_in: d_in
+        nn.init.kaiming_uniform_(self.W_dec.data)
+        if self.cfg.unit_norm_decoder:
+            normalise_rows_(self.W_dec.data)
+        elif self.cfg.decoder_init_norm is not None:
+            normalise_rows_(self.W_dec.data)
+            self.W_dec.data *= self.cfg.decoder_init_norm
+        self._lay_out_encoder()
+
+    # ---------------------------------------------------------------- one step
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        expected = self.cfg.d_in + self.cfg.width_out
+        found = step_input.sae_in.shape[-1]
+        if found != expected:
+            raise ValueError(
+                f"a transcoder trains on rows [input ‖ output], d_in + d_out = {self.cfg.d_in} + "
+                f"{self.cfg.width_out} = {expected} wide, and got rows {found} wide. SAELens' own "
+                "runner reads one hook alone: train with jumprelu_plugin.runner."
+                "JumpReLUTrainingRunner or `jumprelu train`, which read both in one forward pass"
+            )
+        return super().training_forward_pass(step_input)
+
+    @override
+    def _input_and_target(
+        self, rows: Float[Tensor, "batch d_in+d_out"]
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        # Copied apart: the sparse products read whole rows, and half a row is not contiguous.
+        source, target = rows.split([self.cfg.d_in, self.cfg.width_out], dim=1)
+        return source.contiguous(), target.contiguous()
+
+    @override
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor) -> None:
+        source, target = self._input_and_target(x)
+        if not self._has_loaded_weights:
+            # As b_dec does for an SAE: pre-activations start centred, and a latent's size says how
+            # unusual the input is.
+            mean = self._normalised_input(source).mean(0)
+            set_value(self, "b_enc", -(mean @ self.W_enc))
+        super()._calibrate(source)
+        if not self._has_loaded_weights:
+            self._aim_decoder(source, target)
+
+    def _aim_decoder(self, source: Tensor, target: Tensor) -> None:
+        """b_dec at the target's mean, each row of W_dec along the target's mean where its latent
+        fires, and latents as large as fits the target best.
+
+        Random rows point nowhere in particular, and unit rows cannot start at zero.
+        """
+        mean = target.mean(0)
+        set_value(self, "b_dec", mean)
+        z = self._normalised_input(source) @ self.W_enc + self.b_enc
+        f = z * (z > self.threshold)
+        rows = f.t() @ (target - mean).to(f.dtype)
+        fires = rows.norm(dim=1) > 0
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        normalise_rows_(rows)
+        self.W_dec.data[fires] = (rows * norms)[fires].to(self.dtype)
+        if self.cfg.jumprelu_init_threshold is None and self.cfg.jumprelu_bandwidth is None:
+            made = f @ self.W_dec
+            self._scale_latents(float((made * (target - mean)).sum() / made.square().sum()))
+
+    def _scale_latents(self, factor: float) -> None:
+        """Multiply every pre-activation, and what it is compared with, by `factor`."""
+        assert self.bandwidth is not None
+        self.W_enc.data *= factor
+        set_value(self, "b_enc", self.b_enc * factor)
+        set_value(self, "threshold", self.threshold * factor)
+        self.bandwidth *= factor
+
+    # ---------------------------------------------------------------- inference
+
+    @override
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        return self._normalised_input(sae_in)
+
+    # ---------------------------------------------------------------- folding, saving
+
+    @override
+    def fold_activation_norm_scaling_factor(
+        self, scaling_factor: float | tuple[float, float]
+    ) -> None:
+        """Make the weights take and give raw activations.
+
+        Args:
+            scaling_factor: what inputs and targets were multiplied by in training: one number for
+                both, or one for each.
+        """
+        self._store_plainly()
+        scale_in, scale_out = _pair(scaling_factor)
+        fold_scales(self, scale_in, scale_out)
+        self.cfg.normalize_activations = "none"
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write the folder of SAELens' inference class.
+
+        Raises:
+            ValueError: the scales of input and target are not folded yet.
+        """
+        if self.cfg.normalize_activations != "none":
+            raise ValueError(
+                "this transcoder's weights expect scaled inputs: training is not over, or it was "
+                "loaded from a checkpoint. Finish the run, or fold the two numbers that "
+                "activation_scaler.json holds: transcoder.fold_activation_norm_scaling_factor("
+                "(scale_in, scale_out)"
+            )
+        return super().save_inference_model(path)
+
+
+class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
+    """As `JumpReLUTrainingTranscoder`, with W_skip [d_out, d_in], which starts at zero."""
+
+    cfg: JumpReLUSkipTranscoderTrainingConfig  # type: ignore[assignment]
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        shape = (self.cfg.width_out, self.cfg.d_in)
+        self.W_skip = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
+
+    @override
+    def _decoder_offset(self, x: Tensor, b_dec: Tensor) -> Tensor:
+        return torch.addmm(b_dec, x, self.W_skip.t().to(x.dtype))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.to(self.dtype) @ self.W_skip.t()
+
+
+@torch.no_grad()
+def fold_scales(transcoder: Any, scale_in: float, scale_out: float) -> None:
+    """In place: from weights that map scale_in·x to scale_out·y, weights that map x to y.
+
+    W_enc·s_in, W_dec/s_out, b_dec/s_out, W_skip·s_in/s_out; b_enc and θ stay. Takes a training
+    transcoder stored plainly or one of SAELens' inference classes.
+    """
+    transcoder.W_enc.data *= scale_in
+    transcoder.W_dec.data /= scale_out
+    transcoder.b_dec.data /= scale_out
+    if hasattr(transcoder, "W_skip"):
+        transcoder.W_skip.data *= scale_in / scale_out
+
+
+def _pair(scaling_factor: float | tuple[float, float]) -> tuple[float, float]:
+    if isinstance(scaling_factor, tuple | list):
+        scale_in, scale_out = scaling_factor
+        return scale_in, scale_out
+    return scaling_factor, scaling_factor

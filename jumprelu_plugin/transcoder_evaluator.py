@@ -1,0 +1,61 @@
+"""What SAELens' trainer asks about a transcoder in the middle of its training.
+
+SAELens' own evaluator splices an SAE at one hook with a scale of one number; a transcoder has two
+of each. Here the scales are folded into a copy, an instance of SAELens' inference class, and the
+copy is evaluated as it would be after training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.sae import SAE
+
+from jumprelu_plugin.evaluation import evaluate
+from jumprelu_plugin.pair_scaler import PairScaler
+from jumprelu_plugin.pair_store import PairStore
+from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder, fold_scales
+
+
+@dataclass
+class TranscoderEvaluator:
+    """Delta LM loss, FVU and L0 on the first `n_batches` batches of the training text."""
+
+    model: Any
+    store: PairStore
+    n_batches: int
+
+    def __call__(
+        self, sae: JumpReLUTrainingTranscoder, data_provider: Any, activation_scaler: PairScaler
+    ) -> dict[str, float]:
+        excluded = self.store.exclude_special_tokens
+        result = evaluate(
+            self.model,
+            folded_copy(sae, activation_scaler.scaling_factor),
+            self.store.first_sequences(self.n_batches * self.store.store_batch_size_prompts),
+            batch_size=self.store.store_batch_size_prompts,
+            special_token_ids=() if excluded is None else excluded.tolist(),
+        )
+        names = ("delta_loss", "fvu", "l0")
+        return {f"evaluation/{name}": getattr(result, name) for name in names}
+
+
+@torch.no_grad()
+def folded_copy(sae: JumpReLUTrainingTranscoder, scales: tuple[float, float] | None) -> SAE[Any]:
+    """The transcoder as it would be saved now, as SAELens' inference class.
+
+    Args:
+        scales: (s_in, s_out) of the rows it was trained on; None where they were not scaled.
+    """
+    kind, config = get_sae_class(sae.cfg.architecture())
+    fields = sae.cfg.get_inference_sae_cfg_dict()
+    copy = kind(config.from_dict({**fields, "normalize_activations": "none"}))
+    weights = dict(sae.state_dict())
+    sae.process_state_dict_for_saving(weights)
+    copy.load_state_dict({name: value.clone() for name, value in weights.items()})
+    if scales is not None:
+        fold_scales(copy, *scales)
+    return copy.to(sae.device)
