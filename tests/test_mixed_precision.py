@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.test_stock_equality import D_IN, relative_error, step, stock_config, twins
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE, MANY = 211, 1009
 BANDWIDTHS = (0.001, 0.013, 0.17, 1.3)
 

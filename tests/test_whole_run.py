@@ -71,7 +71,11 @@ def run(sae: Any, seed: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def of_stock() -> list[dict[str, float]]:
-    return [run(stock(seed), seed) for seed in SEEDS]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ends = [run(stock(seed), seed) for seed in SEEDS]
+    torch.set_num_threads(threads)
+    return ends
 
 
 def stock(seed: int) -> StockSAE:
@@ -79,6 +83,7 @@ def stock(seed: int) -> StockSAE:
     return StockSAE(sae_lens.JumpReLUTrainingSAEConfig(**FIELDS))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", ["sparse", "screened", "dense", "auto"])
 def test_a_run_ends_where_stock_does(path: str, of_stock: list[dict[str, float]]) -> None:
     of_ours = []
