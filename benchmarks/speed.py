@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import AUTO, CONTENDERS, SCREENED, SPARSE, STOCK, Shape, absent
-from benchmarks.measure import interleaved, one_product, peak_memory, ready
+from benchmarks.measure import AUTO_WARM_UP, interleaved, one_product, peak_memory, ready
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.step import product
 
@@ -36,7 +36,6 @@ L0S = tuple(Shape(768, 12288, 2048, l0) for l0 in (10, 30, 100, 300, 1000, 3072)
 IN_SWEEPS = (SPARSE, SCREENED, AUTO, STOCK)
 # A step in units of one product, roughly, for the estimate alone.
 ROUGH_COST = {name: 9.0 for name in CONTENDERS} | {SPARSE: 1.8, SCREENED: 1.2, AUTO: 1.2}
-AUTO_WARM_UP_STEPS = 13
 
 console = Console()
 
@@ -131,6 +130,11 @@ def shown(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
     return table
 
 
+def megabytes(memory: dict[str, int]) -> float:
+    """What training takes beyond the parameters, at its peak."""
+    return (memory["peak_bytes"] - memory["before_bytes"]) / 1e6
+
+
 def estimated_minutes(work: Sequence[Plan]) -> float:
     """From the speed of one product on this machine."""
     probe = Shape(768, 4096, 1024, 70)
@@ -142,19 +146,19 @@ def estimated_minutes(work: Sequence[Plan]) -> float:
         for shape in plan.shapes:
             one = per_flop * shape.d_in * shape.d_sae * shape.batch
             for name in plan.contenders:
-                warm_up = AUTO_WARM_UP_STEPS if name == AUTO else 1
+                warm_up = AUTO_WARM_UP if name == AUTO else 1
                 steps = warm_up + plan.rounds + 2
                 if plan.memory:
-                    steps += AUTO_WARM_UP_STEPS if name == AUTO else 2
+                    steps += AUTO_WARM_UP if name == AUTO else 2
                     seconds += 6  # start of a process
                 seconds += steps * ROUGH_COST[name] * one
     return seconds / 60
 
 
 def main(
-    quick: bool = typer.Option(False, help="Small shapes, half a minute: to see that it runs."),
-    output: Path | None = typer.Option(None, help="Where the records go; replaced if it exists."),
-    threads: int | None = typer.Option(None, help="PyTorch threads; PyTorch's own choice if left."),
+    quick: Annotated[bool, typer.Option(help="Small shapes: to see that it runs.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Records; replaced if there.")] = None,
+    threads: Annotated[int | None, typer.Option(help="PyTorch threads.")] = None,
 ) -> None:
     """Time every contender and print the tables; records go to benchmarks/results."""
     if threads is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from jumprelu_plugin.inference import SparseJumpReLUSAE, sparse
 from tests.tiny import HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN = WIDTH[RESIDUAL]
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 

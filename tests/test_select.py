@@ -15,6 +15,7 @@ from jumprelu_plugin.step import product
 from jumprelu_plugin.step.select import select
 from jumprelu_plugin.step.sparse import encode_sparse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(37, 23, 101), (301, 257, 1009), (521, 769, 4099)]
 BACKENDS = tuple(product._BACKENDS)
 
@@ -133,6 +134,26 @@ def test_a_product_in_fewer_bits_selects_the_same_pairs(monkeypatch: pytest.Monk
     monkeypatch.setattr(product, "linear", product_in_tf32)
     monkeypatch.setattr(product, "_precision", lambda device: "tf32")
     assert same(select(x, W_enc, b_enc, edge), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_same_pairs_on_a_gpu(tf32: bool) -> None:
+    """By every way to look, TF32 included, and with no more waiting than the counts need."""
+    x, W_enc, b_enc = (tensor.cuda() for tensor in weights(*SHAPES[2], seed=37))
+    z = torch.addmm(b_enc.double(), x.double(), W_enc.double())
+    edge = z.quantile(0.98, dim=0).float()
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        found = [select(x, W_enc, b_enc, edge, screen=screen) for screen in (False, True)]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert same(*found)
+    kept = torch.zeros_like(z, dtype=torch.bool)
+    kept[found[0][0].rows, found[0][0].cols] = True
+    doubt = 3e-5 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0)
+    assert kept[z > edge + doubt].all() and not kept[z < edge - doubt].any()
 
 
 # ---------------------------------------------------------------- the product

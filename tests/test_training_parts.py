@@ -601,6 +601,53 @@ def test_fused_update_is_the_plain_update(already: int) -> None:
     assert error <= 2 * plain + floor
 
 
+def by_column(model: nn.Linear) -> nn.Linear:
+    model.weight.data = model.weight.data.t().contiguous().t()
+    return model
+
+
+def test_a_matrix_stored_by_column_gets_the_same_update_and_keeps_its_shape() -> None:
+    found = []
+    for layout in (lambda model: model, by_column):
+        torch.manual_seed(3)
+        model = layout(two_models()[0])
+        strides = model.weight.stride()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+        for _ in range(4):
+            take_step(model, optimizer)
+        assert seam.optimizer is optimizer and model.weight.stride() == strides
+        moments = [optimizer.state[model.weight][name] for name in ("exp_avg", "exp_avg_sq")]
+        assert all(moment.shape == model.weight.shape for moment in moments)
+        assert model.weight.grad is not None and model.weight.grad.shape == model.weight.shape
+        # A checkpoint goes into any optimiser, and out of it.
+        other = torch.optim.Adam(model.parameters(), lr=1e-2)
+        other.load_state_dict(optimizer.state_dict())
+        take_step(model, other)
+        found.append([model.weight.detach().clone(), model.bias.detach(), *moments])
+    for of_rows, of_columns in zip(*found, strict=True):
+        torch.testing.assert_close(of_columns, of_rows, rtol=1e-6, atol=1e-7)
+
+
+def test_an_interrupted_step_leaves_parameters_that_can_be_saved() -> None:
+    model = by_column(two_models()[0])
+    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    take_step(model, optimizer)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take_step(model, optimizer)
+    handle.remove()
+    seam.settle()
+    assert model.weight.shape == (5, 7)
+    assert optimizer.state[model.weight]["exp_avg"].shape == (5, 7)
+    take_step(model, optimizer)
+
+
 # ---------------------------------------------------------------- calibration
 
 ROWS, LATENTS = 509, 211

@@ -192,7 +192,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         x_hat = self.hook_sae_recons(
-            entries.decode(activations, W_dec) + self._decoder_offset(x, b_dec)
+            entries.decode(activations, W_dec).add_(self._decoder_offset(x, b_dec))
         )
         x_hat = self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
@@ -318,7 +318,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     # ---------------------------------------------------------------- around the step
 
     def _before_first_step(self, x: Tensor) -> None:
-        if self._seam is None and self.training:
+        if self._seam is not None:
+            self._seam.settle()
+        elif self.training:
             self._seam = OptimizerSeam(
                 self.W_dec, before=self._gradients_ready, after=self._parameters_moved
             )
@@ -443,6 +445,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save for resuming: SAELens' checkpoint files and, beside them, what they do not hold."""
+        if self._seam is not None:  # the optimiser's step may have been interrupted
+            self._seam.settle()
         saved = super().save_model(path)
         # θ = exp(log θ) and back is not exact to the last bit; a resumed run should be.
         as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}

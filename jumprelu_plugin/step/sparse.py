@@ -38,28 +38,28 @@ class _SelectedPreActivations(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_pre: Tensor | None,
-        centred: Tensor,
         pattern: Pattern,
         z: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(centred, W_enc)
+        # Not x - b_pre: one [batch, d_in] tensor less to keep for one more subtraction.
+        ctx.save_for_backward(x, W_enc, b_pre)
         ctx.pattern = pattern
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        centred, W_enc = ctx.saved_tensors
+        x, W_enc, b_pre = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         to_b_enc = grad.new_zeros(pattern.d_sae).index_add_(0, pattern.cols, grad)
         to_W_enc = to_x = to_b_pre = None
         if ctx.needs_input_grad[1]:
-            to_W_enc = pattern.transposed_times(grad, centred).t()
+            to_W_enc = pattern.transposed_times(grad, _centred(x, b_pre)).t()
         if ctx.needs_input_grad[0]:
             to_x = pattern.times(grad, W_enc.t())
         if ctx.needs_input_grad[3]:
             to_b_pre = -(W_enc @ to_b_enc)
-        return to_x, to_W_enc, to_b_enc, to_b_pre, None, None, None
+        return to_x, to_W_enc, to_b_enc, to_b_pre, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -167,13 +167,18 @@ def encode_sparse(
     # test every kept entry with the reference's own expressions.
     lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
     with torch.no_grad():
-        centred = x if b_pre is None else x - b_pre
         pattern, values = select(
-            centred, W_enc, b_enc, lowest, screen=screen, tile_bytes=tile_bytes
+            _centred(x, b_pre), W_enc, b_enc, lowest, screen=screen, tile_bytes=tile_bytes
         )
-    z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, centred, pattern, values)
+    z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)
     mean_z = None
     if keep_mean:
         mean_x = x.mean(0) if b_pre is None else x.mean(0) - b_pre
         mean_z = mean_x @ W_enc + b_enc
     return SparseEntries(z, pattern, mean_z)  # type: ignore[arg-type]
+
+
+def _centred(
+    x: Float[Tensor, "batch d_in"], b_pre: Float[Tensor, " d_in"] | None
+) -> Float[Tensor, "batch d_in"]:
+    return x if b_pre is None else x - b_pre

@@ -23,7 +23,8 @@ class OptimizerSeam:
         owned: a parameter the optimiser must hold.
         before, after: called before and after every step of that optimiser.
         fuse: run Adam's fused kernel. One pass over the parameters instead of a dozen, the same
-            update: 75 million parameters took 0.13 s instead of 1.1 s on two CPU cores.
+            update: 75 million parameters took 0.13 s instead of 1.1 s on two CPU cores. Matrices
+            that are stored by column are turned for the time of a step (`_turn`).
     """
 
     def __init__(
@@ -38,9 +39,17 @@ class OptimizerSeam:
         self._before = _held_weakly(before)
         self._after = _held_weakly(after)
         self._fuse = fuse
+        self._turned: list[nn.Parameter] = []
         self._search = register_optimizer_step_pre_hook(_weakly(self, OptimizerSeam._look_at))
         # Nobody can step parameters that are gone.
         weakref.finalize(owned, self._search.remove)
+
+    def settle(self) -> None:
+        """Bring every parameter back to its shape, after a step or one that was interrupted."""
+        while self._turned:
+            assert self.optimizer is not None
+            _turn(self._turned[-1], self.optimizer)
+            self._turned.pop()
 
     def close(self) -> None:
         """Stop listening to other optimisers' steps."""
@@ -53,26 +62,66 @@ class OptimizerSeam:
         if not any(p is owned for group in optimizer.param_groups for p in group["params"]):
             return
         self.optimizer = optimizer
-        if self._fuse:
-            _fuse(optimizer)
+        fused = _fuse(optimizer) if self._fuse else []
         # This step's own pre-hooks run after the search, so the new one is called for it too.
-        optimizer.register_step_pre_hook(lambda *_: self._before())
+        optimizer.register_step_pre_hook(lambda *_: self._stepping(fused))
         optimizer.register_step_post_hook(lambda *_: self._stepped())
 
+    def _stepping(self, fused: list[nn.Parameter]) -> None:
+        self._before()
+        assert self.optimizer is not None
+        for parameter in fused:
+            if _stored_by_column(parameter):
+                self._turned.append(parameter)
+                _turn(parameter, self.optimizer)
+
     def _stepped(self) -> None:
+        self.settle()
         # Only now: PyTorch walks through the search hooks while they run.
         self.close()
         self._after()
 
 
-def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Switch Adam to its fused kernel where the user chose no kernel and every parameter allows."""
+def _fuse(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Switch Adam to its fused kernel where the user chose no kernel and every parameter allows.
+
+    Returns the parameters it was switched for.
+    """
+    fused = []
     for group in optimizer.param_groups:
         unset = all(group.get(name) is None for name in ("fused", "foreach"))
         plain = not (group.get("capturable") or group.get("differentiable"))
         floating = all(torch.is_floating_point(p) for p in group["params"])
         if isinstance(optimizer, torch.optim.Adam) and unset and plain and floating:
             group["fused"] = True
+            fused += group["params"]
+    return fused
+
+
+def _stored_by_column(parameter: nn.Parameter) -> bool:
+    """Whether a matrix and its gradient are both contiguous once transposed."""
+    grad = parameter.grad
+    if parameter.ndim != 2 or parameter.is_contiguous() or grad is None:
+        return False
+    return parameter.t().is_contiguous() and grad.stride() == parameter.stride()
+
+
+@torch.no_grad()
+def _turn(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """Transpose a parameter, its gradient and its optimiser state: views, nothing is moved.
+
+    Adam works number by number, so it does the same to the transpose. The fused kernel copies what
+    is not contiguous: 38 million parameters took 124 ms and 151 MB more that way, 19 ms turned
+    (Zen 5, one thread).
+    """
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = parameter.data.t()
+    if grad is not None:
+        parameter.grad = grad.t()
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.ndim == 2:
+            state[name] = value.t()
 
 
 def _weakly(seam: OptimizerSeam, method: Callable[..., None]) -> Callable[..., None]:

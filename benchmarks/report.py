@@ -1,0 +1,205 @@
+"""Draw the tables and the figure of docs/speed.md from the records, and nothing else.
+
+    python -m benchmarks.report
+
+Every number between `<!-- speed:NAME -->` and `<!-- /speed -->` in the document is replaced by what
+the newest records say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.contenders import AUTO, SCREENED, SPARSE, STOCK
+from benchmarks.speed import IN_SWEEPS, PRODUCT, RESULTS, megabytes
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
+FIGURE = DOCUMENT.with_suffix(".png")
+Records = list[dict[str, Any]]
+
+COLOURS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
+
+
+def read(path: Path) -> Records:
+    """The records of a run.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there are no records at {path}; run python -m benchmarks.speed")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def shapes(records: Records) -> str:
+    """Everyone, side by side, at each of the shapes."""
+    parts = []
+    for title, group in _by_shape([r for r in records if r["sweep"] == "shapes"]):
+        stock = _one(group, STOCK)
+        rows = [
+            (
+                r["contender"],
+                _seconds(r["median_seconds"]),
+                f"{stock['median_seconds'] / r['median_seconds']:.1f}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['share_of_one_product']:.0%}",
+                _megabytes(r, stock),
+            )
+            for r in sorted(group, key=lambda r: r["median_seconds"])
+        ]
+        header = ("", "s/step", "× stock", "tokens/s", "of one product", "peak MB (of stock's)")
+        parts.append(f"{title}\n\n{_table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def passes(records: Records) -> str:
+    """Forward and backward pass alone, and how much of them is the one product."""
+    rows = []
+    for title, group in _by_shape([r for r in records if r["sweep"] == "shapes"]):
+        stock = _one(group, STOCK)["forward_backward_seconds"]
+        for name in (SPARSE, SCREENED, STOCK):
+            r = _one(group, name)
+            seconds = r["forward_backward_seconds"]
+            share = f"{r['product_share_of_passes']:.0%}"
+            rows.append((title, name, _seconds(seconds), f"{stock / seconds:.1f}", share))
+    return _table(("", "", "forward + backward, s", "× stock", "one product's share"), rows)
+
+
+def sweep(name: str) -> Callable[[Records], str]:
+    """A table over the values of one size: seconds of a step, and how many times stock's speed."""
+
+    def draw(records: Records) -> str:
+        rows = []
+        chosen = [r for r in records if r["sweep"] == name]
+        for value in sorted({r[name] for r in chosen}):
+            group = [r for r in chosen if r[name] == value]
+            stock = _one(group, STOCK)["median_seconds"]
+            cells = [f"{value:g}"]
+            for contender in IN_SWEEPS:
+                seconds = _one(group, contender)["median_seconds"]
+                cells.append(f"{_seconds(seconds)} ({stock / seconds:.1f}×)")
+            rows.append(tuple(cells))
+        return _table((name, *IN_SWEEPS), rows)
+
+    return draw
+
+
+def origin(records: Records) -> str:
+    """Where the records come from."""
+    source = records[0]["provenance"]
+    hardware, versions, git = source["hardware"], source["versions"], source["git"]
+    libraries = {r["product_library"] for r in records if r["product_library"]}
+    commit = "an unknown commit" if git is None else f"commit {git['commit'][:10]}"
+    return (
+        f"Measured {source['time_utc'][:10]} at {commit} on {hardware['threads']} threads of "
+        f"{hardware['cpu']}, PyTorch {versions['torch']}, SAELens {versions['sae-lens']}; the "
+        f"full-precision product went through {' and '.join(sorted(libraries))}."
+    )
+
+
+BLOCKS: dict[str, Callable[[Records], str]] = {
+    "origin": origin,
+    "shapes": shapes,
+    "passes": passes,
+    "d_sae": sweep("d_sae"),
+    "l0": sweep("l0"),
+}
+
+
+def fill(text: str, records: Records) -> str:
+    """The document with every block drawn anew.
+
+    Raises:
+        KeyError: the document has a block that nothing draws.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]](records)}\n{match[3]}"
+
+    return re.sub(r"(<!-- speed:(\w+) -->)\n.*?(<!-- /speed -->)", block, text, flags=re.DOTALL)
+
+
+def draw(records: Records, path: Path) -> None:
+    """How a step grows with the dictionary and with L0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    labels = {"d_sae": "latents in the dictionary", "l0": "active latents a token"}
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        chosen = [r for r in records if r["sweep"] == name]
+        values = sorted({r[name] for r in chosen})
+        for contender in (STOCK, SPARSE, SCREENED, AUTO, PRODUCT):
+            line = [_one([r for r in chosen if r[name] == v], contender) for v in values]
+            axis.plot(
+                values,
+                [r["median_seconds"] for r in line],
+                label=contender,
+                color=COLOURS.get(contender, "#bbbbbb"),
+                linestyle=":" if contender == PRODUCT else "-",
+                marker=None if contender == PRODUCT else "o",
+                markersize=4,
+            )
+        fixed = chosen[0]
+        names = {"d_in": "d_in", "d_sae": "d_sae", "batch": "batch", "l0": "L0"}
+        others = [f"{shown} {fixed[n]:g}" for n, shown in names.items() if n != name]
+        axis.set(xscale="log", yscale="log", xlabel=label, title=", ".join(others))
+        axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes[0].set_ylabel("seconds a training step")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _by_shape(records: Records) -> Iterable[tuple[str, Records]]:
+    groups: dict[str, Records] = {}
+    for r in records:
+        title = f"d_in {r['d_in']}, d_sae {r['d_sae']}, batch {r['batch']}, L0 {r['l0']:g}"
+        groups.setdefault(title, []).append(r)
+    return groups.items()
+
+
+def _one(records: Records, contender: str) -> dict[str, Any]:
+    return next(r for r in records if r["contender"] == contender)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _megabytes(record: dict[str, Any], stock: dict[str, Any]) -> str:
+    if record.get("memory") is None:
+        return ""
+    own, of_stock = megabytes(record["memory"]), megabytes(stock["memory"])
+    return f"{own:,.0f} ({own / of_stock:.2f})"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    line = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def main(
+    records: Annotated[Path, typer.Option(help="Records of benchmarks.speed.")] = RESULTS,
+    document: Annotated[Path, typer.Option(help="The document to fill.")] = DOCUMENT,
+    figure: Annotated[Path, typer.Option(help="Where the figure goes.")] = FIGURE,
+) -> None:
+    """Fill the document and draw the figure."""
+    found = read(records)
+    filled = fill(document.read_text(encoding="utf-8"), found)
+    draw(found, figure)
+    document.write_text(filled, encoding="utf-8")
+    print(f"{document} and {figure} drawn from {records}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
