@@ -52,7 +52,7 @@ def load_model(
         raise ValueError(
             f"Unknown model class {model_class_name!r}: expected one of {sorted(_LOADERS)}."
         )
-    folder = _local_folder(model)
+    folder = local_folder(model)
     if folder is not None:
         _require_files(folder)
     name = EMBEDDED_MODEL if str(model) == EMBEDDED_MODEL else str(model)
@@ -77,7 +77,7 @@ def model_digest(model: nn.Module) -> str:
 # --- Where the files are ------------------------------------------------------------------------
 
 
-def _local_folder(model: str | Path) -> Path | None:
+def local_folder(model: str | Path) -> Path | None:
     """The folder `model` stands for, or None for a hub name."""
     if str(model) == EMBEDDED_MODEL:
         return embedded_model_folder()
