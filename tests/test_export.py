@@ -205,7 +205,12 @@ def test_steering_vector_refusals(tmp_path: Path) -> None:
     folder = saved(random_sae(), tmp_path / "resid")
     with pytest.raises(ValueError, match="latents are 0 to 66"):
         export(folder, "lm-eval", tmp_path / "out", amounts={D_SAE: 1.0}, unchecked=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_steering_vector_of_a_model_elsewhere_is_not_written(tmp_path: Path) -> None:
     needs("lm_eval")
+    folder = saved(random_sae(), tmp_path / "resid")
     with pytest.raises(ValueError, match="not a folder"):
         export(folder, "lm-eval", tmp_path / "out", amounts={7: 1.0})
     assert not (tmp_path / "out").exists()
