@@ -266,9 +266,10 @@ def _backend() -> Any:
     circuit_tracer.allow_import()
     module = import_module("circuit_tracer.replacement_model.replacement_model_transformerlens")
     plain = module.TransformerLensReplacementModel
+    finalizing = sys.is_finalizing  # modules' own names are gone by the time it is asked
 
     def delete(self: Any) -> None:
-        if not sys.is_finalizing():  # by then PyTorch is half gone, and resetting hooks fails
+        if not finalizing():  # by then PyTorch is half gone, and resetting hooks fails
             plain.__del__(self)
 
     return type(plain.__name__, (plain,), {"__del__": delete})

@@ -127,6 +127,31 @@ def steer(
 
 
 @app.command()
+def features(
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("features.html"),
+    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 256,
+    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    examples: Annotated[int, typer.Option(help="Contexts shown of each latent.")] = 8,
+    latent: Annotated[list[int] | None, typer.Option(help="Only these latents.")] = None,
+) -> None:
+    """Write a searchable HTML page of a dictionary's latents; it needs no network."""
+    import torch
+
+    from jumprelu_plugin.interpret.dashboard import write_dashboard
+    from jumprelu_plugin.text import tokenized_dataset
+
+    dictionary, language_model = _load(sae, model)
+    text = tokenized_dataset(language_model.tokenizer, context_size, "test")
+    tokens = torch.tensor(text[:sequences]["tokens"])
+    path = write_dashboard(
+        output, language_model, dictionary, tokens, latents=latent, examples=examples
+    )
+    console.print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
+
+
+@app.command()
 def export(
     folder: Annotated[
         Path | None,
