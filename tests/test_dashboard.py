@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,29 @@ def test_page_asks_for_nothing(tiny, tokens, tmp_path: Path) -> None:
     assert policy is not None and policy.startswith("default-src 'none'")
     urls = re.findall(r"https?://[^\"' ]+", page.scripts[1])
     assert urls == ["http://www.w3.org/2000/svg"]  # a name, which nothing fetches
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_browser_shows_a_latent_and_finds_by_text(tiny, tokens, tmp_path: Path) -> None:
+    sae = tiny_sae()
+    path = write_dashboard(tmp_path / "p.html", tiny.hooked, sae, tokens, title="<b>bold</b>")
+    entry = Page(path).data["latents"][17]
+    asked = path.read_text().replace(
+        "refresh();\nfollow();\n</script>",
+        f'location.hash = "17"; search.value = "w{tokens[0, 3]}"; refresh(); follow();</script>',
+    )
+    path.write_text(asked)
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    dom = done.stdout
+    assert "<h2>Latent 17</h2>" in dom
+    assert "&lt;b&gt;bold&lt;/b&gt;" in dom and "<b>bold</b>" not in dom
+    assert dom.count('class="context"') == len(entry["c"])
+    assert dom.count("<rect") == len(entry["h"])
+    found = re.search(r'id="count" role="status">(\d+) of 41 latents', dom)
+    assert found and 0 < int(found[1]) <= 41
 
 
 def test_command(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
@@ -32,6 +33,7 @@ _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_ou
 _DIGITS = 3
 
 
+@torch.no_grad()
 def write_dashboard(
     path: str | Path,
     model: Any,
@@ -136,10 +138,11 @@ def _entry(
         "i": latent,
         "f": _round(float(found.firing_frequency[latent])),
         "m": _round(float(found.activation[latent, 0])),
-        "t": _round(float(sae.threshold[latent])),
         "n": _round(float(sae.W_dec[latent].norm())),
         "k": [neighbours[0][latent].tolist(), _rounded(neighbours[1][latent])],
     }
+    if hasattr(sae, "threshold"):
+        entry["t"] = _round(float(sae.threshold[latent]))
     if effects is not None:
         entry["u"] = [words.numbers(effects.raised[latent]), _rounded(effects.raised_by[latent])]
         entry["d"] = [words.numbers(effects.lowered[latent]), _rounded(effects.lowered_by[latent])]
