@@ -30,5 +30,6 @@ sae = SAE.load_from_disk(SAE_FOLDER)
 hook, model = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
 back = read(OUTPUT / "gemma-scope", hook_name=hook, model_name=model).as_sae()
 x = 10 * torch.randn(64, sae.cfg.d_in)
-gap = float((back(x) - sae(x)).norm() / sae(x).norm())
+with torch.no_grad():
+    gap = float((back(x) - sae(x)).norm() / sae(x).norm())
 print(f"read back from Gemma Scope's format as {type(back).__name__}: outputs differ by {gap:.1e}")

@@ -135,6 +135,19 @@ def test_fold_gain_makes_it_a_transcoder_of_the_gained_norm(tmp_path: Path) -> N
     same_outputs(got(gained_norm)[0], transcoder(plain)[0])
 
 
+def test_neuronpedia_settings_are_its_runners_own(tmp_path: Path) -> None:
+    needs("sae_dashboard")
+    from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
+
+    export(saved(random_sae(), tmp_path / "sae"), "neuronpedia", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "neuronpedia_runner.json").read_text())
+    config = NeuronpediaRunnerConfig(**settings, outputs_dir="x")
+    assert config.from_local_sae and config.layer == 2 and config.n_tokens_in_prompt == 37
+    sae = SAE.load_from_disk(tmp_path / "out")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert sae.cfg.metadata.neuronpedia_id == "gemma-2-2b/2-hook_resid_post-67"
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_circuit_tracer_folder(skip: bool, tmp_path: Path) -> None:
     needs("circuit_tracer")

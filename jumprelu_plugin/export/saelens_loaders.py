@@ -6,6 +6,7 @@ that the loader's own code reads and converts what was written; nothing is downl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,5 +45,9 @@ def load_with(
         return loader(**{**asked, "cfg_overrides": {**(asked["cfg_overrides"] or {}), **overrides}})
 
     converter: Any = convert  # SAELens calls it by keyword; its type asks for positions too
-    sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(repo_id, folder_name, converter=converter)
+    with warnings.catch_warnings():  # of the release's name, which is only a name here
+        warnings.simplefilter("ignore", UserWarning)
+        sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
+            repo_id, folder_name, converter=converter
+        )
     return sae
