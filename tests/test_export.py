@@ -311,11 +311,18 @@ def test_unfolded_checkpoint_is_refused_or_folded(tmp_path: Path) -> None:
         export(folder, "gemma-scope", tmp_path / "gs", fold_scale=True)
 
 
-def test_transcoder_checkpoint_is_not_folded(tmp_path: Path) -> None:
-    folder = saved(random_transcoder(), tmp_path / "checkpoint")
-    (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.37}')
-    with pytest.raises(ValueError, match="scales of their own"):
+def test_transcoder_checkpoint_folds_two_scales(tmp_path: Path) -> None:
+    sae = random_transcoder(skip=True, d_out=D_OUT)
+    folder = saved(sae, tmp_path / "checkpoint")
+    scaler = folder / "activation_scaler.json"
+    scaler.write_text('{"scaling_factor": 0.37}')
+    with pytest.raises(ValueError, match=r"2 scale\(s\).*holds 0.37"):
         export(folder, "saelens", tmp_path / "out", fold_scale=True)
+    scaler.write_text('{"scaling_factor": [0.37, 2.9]}')
+    with pytest.raises(ValueError, match="--fold-scale"):
+        export(folder, "saelens", tmp_path / "out")
+    export(folder, "saelens", tmp_path / "out", fold_scale=True)
+    same_outputs(SAE.load_from_disk(tmp_path / "out")(INPUTS), sae(0.37 * INPUTS) / 2.9)
 
 
 def test_per_token_normalisation_and_other_architectures_are_refused(tmp_path: Path) -> None:

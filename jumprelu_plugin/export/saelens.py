@@ -70,7 +70,7 @@ def read(folder: Path, *, fold_scale: bool = False) -> Dictionary:
         )
     sae = sae.to(dtype=torch.float32, device="cpu")
     dictionary = of(sae)
-    scale = _scale_beside(sae, folder, fold_scale)
+    scale = _scales_beside(sae, folder, fold_scale)
     normalization = sae.cfg.normalize_activations
     if scale is None:
         require_folded(sae)
@@ -82,7 +82,7 @@ def read(folder: Path, *, fold_scale: bool = False) -> Dictionary:
     compare_sae(dictionary.parameters, sae, "SAELens")
     if scale is None:
         return dictionary
-    return replace(dictionary, parameters=dictionary.parameters.fold_scales(scale))
+    return replace(dictionary, parameters=dictionary.parameters.fold_scales(*scale))
 
 
 def of(sae: Any) -> Dictionary:
@@ -97,10 +97,12 @@ def of(sae: Any) -> Dictionary:
     )
 
 
-def _scale_beside(sae: Any, folder: Path, fold_scale: bool) -> float | None:
-    """The input scale that a mid-training checkpoint keeps beside its weights, if it may be folded.
+def _scales_beside(sae: Any, folder: Path, fold_scale: bool) -> tuple[float, float] | None:
+    """The scales of input and output that a mid-training checkpoint keeps beside its weights.
 
-    Raises ValueError for a scale that must not, or cannot, be folded.
+    SAELens keeps one number for an SAE; a transcoder's checkpoint keeps two.
+
+    Raises ValueError for scales that may not be folded unasked, or cannot be folded.
     """
     scaler = folder / _SCALER
     kept = json.loads(scaler.read_text()) if scaler.is_file() else {}
@@ -110,15 +112,17 @@ def _scale_beside(sae: Any, folder: Path, fold_scale: bool) -> float | None:
     scale = kept.get("scaling_factor")
     if scale is None:
         return None
-    if hasattr(sae.cfg, "d_out"):
+    scales = tuple(map(float, scale if isinstance(scale, list) else [scale]))
+    sides = 2 if hasattr(sae.cfg, "d_out") else 1
+    if len(scales) != sides:
         raise ValueError(
-            f"{folder} is a mid-training checkpoint of a transcoder, whose input and output have "
-            f"scales of their own. {finished}"
+            f"{folder} is a mid-training checkpoint of {type(sae).__name__}, which has {sides} "
+            f"scale(s), and {_SCALER} holds {scale}. {finished}"
         )
     if not fold_scale:
         raise ValueError(
             f"{folder} is a mid-training checkpoint: its weights expect inputs multiplied by "
-            f"{scale:.6g} ({_SCALER}), and every tool would feed them unscaled ones. {finished}, "
-            "or pass --fold-scale to fold the scale in now"
+            f"{scales[0]:.6g} ({_SCALER}), and every tool would feed them unscaled ones. "
+            f"{finished}, or pass --fold-scale to fold the scale in now"
         )
-    return float(scale)
+    return scales[0], scales[-1]
