@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,16 @@ def test_interventions_do_what_the_graph_predicts(circuit: tuple[Any, Any], rank
     assert change.logits == len(graph.logit_targets)
     assert float(change.seen[-change.logits :].abs().max()) > 0.01
     assert change.relative_error < 1e-3
+
+
+def test_graph_can_be_shown(circuit: tuple[Any, Any], tmp_path: Path) -> None:
+    _, graph = circuit
+    from circuit_tracer.utils import create_graph_files
+
+    create_graph_files(graph, slug="here", output_path=str(tmp_path))
+    shown = json.loads((tmp_path / "here.json").read_text())
+    assert shown["metadata"]["prompt_tokens"][1:3] == ["The", " government"]
+    assert len(shown["nodes"]) > 10 and len(shown["links"]) > 10
 
 
 def test_graph_without_all_its_features_is_refused(circuit: tuple[Any, Any]) -> None:
