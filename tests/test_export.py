@@ -30,10 +30,11 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin import export as exports
 from jumprelu_plugin.cli import app
-from jumprelu_plugin.export import circuit_tracer, export, read
+from jumprelu_plugin.export import circuit_tracer, export, read, saelens, steering_vector
 from jumprelu_plugin.export.checking import compare, new_folder
-from jumprelu_plugin.models import EMBEDDED_MODEL
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.parameters import Parameters
+from jumprelu_plugin.steering import Add, steer
 
 INPUTS = 2.0 * torch.randn(53, D_IN, generator=torch.Generator().manual_seed(13))
 
@@ -116,8 +117,6 @@ def test_gemma_scope_2_files(tmp_path: Path) -> None:
 
 
 def test_fold_gain_makes_it_a_transcoder_of_the_gained_norm(tmp_path: Path) -> None:
-    from jumprelu_plugin.models import load_model
-
     transcoder = random_transcoder(3, d_in=256, d_out=256, model=EMBEDDED_MODEL)
     folder = saved(transcoder, tmp_path / "t")
     with pytest.raises(ValueError, match="fold-gain"):
@@ -203,6 +202,22 @@ def test_steering_vector(target: str, hook: str, tmp_path: Path) -> None:
         assert described["module"] == f"model.{module}"
         vector = load_file(tmp_path / "out" / "steer.safetensors")["steering_vector"]
     torch.testing.assert_close(vector, want)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 0.0])
+def test_steered_logits_are_compared_by_what_steering_changes(factor: float) -> None:
+    dictionary = saelens.of(random_sae("blocks.3.hook_resid_post", d_in=256, model=EMBEDDED_MODEL))
+    model = load_model(EMBEDDED_MODEL, "HookedTransformer")
+
+    def steered(tokens: torch.Tensor) -> torch.Tensor:
+        with steer(model, dictionary.as_sae(), Add(7, 3.0 * factor)):
+            return model(tokens)
+
+    if factor == 1.0:
+        assert steering_vector._compare(dictionary, {7: 3.0}, steered, "a test").error < 1e-6
+        return
+    with pytest.raises(ValueError, match="steered logits differ"):
+        steering_vector._compare(dictionary, {7: 3.0}, steered, "a test")
 
 
 def test_steering_vector_refusals(tmp_path: Path) -> None:
