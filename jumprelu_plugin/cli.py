@@ -237,6 +237,79 @@ def steer(
 
 
 @app.command()
+def features(
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("features.html"),
+    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 256,
+    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    examples: Annotated[int, typer.Option(help="Contexts shown of each latent.")] = 8,
+    latent: Annotated[list[int] | None, typer.Option(help="Only these latents.")] = None,
+) -> None:
+    """Write a searchable HTML page of a dictionary's latents; it needs no network."""
+    import torch
+
+    from jumprelu_plugin.interpret.dashboard import write_dashboard
+    from jumprelu_plugin.text import tokenized_dataset
+
+    dictionary, language_model = _load(sae, model)
+    text = tokenized_dataset(language_model.tokenizer, context_size, "test")
+    tokens = torch.tensor(text[:sequences]["tokens"])
+    path = write_dashboard(
+        output, language_model, dictionary, tokens, latents=latent, examples=examples
+    )
+    console.print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A saved dictionary; for circuit-tracer a folder of layer_0, ..."),
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Target; see --list.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    list_targets: Annotated[bool, typer.Option("--list", help="What each target takes.")] = False,
+    unchecked: Annotated[
+        bool, typer.Option(help="Do not read back with the target's loader (not installed).")
+    ] = False,
+    latent: Annotated[list[int] | None, typer.Option(help="Steering: which latent(s).")] = None,
+    amount: Annotated[list[float] | None, typer.Option(help="Steering: how much of each.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Model, where not recorded.")] = None,
+    hook_name: Annotated[str | None, typer.Option(help="Hook it reads, if not recorded.")] = None,
+    hook_name_out: Annotated[str | None, typer.Option(help="Hook a transcoder writes.")] = None,
+    fold_scale: Annotated[bool, typer.Option(help="Fold a checkpoint's input scale.")] = False,
+    fold_gain: Annotated[bool, typer.Option(help="Fold the norm's gain (gemma-scope-2).")] = False,
+    n_layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    pad_missing: Annotated[bool, typer.Option(help="Dead transcoders for missing layers.")] = False,
+    scan: Annotated[str | None, typer.Option(help="Name of the set, for circuit-tracer.")] = None,
+) -> None:
+    """Write a dictionary in another tool's format, read it back with that tool and compare."""
+    from jumprelu_plugin import export as exports
+
+    if list_targets:
+        console.print(exports.table())
+        return
+    if folder is None or to is None or output is None:
+        raise ValueError("give FOLDER, --to TARGET and --output FOLDER, or --list")
+    given = {
+        "amounts": exports.amounts(latent, amount),
+        "model_name": model_name,
+        "hook_name": hook_name,
+        "hook_name_out": hook_name_out,
+        "fold_scale": fold_scale,
+        "fold_gain": fold_gain,
+        "n_layers": n_layers,
+        "pad_missing": pad_missing,
+        "scan": scan,
+    }
+    check = exports.export(
+        folder, to, output, unchecked=unchecked, **{k: v for k, v in given.items() if v}
+    )
+    console.print(f"written: {output} ({check or 'not read back'})", highlight=False)
+
+
+@app.command()
 def recipes() -> None:
     """List the training recipes and where their numbers come from."""
     from jumprelu_plugin.recipes import RECIPES

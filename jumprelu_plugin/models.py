@@ -94,6 +94,17 @@ def hub_errors_explained(name: str) -> Iterator[None]:
         ) from error
 
 
+def build_hooked(hooked_class: Any, model: str | Path, device: str = "cpu") -> Any:
+    """`model` as an unprocessed instance of `hooked_class`, a subclass of HookedTransformer.
+
+    Raises as `load_model` does.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        _require_files(folder)
+    return _build_hooked(hooked_class, str(model), folder, device).eval()
+
+
 def model_digest(model: nn.Module) -> str:
     """First 16 hex digits of the SHA-256 of the weights' names, types, shapes and bytes.
 

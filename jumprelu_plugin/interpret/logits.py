@@ -6,11 +6,15 @@ are skipped, so it is a hint for early hooks and close to the truth for late one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Latents at a time: 256 rows of Gemma 2's 256,000 logits take 0.26 GB.
+_CHUNK = 256
 
 
 @torch.no_grad()
@@ -24,12 +28,43 @@ def logit_effects(
     Raises:
         ValueError: the decoder does not write vectors of the model's width.
     """
-    direction = sae.W_dec[latent].detach().float()
-    if direction.shape[0] != model.W_U.shape[0]:
+    _require_residual_width(model, sae)
+    top = (sae.W_dec[latent].detach().float() @ model.W_U.float()).topk(count)
+    return top.indices, top.values
+
+
+@dataclass(frozen=True)
+class LogitEffects:
+    """For every latent the tokens it raises and lowers most, strongest first, and by how much."""
+
+    raised: Int[Tensor, "d_sae count"]
+    raised_by: Float[Tensor, "d_sae count"]
+    lowered: Int[Tensor, "d_sae count"]
+    lowered_by: Float[Tensor, "d_sae count"]
+
+
+@torch.no_grad()
+def all_logit_effects(model: Any, sae: Any, count: int = 8) -> LogitEffects:
+    """`logit_effects` of every latent, up and down, some latents at a time.
+
+    Raises:
+        ValueError: the decoder does not write vectors of the model's width.
+    """
+    _require_residual_width(model, sae)
+    W_U = model.W_U.float()
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in sae.W_dec.detach().float().split(_CHUNK):
+        effects = rows @ W_U
+        up, down = effects.topk(count), effects.topk(count, largest=False)
+        parts.append((up.indices, up.values, down.indices, down.values))
+    return LogitEffects(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+
+
+def _require_residual_width(model: Any, sae: Any) -> None:
+    width, stream = sae.W_dec.shape[1], model.W_U.shape[0]
+    if width != stream:
         raise ValueError(
-            f"the SAE's decoder writes {direction.shape[0]} values, the model's residual stream "
-            f"has {model.W_U.shape[0]}: logit effects need an SAE of the residual stream, "
+            f"the SAE's decoder writes {width} values, the model's residual stream "
+            f"has {stream}: logit effects need an SAE of the residual stream, "
             "of hook_mlp_out or of hook_attn_out"
         )
-    top = (direction @ model.W_U.float()).topk(count)
-    return top.indices, top.values

@@ -1,0 +1,35 @@
+"""Write an SAE in other tools' formats, and read one of them back.
+
+Every export is loaded by its target's own loader and compared before it is in its place. Where a
+tool is not installed the export says so; tools/circuit_env.sh builds an environment with all.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from sae_lens import SAE
+
+from jumprelu_plugin.export import TARGETS, export, read
+
+SAE_FOLDER = Path("output/01_train")
+OUTPUT = Path("output/10_export")
+
+if not (SAE_FOLDER / "cfg.json").exists():
+    subprocess.run([sys.executable, Path(__file__).with_name("01_train.py")], check=True)
+
+for target in ("saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "neuronpedia"):
+    if TARGETS[target].loader.installed:
+        print(f"{target}: {export(SAE_FOLDER, target, OUTPUT / target)}")
+    else:
+        print(f"{target}: left out; {TARGETS[target].loader.install}")
+
+# The other way: Gemma Scope's file holds arrays alone, so the hook and the model are given.
+sae = SAE.load_from_disk(SAE_FOLDER)
+hook, model = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
+back = read(OUTPUT / "gemma-scope", hook_name=hook, model_name=model).as_sae()
+x = 10 * torch.randn(64, sae.cfg.d_in)
+with torch.no_grad():
+    gap = float((back(x) - sae(x)).norm() / sae(x).norm())
+print(f"read back from Gemma Scope's format as {type(back).__name__}: outputs differ by {gap:.1e}")
