@@ -1,19 +1,24 @@
 """Train a JumpReLU SAE with SAELens' own runner. The plugin adds one import and one config.
 
-Writes ./output/01_train: a stock SAELens folder, which examples 03 to 05 load.
+Writes ./output/01_train: a stock SAELens folder, which the next examples load.
+JUMPRELU_EXAMPLE_STEPS=1000 in the environment trains longer.
 """
+
+import os
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig  # importing it registers it
 from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.text import tokenized_dataset
 
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 1024
 TARGET_L0 = 32  # how many latents should be active on a token
-STEPS = 100  # a taste; 1,000 and more for a dictionary worth looking at
+# A taste; 1,000 and more for a dictionary worth looking at.
+STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "100"))
 BATCH = 1024  # tokens in a step
 CONTEXT = 128  # tokens in a sequence
 OUTPUT = "output/01_train"
@@ -25,9 +30,10 @@ text = tokenized_dataset(model.tokenizer, CONTEXT, split="train")
 # SAELens does not use `seed` itself. Seed PyTorch to get the same run twice.
 torch.manual_seed(0)
 
+# With a target alone, thresholds, bandwidth and coefficient are found from the data.
+sae_cfg = JumpReLUTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, target_l0=TARGET_L0)
 cfg = LanguageModelSAERunnerConfig(
-    # With a target alone, thresholds, bandwidth and coefficient are found from the data.
-    sae=JumpReLUTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, target_l0=TARGET_L0),
+    sae=sae_cfg,
     model_name=EMBEDDED_MODEL,
     hook_name=HOOK,
     training_tokens=STEPS * BATCH,
@@ -36,7 +42,7 @@ cfg = LanguageModelSAERunnerConfig(
     n_batches_in_buffer=128,  # 128 x CONTEXT activations are shuffled together
     n_batches_for_norm_estimate=10,
     exclude_special_tokens=True,
-    lr=1e-3,
+    lr=DEFAULT.runner["lr"],
     lr_decay_steps=STEPS // 5,
     dead_feature_window=STEPS // 5,
     checkpoint_path=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +10,38 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+
+
+class UserError(typer.BadParameter):
+    """What the user can mend: said without a traceback, exit code 2."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+class Commands(TyperGroup):
+    """The subcommands, with their errors said as typer says a wrong option."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand; JUMPRELU_TRACEBACK=1 keeps the traceback of an error."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) or os.environ.get("JUMPRELU_TRACEBACK"):
+                raise
+            raise UserError(str(error)) from error
+        except Exception as error:
+            from sae_lens.training._interruption import InterruptedException
+
+            if not isinstance(error, InterruptedException):
+                raise
+            typer.echo(error, err=True)
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,14 +81,16 @@ def demo(
 def train(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
+    save_buffer: Annotated[
+        bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
+    ] = True,
 ) -> None:
     """Train with SAELens' own runner flags (--help lists them), plus our fields.
 
     --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
-    it is not given.
+    it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
-    from sae_lens.llm_sae_training_runner import _parse_cfg_args
-
+    from jumprelu_plugin.flags import parse_flags
     from jumprelu_plugin.recipes import recipe as find_recipe
     from jumprelu_plugin.runner import JumpReLUTrainingRunner
 
@@ -67,7 +99,7 @@ def train(
     if recipe is not None:
         defaults += find_recipe(recipe).flags()
     # The user's own flags come last, and the last one counts.
-    JumpReLUTrainingRunner(_parse_cfg_args([*defaults, *given])).run()
+    JumpReLUTrainingRunner(parse_flags([*defaults, *given]), save_buffer=save_buffer).run()
 
 
 @app.command()
@@ -238,9 +270,9 @@ def _load(sae_folder: Path, model_name: str | None) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """Run the command; what the user can mend is said in one line, not in a traceback."""
-    try:
-        app()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(1)
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

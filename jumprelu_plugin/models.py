@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +49,49 @@ def load_model(
     Raises:
         ValueError: for an unknown class, or a folder whose architecture the class cannot hold.
         FileNotFoundError: for a folder without config.json or tokenizer, or a path that is absent.
+        OSError: for a hub name whose weights cannot be had, with what to do about a licence gate.
     """
     if model_class_name not in _LOADERS:
         raise ValueError(
             f"Unknown model class {model_class_name!r}: expected one of {sorted(_LOADERS)}."
         )
-    folder = _local_folder(model)
+    folder = local_folder(model)
     if folder is not None:
         _require_files(folder)
     name = EMBEDDED_MODEL if str(model) == EMBEDDED_MODEL else str(model)
-    loaded = _LOADERS[model_class_name](name, folder, device)
-    return loaded.eval()
+    if folder is not None:
+        return _LOADERS[model_class_name](name, folder, device).eval()
+    with hub_errors_explained(name):
+        return _LOADERS[model_class_name](name, None, device).eval()
+
+
+@contextmanager
+def hub_errors_explained(name: str) -> Iterator[None]:
+    """Say what to do when the model `name` cannot be loaded from the hub.
+
+    Raises, in place of what the libraries raise: ValueError for a name that TransformerLens does
+    not know, OSError for weights that cannot be had.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "Valid official model names" not in str(error):
+            raise
+        from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
+
+        close = get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(
+            f"TransformerLens knows no model {name!r}{hint}. Give a hub name, the folder of a "
+            f"model, or {EMBEDDED_MODEL!r} for the model inside this package."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"The model {name!r} could not be had from the hub: {str(error).splitlines()[0]}\n"
+            "Gemma's weights are gated: accept the licence on the model's page and log in with "
+            "`hf auth login`. Without a network, give the folder of a model, or "
+            f"{EMBEDDED_MODEL!r} for the model inside this package."
+        ) from error
 
 
 def model_digest(model: nn.Module) -> str:
@@ -77,8 +111,11 @@ def model_digest(model: nn.Module) -> str:
 # --- Where the files are ------------------------------------------------------------------------
 
 
-def _local_folder(model: str | Path) -> Path | None:
-    """The folder `model` stands for, or None for a hub name."""
+def local_folder(model: str | Path) -> Path | None:
+    """The folder `model` stands for, or None for a hub name.
+
+    Raises FileNotFoundError for a path that is not there.
+    """
     if str(model) == EMBEDDED_MODEL:
         return embedded_model_folder()
     path = Path(model).expanduser()

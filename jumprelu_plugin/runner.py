@@ -5,8 +5,9 @@ of `LanguageModelSAETrainingRunner` it
   - refuses a run that cannot work before anything is computed or written;
   - knows the embedded model and local model folders by `model_name`;
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
-  - shows and records metrics (`trainer.py`);
-  - saves the SAE, not only the data position, when it is interrupted;
+  - shows and records metrics, and saves everything when it is interrupted (`trainer.py`);
+  - resumes exactly where it stopped (`activations.py`);
+  - writes the output folder whole;
   - trains transcoders, reading both hooks in one forward pass (`pair_store.py`).
 A script that keeps SAELens' own runner trains the same SAE.
 """
@@ -14,18 +15,25 @@ A script that keeps SAELens' own runner trains the same SAE.
 from __future__ import annotations
 
 import difflib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, logger
+from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.load_model import load_model as load_hub_model
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from jumprelu_plugin.activations import resumable
 from jumprelu_plugin.hook_pairs import pair_widths
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
 from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import HookPair, PairStore
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
@@ -42,15 +50,21 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
     Args:
         cfg: SAELens' runner config. `model_name` may also be the embedded model's name or a folder
-            with a model and its tokenizer; an empty `dataset_path` then means the text of the
-            `demo` extra.
+            with a model and its tokenizer. An empty `dataset_path` means the text of the `demo`
+            extra.
         override_dataset, override_model, override_sae: as in SAELens.
         metrics_path: where to append the metrics as JSON lines; `metrics.jsonl` in the output
-            folder by default. Every line is complete when it is written.
+            folder by default. Every line is complete when it is written. A run that is not resumed
+            starts the file anew.
+        save_buffer: whether checkpoints hold the rows that wait in the mixing buffer. Without them
+            they are smaller, and a resumed run sees its data in another order
+            (`activations.py` gives the size).
 
     Raises:
-        ValueError: the hook does not exist, its width is not the SAE's d_in, or the output folder
-            already holds an SAE.
+        ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
+            than the model's, the output folder already holds an SAE, there is no text, or the
+            checkpoint to resume is of another SAE.
+        OSError: the model cannot be had, or there is no such checkpoint.
     """
 
     def __init__(
@@ -60,19 +74,25 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
         metrics_path: str | Path | None = None,
+        save_buffer: bool = True,
     ):
         refuse_used_output_folder(cfg.output_path)
-        if override_model is None and is_local_model(cfg.model_name):
-            override_model = load_model(
-                cfg.model_name, "HookedSAETransformer", cfg.llm_device or cfg.device
-            )
-        if override_dataset is None and not cfg.dataset_path and override_model is not None:
-            override_dataset = tokenized_dataset(
-                override_model.tokenizer, cfg.context_size, split="train"
-            )
+        refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
+        refuse_empty_text(override_dataset)
+        ours = override_model is None and override_dataset is None
+        model = language_model(cfg) if override_model is None else override_model
+        refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        refuse_long_context(model, cfg.context_size)
+        if override_dataset is None and not cfg.dataset_path:
+            override_dataset = tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
         torch.manual_seed(cfg.seed)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
-        refuse_wrong_hook(self.model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        try:
+            with quiet() if ours else nullcontext():
+                super().__init__(cfg, override_dataset, model, override_sae)
+        except StopIteration:  # from the first look at a dataset that was read from dataset_path
+            refuse_empty_text([])
+        self.activations_store = resumable(self.activations_store, cfg, save_buffer)
+        self.evaluator.activations_store = self.activations_store
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             self._read_pairs(self.sae.cfg)
         if metrics_path is None and cfg.output_path is not None:
@@ -94,24 +114,101 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        ours = JumpReLUTrainer(
+        # Not SAELens' handling: it saves no weights, and cuts a step in two.
+        self.trainer = JumpReLUTrainer(
             cfg=trainer.cfg,
             sae=trainer.sae,
             data_provider=trainer.data_provider,
             evaluator=trainer.evaluator,
             save_checkpoint_fn=trainer.save_checkpoint_fn,
         )
-        ours.metrics_path = self.metrics_path
+        self.trainer.metrics_path = self.metrics_path
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
-            ours.activation_scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+            self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
         if self.cfg.resume_from_checkpoint is not None:
-            ours.load_trainer_state(self.cfg.resume_from_checkpoint)
-        return super().run_trainer_with_interruption_handling(ours)
+            self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
+        elif self.metrics_path is not None:
+            self.metrics_path.unlink(missing_ok=True)
+        return self.trainer.fit()
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        """Write the output folder; `cfg.json`, by which it is known as an SAE, comes last."""
+        output = Path(output_path)
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".unfinished-", dir=output) as unfinished:
+            # What is handed in comes from the trainer SAELens made, which trained nothing.
+            super().save_final_sae(sae, unfinished, self.trainer.log_feature_sparsity)
+            files = sorted(Path(unfinished).iterdir(), key=lambda f: f.name == SAE_CFG_FILENAME)
+            for file in files:
+                file.replace(output / file.name)
 
 
-def is_local_model(model_name: str) -> bool:
-    """Whether a model name is the embedded model's or a folder's, and no hub is needed."""
-    return model_name == EMBEDDED_MODEL or Path(model_name, "config.json").exists()
+def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+    """The model a config names: ours or a folder's through `models`, a hub's as SAELens loads it.
+
+    A folder is loaded as HookedSAETransformer where `model_class_name` is left at SAELens' default.
+    """
+    name, kind, device = cfg.model_name, cfg.model_class_name, cfg.llm_device or cfg.device
+    if local_folder(name) is not None:
+        kind = "HookedSAETransformer" if kind == "HookedTransformer" else kind
+        return load_model(name, kind, device)
+    with hub_errors_explained(name):
+        return load_hub_model(
+            kind, name, device, cfg.model_from_pretrained_kwargs, hook_names=[cfg.hook_name]
+        )
+
+
+def refuse_long_context(model: Any, context_size: int) -> None:
+    """Raise ValueError for sequences longer than the model takes."""
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and context_size > longest:
+        raise ValueError(
+            f"context_size is {context_size}, but the model takes at most {longest} tokens: set "
+            f"context_size={longest} or less"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without SAELens' warnings that the config does not name what overrides it: here it does."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def refuse_empty_text(dataset: Any) -> None:
+    """Raise ValueError for a dataset without rows."""
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("the dataset has no rows: too little text to train on; give another one")
+
+
+def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
+    """Raise if there is no such checkpoint (FileNotFoundError), or if it is not of this SAE."""
+    if folder is None:
+        return
+    for name in (SAE_CFG_FILENAME, TRAINER_STATE_FILENAME):
+        if not Path(folder, name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a checkpoint (no {name} in it); give resume_from_checkpoint a "
+                "folder that an interrupted run or n_checkpoints wrote"
+            )
+    saved = json.loads(Path(folder, SAE_CFG_FILENAME).read_text())
+    for field in ("architecture", "d_in", "d_sae"):
+        asked = sae_cfg.architecture() if field == "architecture" else getattr(sae_cfg, field)
+        if saved.get(field) != asked:
+            raise ValueError(
+                f"the checkpoint {folder} has {field} {saved.get(field)!r} and this run {asked!r}; "
+                "resume with the config the run started with"
+            )
 
 
 def refuse_used_output_folder(output_path: str | None) -> None:

@@ -1,19 +1,27 @@
-"""SAELens' trainer, showing and recording what it measures.
+"""SAELens' trainer, showing and recording what it measures, and stopping where it can go on.
 
-Adds three things and changes no number: a progress bar with loss, L0, FVU and dead latents, the
-metrics SAELens logs to wandb as JSON lines in a file, with or without wandb, and a full checkpoint
-when it is interrupted.
+Changes no number. It adds a progress bar with loss, L0, FVU and dead latents; the metrics SAELens
+logs to wandb as JSON lines in a file, with or without wandb; and checkpoints that are whole, are
+made between steps, and are made when the run is interrupted.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from sae_lens import logger
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
@@ -26,43 +34,146 @@ PROGRESS_EVERY = 10
 class JumpReLUTrainer(SAETrainer[Any, Any]):
     """`SAETrainer` with a telling progress bar and, if `metrics_path` is set, JSON lines.
 
-    A line is written every `cfg.logger.wandb_log_frequency` steps and holds exactly what SAELens
-    would give wandb at that step, and the step.
+    A line is written every `cfg.logger.wandb_log_frequency` steps, and one at the end of every
+    `cfg.feature_sampling_window`. It holds the numbers SAELens gives wandb at that step, and the
+    step; a number that is not finite is null.
+
+    SIGINT (Ctrl-C) and SIGTERM end a run after the step it is in, with a checkpoint if
+    `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. Before the end of the
+    first step, and when they come a second time, they end it at once and nothing is saved.
     """
 
     metrics_path: Path | None = None
+    _steps_made: int = 0
+    _asked_to_stop: bool = False
 
     @override
     def fit(self) -> Any:
-        try:
+        with self._signals_ask_to_stop():
             return super().fit()
-        except (KeyboardInterrupt, InterruptedException):
-            # SAELens' runner saves its place in the data now, into a folder it expects to find,
-            # and no weights: those come first.
-            if self.cfg.checkpoint_path is not None:
-                name = str(self.n_training_samples)
-                self.save_checkpoint(checkpoint_name=name)
-                folder = Path(self.cfg.checkpoint_path, name)
-                logger.warning(f"interrupted; continue with --resume_from_checkpoint {folder}")
-            raise
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         output = super().step(batch)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
-            metrics = self.build_train_step_log_dict(output, self.n_training_samples)
-            append_jsonl(self.metrics_path, {"step": self.n_training_steps, **metrics})
+            self._record(self.build_train_step_log_dict(output, self.n_training_samples))
         return output
+
+    # ---------------------------------------------------------------- metrics
+
+    @override
+    def full_sparsity_window_log(self) -> dict[str, Any]:
+        log = super().full_sparsity_window_log()
+        if log:
+            self._record(log)
+        return log
+
+    @override
+    def _build_sparsity_log_dict(self) -> dict[str, Any]:
+        if self.cfg.logger.log_to_wandb:
+            return super()._build_sparsity_log_dict()
+        # SAELens makes a wandb histogram here even for a run without wandb.
+        return {
+            "metrics/mean_log10_feature_sparsity": self.log_feature_sparsity.mean().item(),
+            "sparsity/below_1e-5": (self.feature_sparsity < 1e-5).sum().item(),
+            "sparsity/below_1e-6": (self.feature_sparsity < 1e-6).sum().item(),
+        }
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        if self.metrics_path is None:
+            return
+        numbers = {
+            name: value if math.isfinite(value) else None
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
+        append_jsonl(self.metrics_path, {"step": self.n_training_steps, **numbers})
+
+    # ---------------------------------------------------------------- interruption
+
+    @contextmanager
+    def _signals_ask_to_stop(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM during the block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        caught = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._asked) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked(self, signal_number: int, frame: Any) -> None:
+        if self._asked_to_stop or self._steps_made == 0:
+            raise InterruptedException("interrupted; nothing was saved")
+        # A step that is cut in two leaves weights and optimiser that belong to different steps.
+        self._asked_to_stop = True
+        logger.warning("interrupted: finishing this step (once more to stop at once)")
+
+    def _stop(self) -> None:
+        if self.cfg.checkpoint_path is None:
+            raise InterruptedException("interrupted; nothing was saved (checkpoint_path is None)")
+        name = str(self.n_training_samples)
+        self.save_checkpoint(checkpoint_name=name)
+        folder = Path(self.cfg.checkpoint_path, name)
+        raise InterruptedException(f"interrupted; continue with --resume_from_checkpoint {folder}")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        if base is None:
+            return super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+        Path(base).mkdir(parents=True, exist_ok=True)
+        # Beside its place, and moved there when everything is in it: whole, or not there.
+        with TemporaryDirectory(prefix=".unfinished-", dir=base) as unfinished:
+            with self._producer_paused():
+                super().save_checkpoint(checkpoint_name, unfinished, wandb_aliases)
+            place = Path(base, checkpoint_name)
+            shutil.rmtree(place, ignore_errors=True)
+            Path(unfinished, checkpoint_name).rename(place)
+
+    def _producer_paused(self) -> Any:
+        source = self.data_provider
+        return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        super().load_trainer_state(checkpoint_path)
+        done = self.n_training_samples
+        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= done]
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        """Nothing yet: SAELens calls this before it has counted the step (see `_update_pbar`)."""
+
+    # ---------------------------------------------------------------- the end of a step
 
     @override
     @torch.no_grad()
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: tqdm, update_interval: int = PROGRESS_EVERY
     ) -> None:
+        """The last thing SAELens does in a step: show it, and save where that is due."""
+        self._steps_made += 1
         pbar.update(len(step_output.sae_in))
-        if self.n_training_steps % update_interval:
-            return
+        if self.n_training_steps % update_interval == 0:
+            self._show(step_output, pbar)
+        super()._checkpoint_if_needed()
+        if self._asked_to_stop:
+            pbar.close()
+            self._stop()
+
+    def _show(self, step_output: TrainStepOutput, pbar: tqdm) -> None:
         x, x_hat = step_output.sae_in, step_output.sae_out
         residual = (x_hat - x).pow(2).sum()
         variance = (x - x.mean(0)).pow(2).sum()

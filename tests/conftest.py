@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -19,6 +20,15 @@ def seed() -> int:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order; and at a few thousand numbers a second thread costs more than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

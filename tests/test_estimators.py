@@ -152,6 +152,7 @@ BROKEN = {
     ("jumprelu", "post-activation"): lambda z, t, e: t / e * window(z * (z > t), t, e),
     ("jumprelu", "whole-ε half-width"): lambda z, t, e: t / e * window(z, t, e, -1.0, 1.0),
     ("jumprelu", "wrong sign"): lambda z, t, e: -t / e * window(z, t, e),
+    ("heaviside", "wrong sign"): lambda z, t, e: -1 / e * window(z, t, e),
     ("heaviside", "upper half"): lambda z, t, e: 1 / e * window(z, t, e, low=0.0),
     ("heaviside", "1/ε twice"): lambda z, t, e: 1 / e**2 * window(z, t, e),
     ("heaviside", "θ factor"): lambda z, t, e: t / e * window(z, t, e),

@@ -22,7 +22,7 @@ from jumprelu_plugin.step.reference import encode_dense
 from jumprelu_plugin.step.sparse import SparseEntries, encode_sparse
 
 BATCH, D_IN, D_SAE, D_OUT = 37, 23, 101, 19
-CHUNKS = {"one row": D_SAE, "less than a row": 3, "three rows": 3 * D_SAE + 5, "all": 10**9}
+CHUNKS = {"less than a row": D_SAE // 2 + 3, "three rows": 3 * D_SAE + 5, "all": 10**9}
 SPARSITY, TANH, PRE_ACT = 0.31, 0.17, 0.23
 
 
@@ -106,7 +106,7 @@ def encode(path: str, p: Problem, leaves: dict[str, Tensor], chunk: int = 10**9)
     if path == "dense":
         return encode_dense(*inputs)
     return encode_sparse(
-        *inputs, leaves["threshold"], p.bandwidth, keep_mean=True, chunk_elements=chunk
+        *inputs, leaves["threshold"], p.bandwidth, keep_mean=True, tile_bytes=8 * chunk
     )
 
 
@@ -378,6 +378,42 @@ def test_paths_are_timed_again_when_density_has_halved_and_not_before(clock: Clo
     assert set(run_steps(choice, clock, 5, 0.13, now)) == {"dense"}
     run_steps(choice, clock, 9, 0.07, now)
     assert choice.current == "screened"
+
+
+@pytest.mark.parametrize(("product_seconds", "tried"), [(0.3, False), (0.1, True), (None, True)])
+def test_dense_is_tried_only_where_its_products_leave_room(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, product_seconds: float | None, tried: bool
+) -> None:
+    asked = []
+
+    def seconds(*sizes: int) -> float | None:
+        asked.append(sizes)
+        return product_seconds
+
+    monkeypatch.setattr("jumprelu_plugin.step.choose.product.seconds", seconds)
+    choice = PathChoice("auto")
+    took = {"sparse": 1.3, "screened": 1.1, "dense": 0.9}
+    paths = []
+    for _ in range(15):
+        paths.append(choice.start(torch.device("cpu"), (37, 23, 101)))
+        clock.now += took[paths[-1]]
+        choice.finish(0.03)
+    assert ("dense" in paths) == tried
+    assert choice.current == ("dense" if tried else "screened")
+    assert set(asked) == {(37, 23, 101)}
+
+
+def test_the_choice_and_its_reasons_are_logged(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="jumprelu_plugin.step.choose"):
+        run_steps(PathChoice("screened"), clock, 3, 0.03, {"screened": 1.0})
+        run_steps(
+            PathChoice("auto"), clock, 13, 0.03, {"sparse": 0.31, "screened": 0.47, "dense": 2.3}
+        )
+    forced, chosen = (record.getMessage() for record in caplog.records)
+    assert forced == "step path: screened, as asked for"
+    assert chosen.startswith("step path: sparse at 3 % density (sparse 310.0 ms, screened 470.0 ms")
 
 
 @pytest.mark.parametrize("forced", ["sparse", "screened", "dense"])

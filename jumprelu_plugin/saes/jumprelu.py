@@ -239,7 +239,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         threshold: Tensor,
         bandwidth: float,
     ) -> Entries:
-        path = self._path.start(x.device)
+        path = self._path.start(x.device, (len(x), W_enc.shape[0], W_enc.shape[1]))
         # A user's hook on the pre-activations or activations sees all of them: dense.
         if path == "dense" or self._is_watched():
             entries = encode_dense(x, W_enc, b_enc, b_pre)
@@ -252,7 +252,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             b_pre,
             threshold,
             bandwidth,
-            screen=path == "screened" and x.dtype == torch.float32,
+            screen=path == "screened",
             keep_mean=self.cfg.pre_act_loss_coefficient is not None,
         )
 

@@ -1,19 +1,31 @@
-"""Which (token, latent) pairs a sparse step works on, as PyTorch's CSR operators read them."""
+"""Which (token, latent) pairs a sparse step works on, and products over those pairs alone.
+
+Both products walk through one large matrix in an order the pairs decide. On a CPU they are done a
+few columns at a time, so that what is walked through stays in cache: with 77 pairs a token, 4096
+tokens and a 16384 × 2304 matrix (Zen 5, one thread), the weighted sum took 38 ms and the sampled
+product 74 ms, against 200 and 222 ms for PyTorch's CSR operators on whole rows.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
+
+# Columns at a time on a CPU. A GPU hides the latency of memory and takes all of them.
+_SUM_COLUMNS = 64
+_SAMPLE_COLUMNS = 256
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which (token, latent) pairs are represented: CSR indices, columns ascending in each row."""
+    """Which (token, latent) pairs are represented: rows ascending, columns ascending in each."""
 
     rows: Int[Tensor, " nnz"]
     cols: Int[Tensor, " nnz"]
@@ -22,40 +34,83 @@ class Pattern:
 
     @cached_property
     def row_ends(self) -> Int[Tensor, " batch+1"]:
+        """Where each token's entries end."""
         return _ends(self.rows, self.batch)
 
     @cached_property
-    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
-        """The order that sorts entries by latent (tokens ascending within one), and its ends."""
-        return torch.sort(self.cols, stable=True)[1], _ends(self.cols, self.d_sae)
+    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
+        """The order that sorts entries by latent, their tokens in that order, and its ends."""
+        latents, order = torch.sort(self.cols, stable=True)
+        return order, self.rows[order], _ends(latents, self.d_sae)
 
-    def where(self, kept: Bool[Tensor, " nnz"]) -> Pattern:
-        """The pattern of the kept pairs."""
-        return Pattern(self.rows[kept], self.cols[kept], self.batch, self.d_sae)
+    def where(self, kept: Bool[Tensor, " nnz"]) -> tuple[Pattern, Int[Tensor, " kept"]]:
+        """The pattern of the kept pairs, and their places in this one."""
+        places = kept.nonzero().squeeze(1)
+        return Pattern(self.rows[places], self.cols[places], self.batch, self.d_sae), places
 
-    def csr(self, values: Float[Tensor, " nnz"]) -> Tensor:
-        """The [batch, d_sae] matrix with these values, as CSR."""
-        return _csr(self.row_ends, self.cols, values, (self.batch, self.d_sae))
+    def times(
+        self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "d_sae k"]
+    ) -> Float[Tensor, "batch k"]:
+        """V @ matrix, V the [batch, d_sae] matrix that holds `values` at the represented pairs."""
+        return _weighted_sums(self.cols, self.row_ends, values, matrix)
 
-    def csr_transposed(self, values: Float[Tensor, " nnz"]) -> Tensor:
-        """The [d_sae, batch] transpose, as CSR; the sort is shared by every call."""
-        order, ends = self.by_latent
-        return _csr(ends, self.rows[order], values[order], (self.d_sae, self.batch))
+    def transposed_times(
+        self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "batch k"]
+    ) -> Float[Tensor, "d_sae k"]:
+        """V.T @ matrix; the sort is shared by every call."""
+        order, tokens, ends = self.by_latent
+        return _weighted_sums(tokens, ends, values[order], matrix)
 
     def sampled_product(
         self, left: Float[Tensor, "batch k"], right: Float[Tensor, "d_sae k"]
     ) -> Float[Tensor, " nnz"]:
-        """(left @ right.T) at the represented pairs only."""
+        """(left @ right.T) at the represented pairs only.
+
+        The value at a pair depends on its two vectors alone, not on the other pairs.
+        """
+        found = left.new_empty(self.cols.numel())
         if self.cols.numel() == 0:
-            return left.new_zeros(0)
-        pattern = self.csr(left.new_zeros(self.cols.numel()))
-        return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+            return found
+        # By latent, because there are fewer tokens in a batch than latents: `left` is what is
+        # walked through out of order, and the smaller matrix stays in cache.
+        order, tokens, ends = self.by_latent
+        shape = (self.d_sae, self.batch)
+        products = _csr(ends, tokens, torch.zeros_like(found), shape)
+        for columns in _slabs(left, _SAMPLE_COLUMNS):
+            products = torch.sparse.sampled_addmm(products, right[:, columns], left[:, columns].t())
+        found[order] = products.values()
+        return found
 
 
-def _ends(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
-    ends = index.new_zeros(size + 1)
-    torch.cumsum(torch.bincount(index, minlength=size), 0, out=ends[1:])
-    return ends
+def _weighted_sums(
+    index: Int[Tensor, " nnz"],
+    ends: Int[Tensor, " sums+1"],
+    weights: Float[Tensor, " nnz"],
+    matrix: Float[Tensor, "rows k"],
+) -> Float[Tensor, "sums k"]:
+    """Sum weights · matrix[index] between consecutive ends: PyTorch's embedding bag."""
+    sums = matrix.new_empty(len(ends) - 1, matrix.shape[1])
+    for columns in _slabs(matrix, _SUM_COLUMNS):
+        sums[:, columns] = functional.embedding_bag(
+            index,
+            matrix[:, columns],
+            ends,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+    return sums
+
+
+def _slabs(matrix: Float[Tensor, "rows k"], columns: int) -> Iterator[slice]:
+    width = matrix.shape[1]
+    at_once = columns if matrix.device.type == "cpu" else width
+    return (slice(start, start + at_once) for start in range(0, width, at_once))
+
+
+def _ends(ascending: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
+    """For indices in ascending order, how many are below 0, 1, …, size."""
+    return torch.searchsorted(ascending, torch.arange(size + 1, device=ascending.device))
 
 
 def _csr(ends: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -4,14 +4,14 @@ Only the encode needs the whole dictionary. A pair (token, latent) takes part in
 step only where z > θ - ε/2: above θ it is active, and within ε/2 of θ the estimators let gradient
 through. Everywhere else the activation, the gate and all of their gradients are exactly zero. So:
 
-    z        one dense product, in row chunks, kept only where z > θ - ε/2
+    z        one dense product, tile by tile, kept only where z > θ - ε/2
     x̂        sparse × dense
     ∂f       sampled dense × dense product at the kept entries
     ∂W_enc   sparse^T × dense, and so is ∂W_dec
     ∂b_dec   through the encoder is -W_enc ∂b_enc: a matrix-vector product
 
-The products are PyTorch's own sparse CSR operators. No [batch, d_sae] tensor outlives the forward
-pass. Nothing is approximated: what is dropped is zero.
+The products are PyTorch's own operators (`pattern.py`). No [batch, d_sae] tensor outlives the
+forward pass. Nothing is approximated: what is dropped is zero.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.pattern import Pattern
-from jumprelu_plugin.step.select import (
-    DEFAULT_CHUNK_ELEMENTS,
-    select_by_screening,
-    select_directly,
-)
+from jumprelu_plugin.step.select import select
 
 
 class _SelectedPreActivations(torch.autograd.Function):
@@ -58,9 +54,9 @@ class _SelectedPreActivations(torch.autograd.Function):
         to_b_enc = grad.new_zeros(pattern.d_sae).index_add_(0, pattern.cols, grad)
         to_W_enc = to_x = to_b_pre = None
         if ctx.needs_input_grad[1]:
-            to_W_enc = (pattern.csr_transposed(grad) @ centred).t()
+            to_W_enc = pattern.transposed_times(grad, centred).t()
         if ctx.needs_input_grad[0]:
-            to_x = pattern.csr(grad) @ W_enc.t()
+            to_x = pattern.times(grad, W_enc.t())
         if ctx.needs_input_grad[3]:
             to_b_pre = -(W_enc @ to_b_enc)
         return to_x, to_W_enc, to_b_enc, to_b_pre, None, None, None
@@ -73,7 +69,7 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx: Any, activations: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(activations, W_dec)
         ctx.pattern = pattern
-        return pattern.csr(activations) @ W_dec
+        return pattern.times(activations, W_dec)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +83,7 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_activations = pattern.sampled_product(grad, W_dec)
         if ctx.needs_input_grad[1]:
-            to_W_dec = pattern.csr_transposed(activations) @ grad
+            to_W_dec = pattern.transposed_times(activations, grad)
         return to_activations, to_W_dec, None
 
 
@@ -131,12 +127,13 @@ class SparseEntries(Entries):
         return linear + (excess * self.per_latent(weight)).sum() / self.batch
 
     def as_matrix(self, values: Float[Tensor, " nnz"], where: Tensor | None = None) -> Tensor:
-        rows, cols, values = self.pattern.rows, self.pattern.cols, values.detach()
+        pattern, values = self.pattern, values.detach()
         if where is not None:
-            rows, cols, values = rows[where], cols[where], values[where]
+            pattern, places = pattern.where(where)
+            values = values[places]
         # Sorted and without duplicates by construction: marking it so spares a sort in every sum.
         return torch.sparse_coo_tensor(
-            torch.stack([rows, cols]),
+            torch.stack([pattern.rows, pattern.cols]),
             values,
             (self.batch, self.d_sae),
             is_coalesced=True,
@@ -154,26 +151,26 @@ def encode_sparse(
     *,
     screen: bool = False,
     keep_mean: bool = False,
-    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+    tile_bytes: int | None = None,
 ) -> SparseEntries:
     """z = (x - b_pre) W_enc + b_enc at the pairs where a JumpReLU step can differ from zero.
 
     Args:
         x, W_enc, b_enc, b_pre: as in `reference.encode_dense`.
         threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are dropped.
-        screen: look for the pairs in bfloat16 first (`select.select_by_screening`).
+        screen: look for the pairs in bfloat16 first (`select.py`).
         keep_mean: also keep the mean pre-activation of every latent, which `shortfall` needs.
-        chunk_elements: how many pre-activations exist at one time.
+        tile_bytes: how much of the pre-activations exists at one time.
     """
     theta = threshold.detach()
     # A little below θ - ε/2, so that rounding of the edge itself can drop nothing; the estimators
     # test every kept entry with the reference's own expressions.
     lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
-    edges = torch.stack([lowest, theta - 0.5 * bandwidth, theta, theta + 0.5 * bandwidth])
     with torch.no_grad():
         centred = x if b_pre is None else x - b_pre
-        select = select_by_screening if screen else select_directly
-        pattern, values = select(centred, W_enc, b_enc, edges, chunk_elements)
+        pattern, values = select(
+            centred, W_enc, b_enc, lowest, screen=screen, tile_bytes=tile_bytes
+        )
     z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, centred, pattern, values)
     mean_z = None
     if keep_mean:

@@ -1,6 +1,6 @@
 """Train one transcoder a layer on the embedded Gemma 2, then splice all of them in at once.
 
-Writes ./output/06_transcoders: stock SAELens folders layer_0 to layer_5 and a record. The same
+Writes ./output/07_transcoders: stock SAELens folders layer_0 to layer_5 and a record. The same
 training from the terminal: jumprelu train-transcoders --model tiny-gemma-2 --output <folder>
 """
 
@@ -13,7 +13,7 @@ from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.text import tokenized_dataset
 from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
 
-OUTPUT = "output/06_transcoders"
+OUTPUT = "output/07_transcoders"
 console = Console()
 
 model = load_model(EMBEDDED_MODEL)

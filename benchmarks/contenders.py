@@ -1,0 +1,249 @@
+"""What is timed: a trainer of each kind, at a given shape and L0, that takes one step at a time.
+
+SAELens' architectures, this package's among them, go through SAELens' own `SAETrainer.step`: the
+forward and backward pass, the statistics, gradient clipping, Adam and the schedules. So does
+dictionary_learning's trainer through its own `update`. Other packages are imported, never copied.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Protocol
+
+import sae_lens
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE as StockJumpReLU
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+
+BANDWIDTH = 0.05
+L0_COEFFICIENT = 1e-3
+# So small that the L0 a trainer starts at is the L0 it is timed at.
+LEARNING_RATE = 1e-7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a step, and how many latents of a token are to be active."""
+
+    d_in: int
+    d_sae: int
+    batch: int
+    l0: float
+
+
+class Contender(Protocol):
+    """One trainer, ready to step."""
+
+    def step(self) -> None:
+        """One whole step of training."""
+
+    def forward_backward(self) -> None:
+        """Its forward and backward pass alone, where they can be had apart."""
+
+    def l0(self) -> float | None:
+        """Active latents a token, on the batch that is timed."""
+
+
+def activations(shape: Shape) -> Tensor:
+    """Gaussian activations [batch, d_in]: nothing that is timed depends on what they mean."""
+    return torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0))
+
+
+class _SAELens:
+    """An SAELens training SAE in SAELens' own trainer."""
+
+    def __init__(self, sae: Any, shape: Shape):
+        self.sae, self.x = sae, activations(shape)
+        if hasattr(sae, "threshold"):
+            z = (self.x[:256] - sae.b_dec) @ sae.W_enc + sae.b_enc
+            sae.threshold.data.fill_(_quantile(z.detach(), shape))
+        self.trainer = SAETrainer(
+            cfg=SAETrainerConfig(
+                total_training_samples=10**9,
+                train_batch_size_samples=shape.batch,
+                lr=LEARNING_RATE,
+                lr_end=LEARNING_RATE,
+            ),
+            sae=sae,
+            data_provider=repeat(self.x),
+        )
+        self._active: Tensor | None = None
+
+    def step(self) -> None:
+        self._active = self.trainer.step(self.x).feature_acts
+        self.trainer.n_training_steps += 1
+
+    def forward_backward(self) -> None:
+        output = self.sae.training_forward_pass(
+            step_input=TrainStepInput(
+                sae_in=self.x,
+                coefficients=self.trainer.get_coefficients(),
+                dead_neuron_mask=self.trainer.dead_neurons,
+                n_training_steps=self.trainer.n_training_steps,
+                is_logging_step=False,
+            )
+        )
+        output.loss.backward()
+        self.trainer.optimizer.zero_grad()
+
+    def l0(self) -> float | None:
+        if self._active is None:
+            return None
+        active = self._active
+        count = active._nnz() if active.is_sparse else int(active.count_nonzero())
+        return count / len(self.x)
+
+
+class _DictionaryLearning:
+    """dictionary_learning's JumpReLU trainer."""
+
+    def __init__(self, shape: Shape):
+        JumpReluTrainer = _dictionary_learning_trainer()
+        self.x = activations(shape)
+        self.trainer = JumpReluTrainer(
+            steps=10**6,
+            activation_dim=shape.d_in,
+            dict_size=shape.d_sae,
+            layer=0,
+            lm_name="none",
+            lr=LEARNING_RATE,
+            bandwidth=BANDWIDTH,
+            sparsity_penalty=L0_COEFFICIENT,
+            target_l0=shape.l0,
+        )
+        ae = self.trainer.ae
+        z = (self.x[:256] @ ae.W_enc + ae.b_enc).detach()
+        ae.threshold.data.fill_(_quantile(z, shape))
+        self._steps = 0
+
+    def step(self) -> None:
+        self.trainer.update(self._steps, self.x)
+        self._steps += 1
+
+    def forward_backward(self) -> None:
+        self.trainer.loss(self.x, step=self._steps).backward()
+        self.trainer.optimizer.zero_grad()
+
+    def l0(self) -> float | None:
+        with torch.no_grad():
+            return float((self.trainer.ae.encode(self.x[:256]) > 0).sum()) / len(self.x[:256])
+
+
+def _quantile(z: Tensor, shape: Shape) -> float:
+    """The threshold above which L0 of the pre-activations z lie, on average over tokens."""
+    above = max(1, round(shape.l0 / shape.d_sae * z.numel()))
+    return float(z.flatten().kthvalue(z.numel() - above).values)
+
+
+def _ours(path: str) -> Callable[[Shape], Contender]:
+    def make(shape: Shape) -> Contender:
+        cfg = JumpReLUTrainingSAEConfig(
+            **_sizes(shape),
+            jumprelu_init_threshold=0.1,
+            jumprelu_bandwidth=BANDWIDTH,
+            l0_coefficient=L0_COEFFICIENT,
+            jumprelu_ste_to_input=False,
+            step_path=path,  # type: ignore[arg-type]
+        )
+        return _SAELens(JumpReLUTrainingSAE(cfg), shape)
+
+    return make
+
+
+def _stock_jumprelu(shape: Shape) -> Contender:
+    cfg = sae_lens.JumpReLUTrainingSAEConfig(
+        **_sizes(shape),
+        jumprelu_init_threshold=0.1,
+        jumprelu_bandwidth=BANDWIDTH,
+        l0_coefficient=L0_COEFFICIENT,
+    )
+    return _SAELens(StockJumpReLU(cfg), shape)
+
+
+def _topk(shape: Shape, *, sparse: bool) -> Contender:
+    cfg = sae_lens.TopKTrainingSAEConfig(
+        **_sizes(shape),
+        k=round(shape.l0),
+        use_sparse_activations=sparse,
+        # With the rescaling, the backward pass of sparse activations fails on a CPU (6.54.12).
+        rescale_acts_by_decoder_norm=not sparse,
+    )
+    return _SAELens(sae_lens.TopKTrainingSAE(cfg), shape)
+
+
+def _batchtopk(shape: Shape) -> Contender:
+    cfg = sae_lens.BatchTopKTrainingSAEConfig(**_sizes(shape), k=shape.l0)
+    return _SAELens(sae_lens.BatchTopKTrainingSAE(cfg), shape)
+
+
+def _gated(shape: Shape) -> Contender:
+    return _SAELens(
+        sae_lens.GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(**_sizes(shape))), shape
+    )
+
+
+def _standard(shape: Shape) -> Contender:
+    return _SAELens(
+        sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(**_sizes(shape))), shape
+    )
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {"d_in": shape.d_in, "d_sae": shape.d_sae, "normalize_activations": "none"}
+
+
+STOCK = "SAELens jumprelu"
+SPARSE = "this package, sparse"
+SCREENED = "this package, screened"
+DENSE = "this package, dense"
+AUTO = "this package, auto"
+
+CONTENDERS: dict[str, Callable[[Shape], Contender]] = {
+    SPARSE: _ours("sparse"),
+    SCREENED: _ours("screened"),
+    DENSE: _ours("dense"),
+    AUTO: _ours("auto"),
+    STOCK: _stock_jumprelu,
+    "SAELens topk": lambda shape: _topk(shape, sparse=False),
+    "SAELens topk, sparse activations": lambda shape: _topk(shape, sparse=True),
+    "SAELens batchtopk": _batchtopk,
+    "SAELens gated": _gated,
+    "SAELens standard": _standard,
+    "dictionary_learning JumpReLU": _DictionaryLearning,
+}
+
+
+def absent() -> dict[str, str]:
+    """The contenders whose package is not installed, and why."""
+    try:
+        _dictionary_learning_trainer()
+    except ImportError as problem:
+        install = "pip install --no-deps dictionary-learning==0.1.0"
+        return {"dictionary_learning JumpReLU": f"{problem}; {install}"}
+    return {}
+
+
+def _dictionary_learning_trainer() -> Any:
+    # Its __init__ imports nnsight for the buffer of activations, which is not used here; and where
+    # nnsight is imported, it takes the place of Tensor.backward, in everyone's steps.
+    real = sys.modules.get("nnsight")
+    empty = types.ModuleType("nnsight")
+    empty.LanguageModel = None  # type: ignore[attr-defined]
+    sys.modules["nnsight"] = empty
+    try:
+        from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    finally:
+        if real is None:
+            del sys.modules["nnsight"]
+        else:
+            sys.modules["nnsight"] = real
+    return JumpReluTrainer

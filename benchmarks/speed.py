@@ -1,0 +1,181 @@
+"""Time a whole training step of this package beside what it replaces, and its peak memory.
+
+    python -m benchmarks.speed            everything; prints an estimate of the minutes first
+    python -m benchmarks.speed --quick    small shapes, to see that it runs
+    python -m benchmarks.report           tables and figure of docs/speed.md from the records
+
+Everything at one shape is timed in turns, in one process, on the same activations. Each record is a
+line of JSON with what is needed to repeat it.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contenders import AUTO, CONTENDERS, SCREENED, SPARSE, STOCK, Shape, absent
+from benchmarks.measure import interleaved, one_product, peak_memory, ready
+from jumprelu_plugin.records import append_jsonl, provenance
+from jumprelu_plugin.step import product
+
+RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+PRODUCT = "one product"
+
+SHAPES = (Shape(768, 12288, 2048, 70), Shape(2304, 16384, 4096, 70))
+WIDTHS = tuple(Shape(768, d_sae, 2048, 70) for d_sae in (4096, 8192, 16384, 32768, 65536))
+L0S = tuple(Shape(768, 12288, 2048, l0) for l0 in (10, 30, 100, 300, 1000, 3072))
+IN_SWEEPS = (SPARSE, SCREENED, AUTO, STOCK)
+# A step in units of one product, roughly, for the estimate alone.
+ROUGH_COST = {name: 9.0 for name in CONTENDERS} | {SPARSE: 1.8, SCREENED: 1.2, AUTO: 1.2}
+AUTO_WARM_UP_STEPS = 13
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: at which shapes, among whom, how often, and whether memory is too."""
+
+    sweep: str
+    shapes: Sequence[Shape]
+    contenders: Sequence[str]
+    rounds: int
+    memory: bool
+
+
+def plans(quick: bool) -> list[Plan]:
+    everyone = [name for name in CONTENDERS if name not in absent()]
+    if quick:
+        small = Shape(96, 1024, 512, 20)
+        widths = [Shape(96, d_sae, 512, 20) for d_sae in (512, 2048)]
+        l0s = [Shape(96, 1024, 512, l0) for l0 in (10, 256)]
+        return [
+            Plan("shapes", [small], everyone, 3, True),
+            Plan("d_sae", widths, IN_SWEEPS, 3, False),
+            Plan("l0", l0s, IN_SWEEPS, 3, False),
+        ]
+    return [
+        Plan("shapes", SHAPES[:1], everyone, 5, True),
+        Plan("shapes", SHAPES[1:], everyone, 3, True),
+        Plan("d_sae", WIDTHS, IN_SWEEPS, 3, False),
+        Plan("l0", L0S, IN_SWEEPS, 3, False),
+    ]
+
+
+def measure(plan: Plan, shape: Shape) -> Iterator[dict[str, Any]]:
+    """One record for the product and one for each contender."""
+    ways = {PRODUCT: one_product(shape)}
+    contenders = {}
+    for name in plan.contenders:
+        contenders[name] = ready(name, shape)
+        ways[name] = contenders[name].step
+    steps = interleaved(ways, plan.rounds)
+    passes = interleaved({n: c.forward_backward for n, c in contenders.items()}, 2)
+    l0s = {name: contender.l0() for name, contender in contenders.items()}
+    library = product.backend(shape.d_in)
+    limit = statistics.median(steps[PRODUCT])
+    del ways, contenders
+    gc.collect()
+    for name, seconds in steps.items():
+        median = statistics.median(seconds)
+        record: dict[str, Any] = {
+            "sweep": plan.sweep,
+            "contender": name,
+            **asdict(shape),
+            "seconds": seconds,
+            "median_seconds": median,
+            "tokens_per_second": shape.batch / median,
+            "share_of_one_product": limit / median,
+            "product_library": library,
+        }
+        if name != PRODUCT:
+            record["measured_l0"] = l0s[name]
+            record["forward_backward_seconds"] = min(passes[name])
+            record["product_share_of_passes"] = min(steps[PRODUCT]) / min(passes[name])
+            record["memory"] = peak_memory(name, shape) if plan.memory else None
+        yield record
+
+
+def shown(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
+    """The records of one shape, side by side."""
+    title = f"d_in {shape.d_in}, d_sae {shape.d_sae}, batch {shape.batch}, L0 {shape.l0:g}"
+    table = Table(title=title)
+    table.add_column("", no_wrap=True)
+    for column in ("s/step", "× stock", "tokens/s", "of limit", "fwd+bwd s", "peak MB", "L0"):
+        table.add_column(column, justify="right")
+    stock = next(r["median_seconds"] for r in records if r["contender"] == STOCK)
+    for record in records:
+        passes, memory = record.get("forward_backward_seconds"), record.get("memory")
+        l0 = record.get("measured_l0")
+        table.add_row(
+            record["contender"],
+            f"{record['median_seconds']:.3f}",
+            f"{stock / record['median_seconds']:.2f}",
+            f"{record['tokens_per_second']:.0f}",
+            f"{record['share_of_one_product']:.0%}",
+            "" if passes is None else f"{passes:.3f}",
+            "" if memory is None else f"{(memory['peak_bytes'] - memory['before_bytes']) / 1e6:.0f}",
+            "" if l0 is None else f"{l0:.0f}",
+        )
+    return table
+
+
+def estimated_minutes(work: Sequence[Plan]) -> float:
+    """From the speed of one product on this machine."""
+    probe = Shape(768, 4096, 1024, 70)
+    run = one_product(probe)
+    took = min(interleaved({PRODUCT: run}, 5)[PRODUCT])
+    per_flop = took / (probe.d_in * probe.d_sae * probe.batch)
+    seconds = 0.0
+    for plan in work:
+        for shape in plan.shapes:
+            one = per_flop * shape.d_in * shape.d_sae * shape.batch
+            for name in plan.contenders:
+                warm_up = AUTO_WARM_UP_STEPS if name == AUTO else 1
+                steps = warm_up + plan.rounds + 2
+                if plan.memory:
+                    steps += AUTO_WARM_UP_STEPS if name == AUTO else 2
+                    seconds += 6  # start of a process
+                seconds += steps * ROUGH_COST[name] * one
+    return seconds / 60
+
+
+def main(
+    quick: bool = typer.Option(False, help="Small shapes, half a minute: to see that it runs."),
+    output: Path | None = typer.Option(None, help="Where the records go; replaced if it exists."),
+    threads: int | None = typer.Option(None, help="PyTorch threads; PyTorch's own choice if left."),
+) -> None:
+    """Time every contender and print the tables; records go to benchmarks/results."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if output is None:
+        output = RESULTS.with_name("speed_quick.jsonl") if quick else RESULTS
+    work = plans(quick)
+    for name, why in absent().items():
+        console.print(f"left out: {name} ({why})")
+    console.print(f"about {estimated_minutes(work):.0f} minutes on {torch.get_num_threads()} threads")
+    origin = provenance(seed=0)
+    partial = output.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    for plan in work:
+        for shape in plan.shapes:
+            records = []
+            for record in measure(plan, shape):
+                records.append(record)
+                append_jsonl(partial, {**record, "provenance": origin})
+            console.print(shown(records, shape))
+    partial.replace(output)
+    console.print(f"records: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

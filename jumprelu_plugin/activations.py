@@ -1,0 +1,187 @@
+"""SAELens' activation store, with a place that can be saved to the last row and returned to.
+
+SAELens saves how many documents it has read. Three things are lost with that: the rows waiting in
+the mixing buffer, the random state that shuffles them, and where in a long document it stood. A
+`ResumableActivationsStore` gives the same batches as SAELens' own store and saves all three, so
+that a resumed training is the uninterrupted one.
+
+What it costs: a checkpoint grows by the mixing buffer, `n_batches_in_buffer · context_size` rows of
+`d_in` numbers (150 MB at 64 · 256 rows of 2,304 in float32). With `save_buffer=False` only the
+place and the random state are saved; the rows that were waiting are then skipped.
+
+It does not run a background prefetch: batches in SAELens' prefetch queue are not part of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
+from torch import Tensor
+from typing_extensions import override
+
+MAX_EMPTY_BATCHES = 100
+
+
+class MixingBuffer(Iterator[Tensor]):
+    """SAELens' `mixing_buffer`, as an object: the same batches from the same random state.
+
+    Args:
+        size: rows to gather before any are served.
+        batch_size: rows in a batch.
+        source: activations as they come from the model, [rows, d_in] each, without end.
+        mix_fraction: share of `size` that stays behind to be mixed with what comes next; with 0
+            nothing is shuffled.
+
+    Raises:
+        ValueError: a size smaller than a batch, or a fraction outside [0, 1].
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, source: Iterator[Tensor], mix_fraction: float
+    ) -> None:
+        if size < batch_size:
+            raise ValueError(
+                f"the mixing buffer holds {size} rows (n_batches_in_buffer · context_size) and one "
+                f"batch takes {batch_size}: raise n_batches_in_buffer"
+            )
+        if not 0 <= mix_fraction <= 1:
+            raise ValueError(f"activations_mixing_fraction is {mix_fraction}; expected 0 to 1")
+        self.size, self.batch_size, self.mix_fraction = size, batch_size, mix_fraction
+        self._source = source
+        self.waiting: Float[Tensor, "rows d_in"] | None = None
+        self.serving: Float[Tensor, "rows d_in"] | None = None
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        if self.serving is None or not len(self.serving):
+            self._refill()
+        assert self.serving is not None
+        batch, self.serving = self.serving[: self.batch_size], self.serving[self.batch_size :]
+        return batch
+
+    @torch.no_grad()
+    def _refill(self) -> None:
+        parts = [] if self.waiting is None else [self.waiting]
+        while True:
+            parts.append(next(self._source))
+            if sum(map(len, parts)) >= self.size:
+                break
+        rows = torch.cat(parts)
+        if self.mix_fraction > 0:
+            rows = rows[torch.randperm(len(rows))]
+        served = max(1, (len(rows) - int(self.size * self.mix_fraction)) // self.batch_size)
+        self.serving = rows[: served * self.batch_size]
+        self.waiting = rows[served * self.batch_size :]
+
+
+class ResumableActivationsStore(ActivationsStore):
+    """SAELens' store of one hook's activations, made resumable.
+
+    Build it with SAELens' own `from_config`. `save_to_checkpoint` and `load_from_checkpoint`, which
+    SAELens' runner calls, then save and restore the whole state; a checkpoint of SAELens' own store
+    is read as SAELens reads it.
+
+    Raises:
+        ValueError: on a batch, if the model's activations are NaN or infinite, or if the text gives
+            none at all.
+    """
+
+    save_buffer: bool = True
+    _sequences_read: int = 0  # in this pass over the text
+
+    @override
+    def get_data_loader(self) -> MixingBuffer:
+        return MixingBuffer(
+            self.n_batches_in_buffer * self.training_context_size,
+            self.train_batch_size_tokens,
+            self._iterate_filtered_activations(),
+            self.activations_mixing_fraction,
+        )
+
+    @override
+    def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
+        self._sequences_read = 0
+        for sequence in super()._iterate_tokenized_sequences():
+            self._sequences_read += 1
+            yield sequence
+        if not self._sequences_read:
+            raise ValueError(
+                f"too little text: the dataset's {self.n_dataset_processed} documents do not fill "
+                f"one sequence of context_size {self.context_size}; give more text or a smaller "
+                "context_size"
+            )
+
+    @override
+    def _iterate_filtered_activations(self) -> Generator[Tensor, None, None]:
+        empty = 0
+        for activations in super()._iterate_filtered_activations():
+            empty = 0 if len(activations) else empty + 1
+            if empty == MAX_EMPTY_BATCHES:
+                raise ValueError(
+                    f"{empty} batches of text in a row held special tokens alone, which "
+                    "exclude_special_tokens drops: give more text, or another dataset"
+                )
+            if not torch.isfinite(activations).all():
+                bad = int((~torch.isfinite(activations)).any(1).sum())
+                raise ValueError(
+                    f"the activations of {self.hook_name} hold NaN or infinite values, on {bad} of "
+                    f"{len(activations)} tokens; run the model in float32 or bfloat16 (float16 "
+                    "overflows), or exclude the tokens that overflow"
+                )
+            yield activations
+
+    @override
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        state["random_state"] = torch.get_rng_state()
+        state["sequences_read"] = torch.tensor(self._sequences_read)
+        if self.cached_activation_dataset is not None:
+            state["current_row"] = torch.tensor(self.current_row_idx)
+        if self.save_buffer and isinstance(self._dataloader, MixingBuffer):
+            for name in ("waiting", "serving"):
+                rows = getattr(self._dataloader, name)
+                if rows is not None:
+                    state[name] = rows.clone()  # safetensors refuses two views of one tensor
+        return state
+
+    @override
+    def load(self, file_path: str) -> None:
+        state = load_file(file_path)
+        if "random_state" not in state:  # SAELens' own
+            return super().load(file_path)
+        if self.dataset is not None:
+            self._skip_to(int(state["sequences_read"]))
+        self.n_dataset_processed = int(state["n_dataset_processed"])
+        if "current_row" in state:
+            self.current_row_idx = int(state["current_row"])
+        buffer = self.get_data_loader()
+        for name in ("waiting", "serving"):
+            if name in state:
+                setattr(buffer, name, state[name].to(self.device))
+        self._dataloader = buffer
+        torch.set_rng_state(state["random_state"])
+
+    def _skip_to(self, place: int) -> None:
+        sequences = self._iterate_tokenized_sequences()
+        skipped = sum(1 for _ in islice(sequences, place))
+        if skipped != place:
+            raise ValueError(
+                f"the checkpoint was made {place} sequences into the text, and this text has "
+                f"{skipped}: give the dataset and context_size the run started with"
+            )
+        self.iterable_sequences, self._sequences_read = sequences, place
+
+
+def resumable(
+    store: ActivationsStore, cfg: Any, save_buffer: bool = True
+) -> ResumableActivationsStore:
+    """The same store as one that can be saved and resumed exactly; the text is not loaded again."""
+    made = ResumableActivationsStore.from_config(store.model, cfg, override_dataset=store.dataset)
+    assert isinstance(made, ResumableActivationsStore)
+    made.save_buffer = save_buffer
+    return made

@@ -1,0 +1,277 @@
+"""What a user gets wrong, through the runner and through `jumprelu train`.
+
+The message says what was given, what was expected and what to do; the command exits with 2 and
+shows no traceback; and no file is left behind, finished or half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig
+from tiny import CONTEXT, D_MODEL, HEADS, RESIDUAL, WIDTH, tiny_hf, tiny_sae, tiny_tokenizer
+from typer.testing import CliRunner
+
+from jumprelu_plugin.cli import app
+from jumprelu_plugin.flags import parse_flags
+from jumprelu_plugin.models import load_model
+from jumprelu_plugin.recipes import recipe
+from jumprelu_plugin.runner import JumpReLUTrainingRunner
+
+pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
+
+
+@pytest.fixture
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line breaks in messages."""
+    monkeypatch.setenv("TERMINAL_WIDTH", "2000")
+    monkeypatch.setenv("COLUMNS", "2000")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, the same with an infinite weight, the same without tokenizer; texts; an SAE."""
+    root = tmp_path_factory.mktemp("folders")
+    hf = tiny_hf()
+    hf.save_pretrained(root / "model")
+    shutil.copytree(root / "model", root / "no_tokenizer")
+    tiny_tokenizer(root / "model")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight[3, 5] = torch.inf
+    hf.save_pretrained(root / "infinite")
+    tiny_tokenizer(root / "infinite")
+    texts = {"text": " ".join(["w7 w11 w5 w9"] * 500), "short": "w7 w11 w5", "none": ""}
+    for name, text in texts.items():
+        (root / name).mkdir()
+        line = json.dumps({"text": text}) + "\n" if text else ""
+        (root / name / "train.jsonl").write_text(line)
+    (root / "empty").mkdir()
+    sae = tiny_sae()
+    sae.cfg.metadata.model_name = str(root / "model")
+    sae.save_model(root / "sae")
+    return root
+
+
+def flags(folders: Path, folder: Path, **changes: Any) -> list[str]:
+    """A run that works, with something changed; None takes a flag away."""
+    values = {
+        "model_name": folders / "model",
+        "dataset_path": folders / "text",
+        "streaming": False,
+        "hook_name": RESIDUAL,
+        "d_in": D_MODEL,
+        "d_sae": 41,
+        "target_l0": 7,
+        "training_tokens": 3 * 31,
+        "train_batch_size_tokens": 31,
+        "context_size": 13,
+        "n_batches_in_buffer": 17,
+        "n_batches_for_norm_estimate": 2,
+        "log_to_wandb": False,
+        "verbose": False,
+        "checkpoint_path": folder / "checkpoints",
+        "output_path": folder / "output",
+        **changes,
+    }
+    return [
+        text
+        for name, value in values.items()
+        if value is not None
+        for text in (f"--{name}", str(value).format(root=folders))
+    ]
+
+
+# What is changed, and what the message must name: the given, the expected, the remedy.
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown hook": (
+        {"hook_name": "blocks.1.hook_resid_pots"},
+        ["blocks.1.hook_resid_pots", "did you mean blocks.1.hook_resid_post"],
+    ),
+    "d_in of another hook": (
+        {"d_in": 31},
+        ["d_in is 31", f"{RESIDUAL} are {D_MODEL} wide", f"set d_in={D_MODEL}"],
+    ),
+    "d_in of one head": (
+        {"hook_name": HEADS, "d_in": 10},
+        ["d_in is 10", f"{WIDTH[HEADS]} wide (heads flattened)", f"set d_in={WIDTH[HEADS]}"],
+    ),
+    "negative bandwidth": (
+        {"jumprelu_bandwidth": -0.25},
+        ["jumprelu_bandwidth is -0.25", "greater than 0", "leave it out"],
+    ),
+    "zero threshold": (
+        {"jumprelu_init_threshold": 0.0},
+        ["jumprelu_init_threshold is 0.0", "greater than 0", "leave it out"],
+    ),
+    "no target and no coefficient": (
+        {"target_l0": None},
+        ["neither target_l0 nor l0_coefficient", "give target_l0"],
+    ),
+    "infinite activations": (
+        {"model_name": "{root}/infinite"},
+        [RESIDUAL, "NaN or infinite", "float32 or bfloat16"],
+    ),
+    "no tokenizer": (
+        {"model_name": "{root}/no_tokenizer"},
+        ["no_tokenizer has no tokenizer", "tokenizer.json", "tokenizer.save_pretrained"],
+    ),
+    "no model in the folder": (
+        {"model_name": "{root}/empty"},
+        ["empty has no config.json", "model.save_pretrained"],
+    ),
+    "no such folder": ({"model_name": "./nowhere"}, ["no model folder nowhere", "hub name"]),
+    "a hub model, offline": (
+        {"model_name": "google/gemma-2-2b", "hook_name": "blocks.12.hook_resid_post"},
+        ["'google/gemma-2-2b' could not be had", "accept the licence", "hf auth login"],
+    ),
+    "unknown model": (
+        {"model_name": "gema-2-2b"},
+        ["no model 'gema-2-2b'", "google/gemma-2-2b", "tiny-gemma-2"],
+    ),
+    "too little text": (
+        {"dataset_path": "{root}/short"},
+        ["too little text", "1 documents", "context_size 13", "more text or a smaller"],
+    ),
+    "no text": ({"dataset_path": "{root}/none"}, ["no rows", "give another"]),
+    "context longer than the model's": (
+        {"context_size": CONTEXT + 1},
+        [f"context_size is {CONTEXT + 1}", f"at most {CONTEXT}", f"set context_size={CONTEXT}"],
+    ),
+    "buffer smaller than a batch": (
+        {"n_batches_in_buffer": 2},
+        ["26 rows", "takes 31", "raise n_batches_in_buffer"],
+    ),
+    "output folder of another SAE": (
+        {"output_path": "{root}/sae"},
+        ["/sae already holds an SAE", "another output_path"],
+    ),
+    "not a checkpoint": (
+        {"resume_from_checkpoint": "{root}/model"},
+        ["/model is not a checkpoint", "cfg.json", "n_checkpoints"],
+    ),
+}
+
+
+def files(*folders: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("way", ["python", "command"])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_run_that_cannot_work_is_refused(
+    what: str, way: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, words = WRONG[what]
+    given = flags(folders, tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    before = files(folders, tmp_path)
+    if way == "python":
+        cfg = parse_flags(["--architecture", "jumprelu", *given])
+        with pytest.raises((ValueError, OSError)) as refusal:
+            JumpReLUTrainingRunner(cfg).run()
+        message = str(refusal.value)
+    else:
+        result = CliRunner().invoke(app, ["train", *given])
+        assert result.exit_code == 2, result.output
+        message = result.output
+        assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert files(folders, tmp_path) == before
+
+
+def test_the_run_that_the_others_change_works(folders: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", *flags(folders, tmp_path)])
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "output").iterdir())
+    assert names == [
+        "cfg.json",
+        "runner_cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--architecture", "relu"], ["invalid choice: 'relu'", "'jumprelu'", "train --help"]),
+        (["--no_such", "3"], ["unrecognized arguments: --no_such 3", "train --help"]),
+        (["--d_in", "wide"], ["--d_in: invalid int value: 'wide'", "train --help"]),
+        (["--recipe", "gemma"], ["no recipe 'gemma'", "default, gemma_scope"]),
+    ],
+)
+def test_wrong_flags_are_named(given: list[str], words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["train", *given])
+    assert result.exit_code == 2
+    assert all(word in result.output for word in words), result.output
+    assert len(result.output.strip().splitlines()) <= 3  # and not a page of usage
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'gemma'.*default, gemma_scope"):
+        recipe("gemma")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["steer", "{root}/sae", "--latent", "41", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
+        (["steer", "{root}/sae", "--latent", "-1", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
+        (["evaluate", "{root}/model"], ["model holds no SAE", "cfg.json"]),
+        (["evaluate", "{root}/sae", "--model", "{root}/no_tokenizer"], ["has no tokenizer"]),
+    ],
+)
+def test_other_commands_refuse_in_the_same_way(
+    given: list[str], words: list[str], folders: Path
+) -> None:
+    result = CliRunner().invoke(app, [text.format(root=folders) for text in given])
+    assert result.exit_code == 2, result.output
+    assert all(word in result.output for word in words), result.output
+
+
+def test_a_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUMPRELU_TRACEBACK", "1")
+    result = CliRunner().invoke(app, ["train", "--recipe", "gemma"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_an_empty_dataset_object_is_refused(folders: Path, tmp_path: Path) -> None:
+    cfg = parse_flags(["--architecture", "jumprelu", *flags(folders, tmp_path)])
+    with pytest.raises(ValueError, match="no rows.*give another"):
+        JumpReLUTrainingRunner(cfg, override_dataset=Dataset.from_dict({"tokens": []}))
+
+
+def test_text_of_special_tokens_alone_does_not_run_for_ever(folders: Path, tmp_path: Path) -> None:
+    given = flags(folders, tmp_path, exclude_special_tokens=True)
+    cfg: LanguageModelSAERunnerConfig[Any] = parse_flags(["--architecture", "jumprelu", *given])
+    rows = Dataset.from_dict({"tokens": [[2] + [1] * 12] * 5})
+    with pytest.raises(ValueError, match="special tokens alone.*give more text"):
+        JumpReLUTrainingRunner(cfg, override_dataset=rows).run()
+
+
+def test_a_checkpoint_of_another_size_is_refused(folders: Path, tmp_path: Path) -> None:
+    assert (
+        CliRunner().invoke(app, ["train", *flags(folders, tmp_path, n_checkpoints=1)]).exit_code
+        == 0
+    )
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
+    given = flags(folders, tmp_path / "b", d_sae=43, resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"d_sae 41 and this run 43; resume with the config"):
+        JumpReLUTrainingRunner(parse_flags(["--architecture", "jumprelu", *given]))
+
+
+def test_a_hub_name_says_what_to_do_about_the_licence() -> None:
+    with pytest.raises(OSError, match=r"google/gemma-2-2b.*\n.*accept the licence.*hf auth login"):
+        load_model("google/gemma-2-2b")

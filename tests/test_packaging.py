@@ -1,0 +1,53 @@
+"""What is imported is declared, and everything parses on the oldest Python that is promised."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Where an import's name is not the distribution's.
+DISTRIBUTION = {"sae_lens": "sae-lens", "transformer_lens": "transformer-lens"}
+BESIDE = {path.stem for folder in ("tests", "tools") for path in (ROOT / folder).glob("*.py")}
+
+
+def declared() -> dict[str, set[str]]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        group: {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in requirements}
+        for group, requirements in groups.items()
+    }
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(), feature_version=(3, 10))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    names -= set(sys.stdlib_module_names) | {"jumprelu_plugin"}
+    return {DISTRIBUTION.get(name, name) for name in names}
+
+
+def test_the_package_imports_what_it_declares() -> None:
+    groups = declared()
+    everything = set().union(*groups.values())
+    optional = everything - groups[""]
+    for file in (ROOT / "jumprelu_plugin").rglob("*.py"):
+        undeclared = imported(file) - groups[""]
+        # An extra may be imported where it is used, and must be declared as one.
+        assert undeclared <= optional, (file.name, undeclared - optional)
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples", "tools"])
+def test_what_stands_beside_it_imports_what_is_declared(folder: str) -> None:
+    everything = set().union(*declared().values())
+    for file in (ROOT / folder).glob("*.py"):
+        assert imported(file) - BESIDE <= everything, file.name
