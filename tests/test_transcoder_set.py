@@ -38,8 +38,10 @@ from tiny import (
     tiny_tokens,
 )
 from torch import Tensor
+from typer.testing import CliRunner
 
-from jumprelu_plugin import recipes
+from jumprelu_plugin import recipes, transcoder_set
+from jumprelu_plugin.cli import app
 from jumprelu_plugin.evaluation import evaluate, evaluate_spliced
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.layerwise import LayerwiseTrainer
@@ -528,3 +530,35 @@ def test_sets_that_cannot_be_spliced_are_refused(model: Any) -> None:
     unfolded.cfg.normalize_activations = "expected_average_only_in"
     with pytest.raises(ValueError, match="Fold the scale"):
         evaluate_spliced(model, [unfolded], tokens)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_hands_over_its_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[Any] = []
+
+    def run(output: Path, chosen: TranscoderSettings, say: Any) -> Path:
+        given.append((output, chosen))
+        return output
+
+    monkeypatch.setattr(transcoder_set, "train_transcoders", run)
+    flags = "--tokens 99 --target-l0 7 --d-sae 59 --skip --layers 0-2,4 --memory-gb 3 --seed 5"
+    arguments = ["train-transcoders", "--model", "m", "--output", str(tmp_path), *flags.split()]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    expected = TranscoderSettings(
+        model_name="m",
+        training_tokens=99,
+        target_l0=7.0,
+        d_sae=59,
+        skip=True,
+        layers=(0, 1, 2, 4),
+        memory_gb=3.0,
+        seed=5,
+    )
+    assert given == [(tmp_path, expected)]
+    result = CliRunner().invoke(app, [*arguments, "--layers", "one"])
+    assert result.exit_code == 2 and "--layers is 'one'" in result.output
