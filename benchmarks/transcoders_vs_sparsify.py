@@ -100,6 +100,7 @@ def train_ours(model: Any, text: Any, given: argparse.Namespace, folder: Path) -
         training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
         batch_tokens=batch,
         context_size=CONTEXT,
+        chunk_sequences=min(1024, given.sequences),
         evaluation_sequences=0,
         checkpoints=0,
         seed=given.seed,
