@@ -75,12 +75,9 @@ def main() -> None:
         their_seconds = time.perf_counter() - started
         their_found = judge(model, pairs, held_out, special, theirs)
 
-    print(
-        f"{'layer':>5}  {'ours FVU':>9} {'L0':>6} {'dead':>6}  {'sparsify FVU':>12} {'L0':>6} {'dead':>6}"
-    )
+    print("layer       ours FVU, L0, dead       sparsify FVU, L0, dead")
     for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):
-        print(f"{layer:>5}  {a['fvu']:>9.4f} {a['l0']:>6.2f} {a['dead_share']:>6.1%}  "
-              f"{b['fvu']:>12.4f} {b['l0']:>6.2f} {b['dead_share']:>6.1%}")  # fmt: skip
+        print(f"{layer:>5}  {in_words(a)}  {in_words(b)}")
     print(f"seconds: {seconds:.0f} and {their_seconds:.0f}")
     write_json(
         given.output,
@@ -103,12 +100,17 @@ def train_ours(model: Any, text: Any, given: argparse.Namespace, folder: Path) -
         training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
         batch_tokens=batch,
         context_size=CONTEXT,
+        chunk_sequences=min(1024, given.sequences),
         evaluation_sequences=0,
         checkpoints=0,
         seed=given.seed,
     )
     train_transcoders(folder, settings, model=model, dataset=text)
     return [SAE.load_from_disk(folder / f"layer_{i}") for i in range(model.cfg.n_layers)]
+
+
+def in_words(layer: dict[str, float]) -> str:
+    return f"{layer['fvu']:>12.4f} {layer['l0']:>6.2f} {layer['dead_share']:>6.1%}"
 
 
 def as_function(sae: Any) -> Any:

@@ -4,6 +4,8 @@ Writes ./output/07_transcoders: stock SAELens folders layer_0 to layer_5 and a r
 training from the terminal: jumprelu train-transcoders --model tiny-gemma-2 --output <folder>
 """
 
+import os
+
 import torch
 from rich.console import Console
 from sae_lens import SAE
@@ -14,6 +16,9 @@ from jumprelu_plugin.text import tokenized_dataset
 from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
 
 OUTPUT = "output/07_transcoders"
+# A taste; 1,000 and more for transcoders worth using.
+STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", 80))
+BATCH = 512  # tokens in a step
 console = Console()
 
 model = load_model(EMBEDDED_MODEL)
@@ -22,9 +27,10 @@ settings = TranscoderSettings(
     hook_out="blocks.{layer}.hook_mlp_out",
     d_sae=512,
     target_l0=24,
-    training_tokens=40_000,  # a taste; a million and more for transcoders worth using
-    batch_tokens=512,
+    training_tokens=STEPS * BATCH,
+    batch_tokens=BATCH,
     chunk_sequences=128,  # sequences whose activations are shuffled together
+    norm_batches=5,  # batches that the two scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
 train_transcoders(OUTPUT, settings, model=model, say=console.print)

@@ -8,6 +8,7 @@ step, so that a resumed run is the uninterrupted one.
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
@@ -77,7 +78,9 @@ class LayerwiseTrainer(MultiSAETrainer):
         pbar.update(self.n_training_samples - pbar.n)
         if self.metrics_path is not None and self._due():
             lines = {
-                name: trainer.build_train_step_log_dict(step_outputs[name], self.n_training_samples)
+                name: _finite(
+                    trainer.build_train_step_log_dict(step_outputs[name], self.n_training_samples)
+                )
                 for name, trainer in self.trainers.items()
             }
             append_jsonl(self.metrics_path, {"step": self.n_training_steps, **lines})
@@ -238,6 +241,11 @@ def _refuse_widths(name: str, pair: HookPair, cfg: Any, widths: Mapping[str, int
                 f"{name}: {field} is {given}, but the activations at {hook} are {widths[hook]} "
                 f"wide; set {field}={widths[hook]}"
             )
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as null, which JSON has."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _fvu(output: TrainStepOutput) -> float:

@@ -28,6 +28,10 @@ from jumprelu_plugin.saes.transcoder_config import (
 from jumprelu_plugin.training.decoder import normalise_rows_
 from jumprelu_plugin.training.units import set_value
 
+# ε as a multiple of the spread of the pre-activations at the start. On layer 4 of the embedded
+# Gemma 2 (d_sae 2048, L0 24, 800k tokens, lr 2e-3, held-out FVU, one seed): 1 gave 0.401, 2 0.377.
+BANDWIDTH_IN_STD = 2.0
+
 
 class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
     """A JumpReLU transcoder in training (arXiv 2406.11944; Gemma Scope, arXiv 2408.05147).
@@ -97,18 +101,12 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
         source, target = self._input_and_target(x)
-        if not self._has_loaded_weights:
-            # As b_dec does for an SAE: pre-activations start centred, and a latent's size says how
-            # unusual the input is.
-            mean = self._normalised_input(source).mean(0)
-            set_value(self, "b_enc", -(mean @ self.W_enc))
         super()._calibrate(source)
         if not self._has_loaded_weights:
             self._aim_decoder(source, target)
 
     def _aim_decoder(self, source: Tensor, target: Tensor) -> None:
-        """b_dec at the target's mean, each row of W_dec along the target's mean where its latent
-        fires, and latents as large as fits the target best.
+        """b_dec at the target's mean, each row of W_dec along the target's mean where it fires.
 
         Random rows point nowhere in particular, and unit rows cannot start at zero.
         """
@@ -121,17 +119,8 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         norms = self.W_dec.norm(dim=1, keepdim=True)
         normalise_rows_(rows)
         self.W_dec.data[fires] = (rows * norms)[fires].to(self.dtype)
-        if self.cfg.jumprelu_init_threshold is None and self.cfg.jumprelu_bandwidth is None:
-            made = f @ self.W_dec
-            self._scale_latents(float((made * (target - mean)).sum() / made.square().sum()))
-
-    def _scale_latents(self, factor: float) -> None:
-        """Multiply every pre-activation, and what it is compared with, by `factor`."""
-        assert self.bandwidth is not None
-        self.W_enc.data *= factor
-        set_value(self, "b_enc", self.b_enc * factor)
-        set_value(self, "threshold", self.threshold * factor)
-        self.bandwidth *= factor
+        if self.cfg.jumprelu_bandwidth is None:
+            self.bandwidth = BANDWIDTH_IN_STD * z.std().item()
 
     @override
     def _restart_encoders(
