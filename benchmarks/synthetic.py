@@ -11,10 +11,6 @@ after saving and loading, on held-out samples. Seeds change initialisation and o
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,21 +18,6 @@ import torch
 import typer
 from jaxtyping import Bool, Float
 from rich.console import Console
-from rich.table import Table
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    MatchingPursuitTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
-from sae_lens import JumpReLUTrainingSAE as StockJumpReLU
-from sae_lens import JumpReLUTrainingSAEConfig as StockJumpReLUConfig
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE
 from sae_lens.synthetic import (
     FoldedNormalMagnitudeConfig,
     HierarchyConfig,
@@ -51,17 +32,17 @@ from sae_lens.synthetic.evals import (
     ClassificationMetricsCalculator,
     mean_correlation_coefficient,
 )
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from benchmarks.quality import ARCHITECTURES, as_saved, table, train
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
-OURS = "ours"
 D_IN = 256
+# Gated takes no L0: its coefficient would have to be searched for.
+KNOWN = [name for name in ARCHITECTURES if not name.startswith("gated")]
 SHOWN = ("mcc", "f1", "explained_variance", "l0", "dead_share")
 
 
@@ -92,38 +73,6 @@ def model(seed: int) -> SyntheticModel:
     )
 
 
-def _matryoshka(d_sae: int, l0: float, common: dict[str, Any]) -> Any:
-    widths = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
-    cfg = MatryoshkaBatchTopKTrainingSAEConfig(k=l0, matryoshka_widths=widths, **common)
-    return MatryoshkaBatchTopKTrainingSAE(cfg)
-
-
-def _stock(d_sae: int, l0: float, common: dict[str, Any]) -> Any:
-    # The one mode of stock JumpReLU that takes a target.
-    cfg = StockJumpReLUConfig(jumprelu_sparsity_loss_mode="quadratic", target_l0=l0, **common)
-    return StockJumpReLU(cfg)
-
-
-def _pursuit(d_sae: int, l0: float, common: dict[str, Any]) -> Any:
-    return MatchingPursuitTrainingSAE(
-        MatchingPursuitTrainingSAEConfig(max_iterations=round(l0), **common)
-    )
-
-
-ARCHITECTURES: dict[str, Callable[[int, float, dict[str, Any]], Any]] = {
-    OURS: lambda d_sae, l0, common: JumpReLUTrainingSAE(
-        JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=d_sae, target_l0=l0)
-    ),
-    "batchtopk": lambda d_sae, l0, common: BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(k=l0, **common)
-    ),
-    "matryoshka_batchtopk": _matryoshka,
-    "topk": lambda d_sae, l0, common: TopKTrainingSAE(TopKTrainingSAEConfig(k=round(l0), **common)),
-    "jumprelu (stock, quadratic)": _stock,
-    "matching_pursuit": _pursuit,
-}
-
-
 class Samples:
     """Training and held-out data of one generator, sampled once."""
 
@@ -138,19 +87,10 @@ class Samples:
         self.fires: Bool[Tensor, "held_out features"] = latents > 0
         self.features: Tensor = generator.feature_dict.feature_vectors.detach()
 
-    def batches(self, size: int, seed: int) -> Iterator[Float[Tensor, "batch d"]]:
-        random = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(self.train), generator=random)
-            for start in range(0, len(order) - size + 1, size):
-                yield self.train[order[start : start + size]].float()
-
     @torch.no_grad()
     def judge(self, sae: Any) -> dict[str, float]:
         """Of the SAE as stock SAELens loads it after training."""
-        with tempfile.TemporaryDirectory() as folder:
-            sae.save_inference_model(folder)
-            loaded = SAE.load_from_disk(folder)
+        loaded = as_saved(sae)
         metrics = StreamingMetrics()
         detection = ClassificationMetricsCalculator(loaded.W_dec, self.features)
         for start in range(0, len(self.held_out), 3000):
@@ -169,42 +109,6 @@ class Samples:
             "dead_share": found.dead_share,
             "share_above_10_percent": found.share_above_10_percent,
         }
-
-
-def train(sae: Any, samples: Samples, seed: int, batch: int, lr: float) -> float:
-    """Train in place with SAELens' trainer, one pass over the samples; the seconds it took."""
-    steps = len(samples.train) // batch
-    cfg = SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
-        lr=lr,
-        lr_end=0.0,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=max(1, steps // 10),
-        n_batches_for_norm_estimate=20,
-    )
-    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=samples.batches(batch, seed))
-    started = time.perf_counter()
-    trainer.fit()
-    return time.perf_counter() - started
-
-
-def table(records: list[dict[str, Any]], d_sae: int) -> Table:
-    shown = Table(title=f"{d_sae} latents: mean ± spread over seeds")
-    shown.add_column("")
-    for name in SHOWN:
-        shown.add_column(name, justify="right")
-    for name in dict.fromkeys(r["architecture"] for r in records):
-        rows = [r for r in records if r["architecture"] == name and r["d_sae"] == d_sae]
-        if not rows:
-            continue
-        cells = []
-        for metric in SHOWN:
-            values = [r[metric] for r in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
-        shown.add_row(name, *cells)
-    return shown
 
 
 def main(
@@ -236,20 +140,18 @@ def main(
     partial = output.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     for d_sae in widths or [512, 2048]:
-        common = {
-            "d_in": D_IN,
-            "d_sae": d_sae,
-            "normalize_activations": "expected_average_only_in",
-        }
         for seed in range(seeds):
-            for name in only or ARCHITECTURES:
+            for name in only or KNOWN:
                 torch.manual_seed(seed)
-                sae = ARCHITECTURES[name](d_sae, l0, dict(common))
-                seconds = train(sae, data, seed, batch, lr)
+                sae = ARCHITECTURES[name](D_IN, d_sae, l0)
+                seconds = train(
+                    sae, data.train, steps=samples // batch, batch=batch, lr=lr, seed=seed
+                )
                 record = {"architecture": name, "d_sae": d_sae, "seed": seed, "seconds": seconds}
                 records.append({**record, **data.judge(sae), **settings})
                 append_jsonl(partial, {**records[-1], "provenance": origin})
-        console.print(table(records, d_sae))
+        wide = [record for record in records if record["d_sae"] == d_sae]
+        console.print(table(f"{d_sae} latents", wide, "architecture", SHOWN))
     partial.replace(output)
 
 

@@ -65,42 +65,49 @@ def quick_transcoders(folder: Path) -> Path:
     return folder
 
 
+def explore(folder: Path) -> None:
+    """Attribute, check the graph, intervene."""
+    model = circuits.replacement_model(folder, EMBEDDED_MODEL)
+    graph = circuits.attribute(model, PROMPT)
+    tokens = graph.input_tokens
+    says = ", ".join(f"{t.token_str!r} {p:.2f}" for t, p in zip(graph.logit_targets,
+                     graph.logit_probabilities.tolist(), strict=True))  # fmt: skip
+    print(f"\n{PROMPT!r} -> {says}")
+    print(
+        f"{len(graph.active_features)} active features, graph {tuple(graph.adjacency_matrix.shape)}"
+    )
+
+    # 1. With the error nodes the spliced transcoders are the model.
+    with torch.no_grad():
+        base = load_model(EMBEDDED_MODEL)(tokens[None])[0]
+    gap = float((circuits.spliced_logits(model, tokens) - base).abs().max())
+    alone = float((circuits.spliced_logits(model, tokens, errors=False) - base).abs().max())
+    print(f"largest difference in logits: {gap:.1e} with error nodes, {alone:.1f} without")
+
+    # 2. Every row of the graph sums to its node's value.
+    error = circuits.row_sums(model, graph).relative_error
+    print(f"rows sum to their nodes within {error:.1e} (relative)")
+
+    # 3. The features that push the first token most do so when they are doubled.
+    to_top = graph.adjacency_matrix[-len(graph.logit_targets), : len(graph.active_features)]
+    for feature in to_top.abs().argsort(descending=True)[:3].tolist():
+        layer, position, latent = graph.active_features[feature].tolist()
+        value = 2 * graph.activation_values[feature]
+        change = circuits.change_feature(model, graph, feature, value)
+        word = model.tokenizer.decode([int(tokens[position])])
+        predicted, seen = (part[-change.logits] for part in (change.predicted, change.seen))
+        print(
+            f"layer {layer}, {word!r}, latent {latent}, doubled: "
+            f"{graph.logit_targets[0].token_str!r} predicted {predicted:+.3f}, seen {seen:+.3f}"
+        )
+
+
 torch.manual_seed(0)
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else quick_transcoders(OUTPUT / "transcoders")
 loader = TARGETS["circuit-tracer"].loader
-if not loader.installed:
+if loader.installed:
+    print(export(folder, "circuit-tracer", OUTPUT / "circuit_tracer"))
+    explore(OUTPUT / "circuit_tracer")
+else:
     export(folder, "circuit-tracer", OUTPUT / "circuit_tracer", unchecked=True)
     print(f"exported without a check; to attribute, install it: {loader.install}")
-    sys.exit()
-print(export(folder, "circuit-tracer", OUTPUT / "circuit_tracer"))
-
-model = circuits.replacement_model(OUTPUT / "circuit_tracer", EMBEDDED_MODEL)
-graph = circuits.attribute(model, PROMPT)
-tokens = graph.input_tokens
-says = ", ".join(f"{t.token_str!r} {p:.2f}" for t, p in zip(graph.logit_targets,
-                 graph.logit_probabilities.tolist(), strict=True))  # fmt: skip
-print(f"\n{PROMPT!r} -> {says}")
-print(f"{len(graph.active_features)} active features, graph {tuple(graph.adjacency_matrix.shape)}")
-
-# 1. With the error nodes the spliced transcoders are the model.
-with torch.no_grad():
-    base = load_model(EMBEDDED_MODEL)(tokens[None])[0]
-gap = float((circuits.spliced_logits(model, tokens) - base).abs().max())
-alone = float((circuits.spliced_logits(model, tokens, errors=False) - base).abs().max())
-print(f"largest difference in logits: {gap:.1e} with error nodes, {alone:.1f} without")
-
-# 2. Every row of the graph sums to its node's value.
-error = circuits.row_sums(model, graph).relative_error
-print(f"rows sum to their nodes within {error:.1e} (relative)")
-
-# 3. The features that push the first token most do so when they are doubled.
-to_top = graph.adjacency_matrix[-len(graph.logit_targets), : len(graph.active_features)]
-for feature in to_top.abs().argsort(descending=True)[:3].tolist():
-    layer, position, latent = graph.active_features[feature].tolist()
-    change = circuits.change_feature(model, graph, feature, 2 * graph.activation_values[feature])
-    word = model.tokenizer.decode([int(tokens[position])])
-    predicted, seen = (part[-change.logits] for part in (change.predicted, change.seen))
-    print(
-        f"layer {layer}, {word!r}, latent {latent}, doubled: {graph.logit_targets[0].token_str!r} "
-        f"predicted {predicted:+.3f}, seen {seen:+.3f}"
-    )

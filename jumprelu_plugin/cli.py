@@ -96,10 +96,12 @@ def train(
 
     given = context.args
     defaults = [] if "--architecture" in given else ["--architecture", "jumprelu"]
-    if recipe is not None:
-        defaults += find_recipe(recipe).flags()
+    chosen = None if recipe is None else find_recipe(recipe)
     # The user's own flags come last, and the last one counts.
-    JumpReLUTrainingRunner(parse_flags([*defaults, *given]), save_buffer=save_buffer).run()
+    cfg = parse_flags([*defaults, *([] if chosen is None else chosen.flags()), *given])
+    if chosen is not None and "--lr_decay_steps" not in given:
+        cfg.lr_decay_steps = chosen.decay_steps(cfg.training_tokens // cfg.train_batch_size_tokens)
+    JumpReLUTrainingRunner(cfg, save_buffer=save_buffer).run()
 
 
 @app.command()

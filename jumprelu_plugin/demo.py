@@ -31,6 +31,9 @@ from jumprelu_plugin.text import corpus, documents_digest, tokenized_dataset
 
 RECORD_FILENAME = "demo.json"
 SAE_FOLDER = "sae"
+# Of a latent's strongest activation, and the probability of its tokens at which it is enough.
+STEERING_AMOUNTS = (0.5, 0.75, 1.0, 1.5, 2.0)
+VISIBLE_PROBABILITY = 0.3
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
         lr=DEFAULT.runner["lr"],
-        lr_decay_steps=steps // 5,
+        lr_decay_steps=DEFAULT.decay_steps(steps),
         dead_feature_window=max(1, steps // 5),
         seed=settings.seed,
         checkpoint_path=None,
@@ -169,16 +172,23 @@ def _in_context(model: Any, examples: LatentExamples, latent: int, rank: int) ->
 def _strongest(
     model: Any, sae: Any, examples: LatentExamples, latents: list[int], seed: int
 ) -> Steered | None:
-    """The latent of the list whose tokens steering makes most likely; None for an empty list."""
+    """The latent of the list whose tokens steering makes most likely; None for an empty list.
+
+    It is steered with the least of some amounts that shows: more breaks the text.
+    """
     prompt = "The government of the country"
     tokens = model.to_tokens(prompt)
     best: tuple[float, int, float, Any, float, float] | None = None
     for latent in latents:
         ids, _ = logit_effects(model, sae, latent, count=5)
-        amount = 2.0 * float(examples.activation[latent, 0])
         before = _probability(model, tokens, ids)
-        with steer(model, sae, Add(latent, amount)):
-            after = _probability(model, tokens, ids)
+        amount, after = 0.0, before
+        for share in STEERING_AMOUNTS:
+            if after >= VISIBLE_PROBABILITY:
+                break
+            amount = share * float(examples.activation[latent, 0])
+            with steer(model, sae, Add(latent, amount)):
+                after = _probability(model, tokens, ids)
         if best is None or after - before > best[0]:
             best = (after - before, latent, amount, ids, before, after)
     if best is None:

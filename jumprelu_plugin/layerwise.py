@@ -32,8 +32,6 @@ from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import HookPair, PairStore
 from jumprelu_plugin.records import append_jsonl
 
-PROGRESS_EVERY = 10
-
 
 class LayerwiseTrainer(MultiSAETrainer):
     """`MultiSAETrainer` over rows [input ‖ output], one transcoder a name.

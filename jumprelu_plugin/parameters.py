@@ -183,6 +183,20 @@ class Parameters:
         return dataclasses.replace(self, **changes)
 
 
+@torch.no_grad()
+def fold_scales_(transcoder: Any, scale_in: float, scale_out: float) -> None:
+    """In place: from weights that map scale_in·x to scale_out·y, weights that map x to y.
+
+    W_enc·s_in, W_dec/s_out, b_dec/s_out, W_skip·s_in/s_out; b_enc and θ stay. Takes a training
+    transcoder stored plainly or one of SAELens' inference classes.
+    """
+    transcoder.W_enc.data *= scale_in
+    transcoder.W_dec.data /= scale_out
+    transcoder.b_dec.data /= scale_out
+    if hasattr(transcoder, "W_skip"):
+        transcoder.W_skip.data *= scale_in / scale_out
+
+
 def dead_parameters(d_in: int, d_sae: int, d_out: int, *, skip: bool = False) -> Parameters:
     """A dictionary that never fires and writes zero: it stands in where none was trained."""
     return Parameters(

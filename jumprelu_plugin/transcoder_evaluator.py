@@ -17,7 +17,8 @@ from sae_lens.saes.sae import SAE
 from jumprelu_plugin.evaluation import evaluate
 from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import PairStore
-from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder, fold_scales
+from jumprelu_plugin.parameters import fold_scales_
+from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 
 
 @dataclass
@@ -57,5 +58,5 @@ def folded_copy(sae: JumpReLUTrainingTranscoder, scales: tuple[float, float] | N
     sae.process_state_dict_for_saving(weights)
     copy.load_state_dict({name: value.clone() for name, value in weights.items()})
     if scales is not None:
-        fold_scales(copy, *scales)
+        fold_scales_(copy, *scales)
     return copy.to(sae.device)

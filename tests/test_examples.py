@@ -3,6 +3,7 @@
 import os
 import runpy
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(sys, "argv", ["example"])  # not pytest's own arguments
         patch.setenv("JUMPRELU_EXAMPLE_STEPS", STEPS)
         runpy.run_path(str(EXAMPLES[0]), run_name="__main__")
         yield folder

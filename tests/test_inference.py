@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE
+from tiny import HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
 from torch import Tensor
 
 from jumprelu_plugin.inference import SparseJumpReLUSAE, sparse
-from tests.tiny import HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN = WIDTH[RESIDUAL]

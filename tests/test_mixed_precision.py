@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE as StockSAE
+from test_stock_equality import D_IN, relative_error, step, stock_config, twins
 from torch import Tensor
-
-from tests.test_stock_equality import D_IN, relative_error, step, stock_config, twins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE, MANY = 211, 1009

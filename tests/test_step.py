@@ -236,7 +236,6 @@ def test_sums_and_broadcast(pair) -> None:  # type: ignore[no-untyped-def]
     at = values[represented]
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(sparse.sum_latents(at), values.sum(1), **close)
-    torch.testing.assert_close(sparse.sum_tokens(at), values.sum(0), **close)
     torch.testing.assert_close(sparse.decode(at, p.W_dec), values @ p.W_dec, **close)
     assert torch.equal(sparse.per_latent(p.threshold), p.threshold.expand(BATCH, -1)[represented])
 

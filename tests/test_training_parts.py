@@ -335,6 +335,7 @@ def test_the_coefficient_becomes_the_multiplier() -> None:
     """The price at which shifting every threshold together changes nothing to first order."""
     controller = L0Controller(7.0)
     worth, random = 0.37, np.random.default_rng(5)
+    assert controller.coefficient == 0.0
     controller.price(torch.tensor(0.0), torch.tensor(0.0))
     assert controller.coefficient == 0.0  # an empty window measures nothing
     for step in range(300):
@@ -419,7 +420,7 @@ def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
     before = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec", "threshold", "b_enc")}
     residual = torch.randn(11, 19)
     residual[4:] = 0.0  # tokens rebuilt without an error are never drawn
-    latents, tokens = draw(dead, residual)
+    latents, tokens = draw(dead, residual, seed=5)
     assert sorted(latents.tolist()) == [3, 17, 80]
     assert len(set(tokens.tolist())) == 3 and tokens.max() < 4
     centre = torch.randn(19)
@@ -445,9 +446,9 @@ def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
 
 def test_nothing_is_restarted_without_dead_latents_or_errors() -> None:
     residual = torch.randn(5, 7)
-    assert draw(torch.zeros(11, dtype=torch.bool), residual)[0].numel() == 0
-    assert draw(torch.ones(11, dtype=torch.bool), torch.zeros(5, 7))[0].numel() == 0
-    assert draw(torch.ones(11, dtype=torch.bool), residual)[0].numel() == 5
+    assert draw(torch.zeros(11, dtype=torch.bool), residual, 1)[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), torch.zeros(5, 7), 1)[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), residual, 1)[0].numel() == 5
 
 
 def test_the_firing_record_counts_silence() -> None:
@@ -783,3 +784,71 @@ def test_training_on_one_token_over_and_over_is_refused() -> None:
     sae = JumpReLUTrainingSAE(good_config(d_in=D_IN, normalize_activations="none"))
     with pytest.raises(ValueError, match="all the same"):
         train(sae, [torch.randn(1, D_IN).expand(BATCH, -1).clone()] * 3)
+
+
+# ---------------------------------------------------------------- steering in the step
+
+
+@pytest.mark.parametrize("mode", ["step", "tanh", "quadratic"])
+@pytest.mark.parametrize("parameter", ["raw", "log"])
+@pytest.mark.parametrize("unit", ["sqrt_d", "unit_rms"])
+def test_the_measured_coefficient_stops_a_common_shift(
+    mode: Any, parameter: Any, unit: Any
+) -> None:
+    """Autograd of the whole loss, at the λ that was measured: Σ_i ∂L/∂θ_i is 0. Dense and sparse
+    paths measure the same, and measuring changes no gradient."""
+    torch.manual_seed(11)
+    # Nearly orthogonal latents: an active one is worth something before any training.
+    x = torch.randn(61, 41)
+    cfg = dict(
+        d_in=41,
+        d_sae=43,
+        target_l0=3.0,
+        jumprelu_sparsity_loss_mode=mode,
+        threshold_parameter=parameter,
+        units=unit,
+        normalize_activations="none",
+        restart_dead_latents=False,
+    )
+    found = []
+    for path in ("dense", "sparse"):
+        torch.manual_seed(2)
+        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(step_path=path, **cfg))
+        assert sae.controller is not None
+        sae.train()
+
+        def gradients(sae: JumpReLUTrainingSAE = sae) -> dict[str, Tensor]:
+            sae.zero_grad()
+            step_input = TrainStepInput(
+                sae_in=x,
+                coefficients={"l0": 1.0},
+                dead_neuron_mask=None,
+                n_training_steps=0,
+                is_logging_step=False,
+            )
+            sae.training_forward_pass(step_input).loss.backward()
+            return {name: p.grad.clone() for name, p in sae.named_parameters()}  # type: ignore[union-attr]
+
+        gradients()
+        coefficient = sae.controller.coefficient.clone()
+        controller, sae.controller.smoothing = sae.controller, 0.0  # λ stays where it is
+        steered = gradients()
+        stored_gradient = steered.get(
+            "parametrizations.threshold.original", steered.get("threshold")
+        )
+        ones = torch.ones(43)  # ∂θ/∂stored, by which the stored gradient is divided
+        if parameter == "log":
+            ones = sae.threshold.detach()
+        elif unit == "unit_rms":
+            ones = torch.full((43,), sae.units.activation)
+        total = float((stored_gradient / ones).sum())
+        scale = float((stored_gradient / ones).abs().sum())
+        assert abs(total) < 1e-4 * scale
+        sae.controller = None
+        used = coefficient * sae.units.loss
+        sae._coefficient = lambda _, used=used: used  # type: ignore[method-assign, misc]
+        for name, gradient in gradients().items():
+            torch.testing.assert_close(gradient, steered[name], rtol=1e-5, atol=1e-7)
+        found.append(float(coefficient))
+        assert controller.steps == 0  # the optimiser has not stepped
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] > 0

@@ -24,11 +24,11 @@ from torch import Tensor
 
 import jumprelu_plugin
 from jumprelu_plugin.pair_scaler import PairScaler
+from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.recipes import GEMMA_SCOPE_TRANSCODER
 from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
     JumpReLUTrainingTranscoder,
-    fold_scales,
 )
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUSkipTranscoderTrainingConfig,
@@ -259,7 +259,7 @@ def test_stock_objects_fold_alike(skip: bool) -> None:
             parameter.add_(0.3 * torch.rand_like(parameter))
     x = batches(1)[0][:, :D_IN]
     expected = stock(0.31 * x).detach() / 7.9
-    fold_scales(stock, 0.31, 7.9)
+    fold_scales_(stock, 0.31, 7.9)
     torch.testing.assert_close(stock(x).detach(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -90,11 +90,12 @@ def collect(
 
 
 def clearest(examples: LatentExamples, count: int = 10) -> list[int]:
-    """Latents whose strongest tokens are most nearly one token, no token appearing twice.
+    """Latents whose strongest tokens are most nearly one telling token, no token appearing twice.
 
-    Clarity is the activation-weighted share of a latent's most common token among its examples.
-    Latents with fewer than TOP examples, or that fire on more than 5 % of tokens, are left out, and
-    so is a second latent for a token that has one: ten views of one common word tell little.
+    Clarity is the activation-weighted share of a latent's most common token among its examples,
+    times that token's surprise (-log of its frequency): a latent for "the" is clear and tells
+    little. Latents with fewer than TOP examples, or that fire on more than 5 % of tokens, are left
+    out, and so is a second latent for a token that has one.
     """
     token_ids = examples.token_ids()
     usable = (examples.activation[:, -1] > 0) & (examples.firing_frequency < 0.05)
@@ -102,8 +103,10 @@ def clearest(examples: LatentExamples, count: int = 10) -> list[int]:
     weight = examples.activation / examples.activation.sum(1, keepdim=True).clamp_min(1e-9)
     share = (same * weight.unsqueeze(1)).sum(-1)
     clarity, favourite = share.max(1)
-    # Of equally clear latents the more frequent one is the better supported.
-    order = torch.argsort(clarity * usable + 1e-3 * examples.firing_frequency, descending=True)
+    counts = torch.bincount(examples.tokens.flatten())
+    token = token_ids.gather(1, favourite.unsqueeze(1)).squeeze(1)
+    surprise = -(counts[token].clamp_min(1) / counts.sum()).log()
+    order = torch.argsort(clarity * surprise * usable, descending=True)
     chosen: list[int] = []
     taken: set[int] = set()
     for latent in order.tolist():

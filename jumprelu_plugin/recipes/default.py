@@ -6,12 +6,14 @@ DEFAULT = Recipe(
     name="default",
     source="this package; measurements in docs/results.md",
     about="Give target_l0. Thresholds and bandwidth come from the data's own pre-activations, the "
-    "coefficient is steered until L0 holds the target, gradient reaches the encoder too, decoder "
-    "rows are unit vectors. What JumpReLUTrainingSAEConfig does when only target_l0 is given.",
+    "coefficient is measured as the multiplier of the target L0, gradient reaches the encoder too, "
+    "decoder rows are unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when "
+    "only target_l0 is given.",
     sae={},
     runner={
         "lr": 3e-3,  # docs/results.md
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },
+    decay_share=0.2,
 )

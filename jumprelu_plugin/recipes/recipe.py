@@ -20,6 +20,7 @@ class Recipe:
         about: what it does and when to take it, in a sentence or two.
         sae: fields of `JumpReLUTrainingSAEConfig`.
         runner: fields of SAELens' `LanguageModelSAERunnerConfig`.
+        decay_share: share of a run's steps over which the learning rate falls, at its end.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Recipe:
     about: str
     sae: Mapping[str, Any]
     runner: Mapping[str, Any]
+    decay_share: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sae", MappingProxyType(dict(self.sae)))
@@ -36,7 +38,11 @@ class Recipe:
         """The SAE's config for these widths; `changes` override fields of the recipe."""
         return JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **{**self.sae, **changes})
 
+    def decay_steps(self, steps: int) -> int:
+        """SAELens' `lr_decay_steps` for a run of this length."""
+        return round(self.decay_share * steps)
+
     def flags(self) -> list[str]:
-        """The recipe as flags of `jumprelu train`."""
+        """The recipe as flags of `jumprelu train`, but for what depends on the run's length."""
         numbers = {**self.sae, **self.runner}
         return [text for name, value in numbers.items() for text in (f"--{name}", str(value))]

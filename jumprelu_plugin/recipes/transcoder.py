@@ -17,4 +17,5 @@ TRANSCODER = TranscoderRecipe(
         # lr 4e-4, 1e-3, 2e-3, 4e-3 gave 0.633, 0.512, 0.439, 0.358, at L0 24.6 to 26.5.
         "lr": 4e-3,
     },
+    decay_share=DEFAULT.decay_share,
 )

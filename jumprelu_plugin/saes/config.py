@@ -28,10 +28,11 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     a complete recipe; give `l0_coefficient` instead of `target_l0` for a fixed penalty.
 
     Args:
-        target_l0: active latents a token to train for. Without `l0_coefficient`, the coefficient is
-            steered until the measured L0 holds this. In `quadratic` mode it is also the target of
-            the penalty.
-        l0_coefficient: λ, fixed. None steers it to `target_l0`.
+        target_l0: active latents a token to train for. Without `l0_coefficient` the thresholds are
+            held where the measured L0 is this, and the coefficient is measured as the price that
+            fits (`training.control`): a steered training. With a fixed coefficient only the
+            `quadratic` mode reads it, as its penalty's target.
+        l0_coefficient: λ, fixed. None: a steered training.
         jumprelu_bandwidth: ε. None takes it from the spread of the pre-activations.
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
@@ -40,7 +41,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
         decoder_rows: `free`, as in SAELens, or `unit_norm`, as in the paper. None means unit norm
-            when λ is steered, free otherwise.
+            in a steered training, free otherwise.
         step_path: how a step is computed (`step.choose`). `auto` times the ways there are and takes
             the fastest; all give the same numbers.
         start_l0_ratio, l0_settle_steps: a steered training starts at `start_l0_ratio` times the
@@ -49,7 +50,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         bandwidth_in_std: where ε is taken from the data, how many standard deviations of the
             pre-activations.
         restart_dead_latents: start dead latents again from residuals (`training.restart`). None
-            means where λ is steered.
+            means in a steered training.
     """
 
     normalize_activations: Literal[
@@ -70,7 +71,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
 
     @property
     def steers_l0(self) -> bool:
-        """Whether λ is steered to `target_l0` instead of fixed."""
+        """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
 
     @property
@@ -134,6 +135,11 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
         raise ValueError(
             f"target_l0 is {cfg.target_l0}; it must be greater than 0 and at most d_sae, "
             f"which is {cfg.d_sae}"
+        )
+    if cfg.start_l0_ratio < 1 or cfg.start_l0_ratio * (cfg.target_l0 or 1) > cfg.d_sae:
+        raise ValueError(
+            f"start_l0_ratio is {cfg.start_l0_ratio}; it must be at least 1, and times target_l0 "
+            f"({cfg.target_l0}) at most d_sae ({cfg.d_sae})"
         )
     choices = {
         "jumprelu_sparsity_loss_mode": SPARSITY_MODES,

@@ -106,7 +106,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._seam: OptimizerSeam | None = None
         self._path = PathChoice(cfg.step_path)
         self._density = 1.0
-        self._shift: Tensor | None = None  # of the thresholds, due after this step's update
+        self._measured: tuple[float, Tensor] | None = None  # L0 and its slope, of this step
         self._firing = FiringRecord(cfg.d_sae) if cfg.restarts_dead_latents else None
         self._latest: tuple[Tensor, Tensor] | None = None  # encoder input and residual
         self._parametrize()
@@ -208,10 +208,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         loss = torch.stack(list(losses.values())).sum()
         self._refuse_non_finite(loss, rows, step_input.n_training_steps)
         if self.training and loss.requires_grad:
-            self._steer(step, penalty, l0)
-            if self._firing is not None:
-                self._firing.update(feature_acts)
-                self._latest = x, (target - x_hat).detach()
+            self._steer(step, penalty, coefficient, l0)
+            self._watch_firing(feature_acts, x, target - x_hat)
         return TrainStepOutput(
             sae_in=target,
             sae_out=x_hat,
@@ -237,19 +235,32 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         scheduled = step_input.coefficients["l0"] * self.units.loss
         return scheduled * (1.0 if self.controller is None else self.controller.coefficient)
 
-    def _steer(self, step: Step, penalty: Tensor, l0: float) -> None:
-        """Measure what the controller needs: its shift now, λ when the gradient of θ arrives."""
+    def _steer(self, step: Step, penalty: Tensor, coefficient: float | Tensor, l0: float) -> None:
+        """Measure what the controller needs: slopes now, the price when θ's gradient arrives."""
         controller = self.controller
-        if controller is None:
+        if controller is None or not step.threshold.requires_grad:
             return
         slopes = threshold_slopes(self.sparsity, step, penalty)
-        self._shift = controller.shift(l0, slopes.l0, step.bandwidth)
-        paid = controller.coefficient.to(penalty.device) * slopes.penalty
+        self._measured = l0, slopes.l0
+        paid = coefficient / self.units.loss * slopes.penalty
 
         def price(gradient: Tensor) -> None:
             controller.price(gradient.sum() - paid, slopes.penalty)
 
         step.threshold.register_hook(price)
+
+    def _watch_firing(self, feature_acts: Tensor, x: Tensor, residual: Tensor) -> None:
+        firing = self._firing
+        if firing is None:
+            return
+        firing.update(feature_acts)
+        self._latest = None
+        if firing.due(self._patience(len(x))):
+            self._latest = x.detach(), residual.detach().flatten(1)
+
+    def _patience(self, batch: int) -> int:
+        mean_l0 = max(1.0, self._density * self.cfg.d_sae)
+        return patience(self.cfg.d_sae, self.cfg.target_l0 or mean_l0, batch)
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -360,11 +371,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     def _parameters_moved(self) -> None:
         if self.cfg.unit_norm_decoder:
             normalise_rows_(self.W_dec.data)
-        if self._shift is not None:
+        if self.controller is not None and self._measured is not None:
+            assert self.bandwidth is not None
+            shift = self.controller.shift(*self._measured, self.bandwidth)
             # At most halved, so that a logarithm stays finite.
-            moved = torch.maximum(self.threshold + self._shift, 0.5 * self.threshold)
+            moved = torch.maximum(self.threshold + shift, 0.5 * self.threshold)
             set_value(self, "threshold", moved)
-            self._shift = None
+            self._measured = None
         # Also after the last step: below 0, an active latent could be negative.
         self._keep_threshold_positive()
         if self._firing is not None:
@@ -372,17 +385,16 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     def _restart_dead_latents(self, firing: FiringRecord) -> None:
         optimizer = None if self._seam is None else self._seam.optimizer
-        if optimizer is None or self._latest is None:
+        if optimizer is None:
             return
-        x, residual = self._latest
         rate = max(group["lr"] for group in optimizer.param_groups)
         firing.peak_rate = max(firing.peak_rate, rate)
-        mean_l0 = self._density * self.cfg.d_sae
-        due = patience(self.cfg.d_sae, self.cfg.target_l0 or mean_l0, len(x))
-        if firing.steps % due or rate < RESTART_ABOVE_RATE * firing.peak_rate:
+        if self._latest is None or rate < RESTART_ABOVE_RATE * firing.peak_rate:
             return
-        dead = firing.silent >= due
-        latents, tokens = draw(dead, residual)
+        x, residual = self._latest
+        self._latest, firing.checked = None, firing.steps
+        dead = firing.silent >= self._patience(len(x))
+        latents, tokens = draw(dead, residual, seed=firing.steps)
         encoders, centre = self._restart_encoders(x, residual, tokens)
         restart_(self, latents, encoders, residual[tokens], centre, ~dead, optimizer)
         firing.silent[latents] = 0
@@ -482,7 +494,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._calibrated = self.bandwidth is not None
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state(state["controller"])
-        if self._firing is not None and state["firing"] is not None:
+        if self._firing is not None and state.get("firing") is not None:
             self._firing.load_state(state["firing"])
 
 

@@ -19,6 +19,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
+from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUSkipTranscoderTrainingConfig,
@@ -27,10 +28,6 @@ from jumprelu_plugin.saes.transcoder_config import (
 )
 from jumprelu_plugin.training.decoder import normalise_rows_
 from jumprelu_plugin.training.units import set_value
-
-# ε as a multiple of the spread of the pre-activations at the start. On layer 4 of the embedded
-# Gemma 2 (d_sae 2048, L0 24, 800k tokens, lr 2e-3, held-out FVU, one seed): 1 gave 0.401, 2 0.377.
-BANDWIDTH_IN_STD = 2.0
 
 
 class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
@@ -119,8 +116,6 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         norms = self.W_dec.norm(dim=1, keepdim=True)
         normalise_rows_(rows)
         self.W_dec.data[fires] = (rows * norms)[fires].to(self.dtype)
-        if self.cfg.jumprelu_bandwidth is None:
-            self.bandwidth = BANDWIDTH_IN_STD * z.std().item()
 
     @override
     def _restart_encoders(
@@ -150,7 +145,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         """
         self._store_plainly()
         scale_in, scale_out = _pair(scaling_factor)
-        fold_scales(self, scale_in, scale_out)
+        fold_scales_(self, scale_in, scale_out)
         self.cfg.normalize_activations = "none"
 
     @override
@@ -188,20 +183,6 @@ class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x.to(self.dtype) @ self.W_skip.t()
-
-
-@torch.no_grad()
-def fold_scales(transcoder: Any, scale_in: float, scale_out: float) -> None:
-    """In place: from weights that map scale_in·x to scale_out·y, weights that map x to y.
-
-    W_enc·s_in, W_dec/s_out, b_dec/s_out, W_skip·s_in/s_out; b_enc and θ stay. Takes a training
-    transcoder stored plainly or one of SAELens' inference classes.
-    """
-    transcoder.W_enc.data *= scale_in
-    transcoder.W_dec.data /= scale_out
-    transcoder.b_dec.data /= scale_out
-    if hasattr(transcoder, "W_skip"):
-        transcoder.W_skip.data *= scale_in / scale_out
 
 
 def _pair(scaling_factor: float | tuple[float, float]) -> tuple[float, float]:

@@ -24,10 +24,13 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
             config's `hook_name`.
         normalize_activations: `expected_average_only_in` divides input and target each by its own
             root mean square (E‖·‖² = d_in for both) and folds both scales when training is over.
+        bandwidth_in_std: twice an SAE's. On layer 4 of the embedded Gemma 2 (2,048 latents, L0 24,
+            800k tokens) held-out FVU was 0.377 with 2 and 0.401 with 1, before λ was measured.
         apply_b_dec_to_input: must stay False, since b_dec lives in the output's space.
     """
 
     apply_b_dec_to_input: bool = False
+    bandwidth_in_std: float = 2.0
     d_out: int | None = None
     hook_name_out: str | None = None
 

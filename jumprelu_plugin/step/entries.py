@@ -1,9 +1,10 @@
 """The pre-activations a step works on: what every path of the step offers the objective.
 
 The objective never asks how pre-activations are stored. It sees *entries*: a tensor of values, one
-per (token, latent) pair that is represented, and five verbs over them. `reference.py` represents
-every pair ([batch, d_sae] values); `sparse.py` only those where anything can be non-zero ([nnz]
-values). Because each term is written once against the verbs, both paths compute the same loss.
+per (token, latent) pair that is represented, and the verbs below over them. `reference.py`
+represents every pair ([batch, d_sae] values); `sparse.py` only those where anything can be non-zero
+([nnz] values). Because each term is written once against the verbs, both paths compute the same
+loss.
 """
 
 from __future__ import annotations
@@ -35,10 +36,6 @@ class Entries(ABC):
     @abstractmethod
     def sum_latents(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " batch"]:
         """Sum entry values over the latents of each token."""
-
-    @abstractmethod
-    def sum_tokens(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
-        """Sum entry values over the tokens of each latent."""
 
     @abstractmethod
     def decode(

@@ -51,6 +51,7 @@ def calibrate(
     spread = z.std().item()
     batch, d_sae = z.shape
     share = min(0.5, start_l0 / d_sae)
-    rank = max(1, round(share * batch))
-    threshold = z.topk(rank, dim=0).values[-1].clamp_min(0.0)
+    rank = min(max(1, round(share * batch)), batch - 1)
+    # Between two pre-activations: on one, the order of a sum would decide which side it is on.
+    threshold = z.topk(rank + 1, dim=0).values[-2:].mean(0).clamp_min(0.0)
     return Calibration(threshold, bandwidth_in_std * spread)

@@ -37,13 +37,18 @@ class FiringRecord:
     Attributes:
         silent: steps since each latent fired, [d_sae].
         steps: steps seen.
+        checked: the step at which dead latents were last looked for.
         peak_rate: the highest learning rate seen.
     """
 
     def __init__(self, d_sae: int):
         self.silent: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.long)
-        self.steps = 0
+        self.steps = self.checked = 0
         self.peak_rate = 0.0
+
+    def due(self, patience: int) -> bool:
+        """Whether dead latents are to be looked for after this step."""
+        return self.steps - self.checked >= patience
 
     def update(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Take in one batch's activations, dense or sparse COO of the active ones."""
@@ -56,26 +61,29 @@ class FiringRecord:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside `silent`."""
-        return {"steps": self.steps, "peak_rate": self.peak_rate}
+        return {"steps": self.steps, "checked": self.checked, "peak_rate": self.peak_rate}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.peak_rate = state["steps"], state["peak_rate"]
+        self.steps, self.checked = state["steps"], state["checked"]
+        self.peak_rate = state["peak_rate"]
 
 
 @torch.no_grad()
 def draw(
-    dead: Bool[Tensor, " d_sae"], residual: Float[Tensor, "batch d_out"]
+    dead: Bool[Tensor, " d_sae"], residual: Float[Tensor, "batch d_out"], seed: int
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Dead latents and, for each, the token it is to start from.
 
-    No more latents are drawn than the batch has tokens with an error, and no token twice.
+    No more latents are drawn than the batch has tokens with an error, and no token twice. `seed`
+    alone decides, on every device: a resumed run draws what the uninterrupted one draws.
     """
+    random = torch.Generator().manual_seed(seed)
     latents = dead.nonzero().flatten()
-    error = residual.square().sum(1)
+    error = residual.square().sum(1).cpu()
     count = min(len(latents), int((error > 0).sum()))
-    latents = latents[torch.randperm(len(latents), device=latents.device)[:count]]
-    tokens = torch.multinomial(error, count) if count else latents
-    return latents, tokens
+    chosen = torch.randperm(len(latents), generator=random)[:count]
+    tokens = torch.multinomial(error, count, generator=random) if count else chosen
+    return latents[chosen.to(latents.device)], tokens.to(latents.device)
 
 
 @torch.no_grad()
@@ -104,11 +112,11 @@ def restart_(
     threshold, b_enc = (getattr(sae, name).detach().clone() for name in ("threshold", "b_enc"))
     encoder_norm = W_enc[:, living].norm(dim=0).mean()
     decoder_norm = W_dec[living].norm(dim=1).mean()
-    encoders = encoder_norm * functional.normalize(encoders, dim=1)
-    W_enc[:, latents] = encoders.t().to(W_enc.dtype)
+    encoders = (encoder_norm * functional.normalize(encoders, dim=1)).to(W_enc.dtype)
+    W_enc[:, latents] = encoders.t()
     W_dec[latents] = (decoder_norm * functional.normalize(decoders, dim=1)).to(W_dec.dtype)
     threshold[latents] = threshold[living].median()
-    b_enc[latents] = -(encoders @ centre).to(b_enc.dtype)
+    b_enc[latents] = -(encoders @ centre.to(W_enc.dtype)).to(b_enc.dtype)
     set_value(sae, "threshold", threshold)
     set_value(sae, "b_enc", b_enc)
     if optimizer is None:
