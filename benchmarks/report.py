@@ -152,6 +152,8 @@ def draw(records: Records, path: Path) -> None:
         names = {"d_in": "d_in", "d_sae": "d_sae", "batch": "batch", "l0": "L0"}
         others = [f"{shown} {fixed[n]:g}" for n, shown in names.items() if n != name]
         axis.set(xscale="log", yscale="log", xlabel=label, title=", ".join(others))
+        axis.set_xticks(values, [f"{value:,.0f}" for value in values])
+        axis.minorticks_off()
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[0].set_ylabel("seconds a training step")
     axes[0].legend(frameon=False, fontsize=8)

@@ -7,6 +7,7 @@ nothing when it is interrupted, and replaces only its own earlier result.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from torch import Tensor
 
 from jumprelu_plugin.evaluation import Evaluation, evaluate
 from jumprelu_plugin.interpret.examples import LatentExamples, clearest, collect
-from jumprelu_plugin.interpret.logits import logit_effects
 from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance, write_json
@@ -31,9 +33,7 @@ from jumprelu_plugin.text import corpus, documents_digest, tokenized_dataset
 
 RECORD_FILENAME = "demo.json"
 SAE_FOLDER = "sae"
-# Of a latent's strongest activation, and the probability of its tokens at which it is enough.
-STEERING_AMOUNTS = (0.5, 0.75, 1.0, 1.5, 2.0)
-VISIBLE_PROBABILITY = 0.3
+STEERING_AMOUNT = 2.0  # times the strongest activation of the latent
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class Steered:
     """One latent's effect on one prompt.
 
     Attributes:
-        probability_before, probability_after: of the latent's top tokens together, as the next
-            token after the prompt, without and with steering.
+        tokens: what most often follows where the latent fires, in held-out text.
+        probability_before, probability_after: of these tokens together, as the next token after
+            the prompt, without and with steering.
     """
 
     latent: int
@@ -108,7 +109,7 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
     console.print(result.table())
     special = list(model.tokenizer.all_special_ids)
     examples = collect(model, sae, held_out, special_token_ids=special)
-    latents = clearest(examples)
+    latents = clearest(examples, among=_whole_words(model))
     console.print(_latent_table(model, examples, latents))
     steered = _strongest(model, sae, examples, latents, settings.seed)
     if steered is not None:
@@ -172,33 +173,40 @@ def _in_context(model: Any, examples: LatentExamples, latent: int, rank: int) ->
 def _strongest(
     model: Any, sae: Any, examples: LatentExamples, latents: list[int], seed: int
 ) -> Steered | None:
-    """The latent of the list whose tokens steering makes most likely; None for an empty list.
+    """The latent of the list that steering shows best; None for an empty list.
 
-    It is steered with the least of some amounts that shows: more breaks the text.
+    Each is added at twice its strongest activation. Best is where what follows the latent in the text
+    becomes likelier by the largest factor, in a text that still varies.
     """
     prompt = "The government of the country"
     tokens = model.to_tokens(prompt)
-    best: tuple[float, int, float, Any, float, float] | None = None
-    for latent in latents:
-        ids, _ = logit_effects(model, sae, latent, count=5)
-        before = _probability(model, tokens, ids)
-        amount, after = 0.0, before
-        for share in STEERING_AMOUNTS:
-            if after >= VISIBLE_PROBABILITY:
-                break
-            amount = share * float(examples.activation[latent, 0])
-            with steer(model, sae, Add(latent, amount)):
-                after = _probability(model, tokens, ids)
-        if best is None or after - before > best[0]:
-            best = (after - before, latent, amount, ids, before, after)
-    if best is None:
-        return None
-    _, latent, amount, ids, before, after = best
     text_before = generate(model, prompt, seed)
-    with steer(model, sae, Add(latent, amount)):
-        text_after = generate(model, prompt, seed)
-    names = [model.tokenizer.decode([token]) for token in ids.tolist()]
-    return Steered(latent, amount, prompt, names, before, after, text_before, text_after)
+    best: tuple[float, Steered] | None = None
+    for latent in latents:
+        ids = examples.followers(latent)
+        amount = STEERING_AMOUNT * float(examples.activation[latent, 0])
+        before = _probability(model, tokens, ids)
+        with steer(model, sae, Add(latent, amount)):
+            after = _probability(model, tokens, ids)
+            text_after = generate(model, prompt, seed)
+        names = [model.tokenizer.decode([token]) for token in ids.tolist()]
+        found = Steered(latent, amount, prompt, names, before, after, text_before, text_after)
+        score = math.log(after / before) * _variety(model, text_after) ** 2
+        if best is None or score > best[0]:
+            best = score, found
+    return None if best is None else best[1]
+
+
+def _whole_words(model: Any) -> Bool[Tensor, " d_vocab"]:
+    """Tokens that are a word of four letters or more, with its space."""
+    words = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
+    return torch.tensor([w[:1] == " " and w[1:].isalpha() and len(w) > 4 for w in words])
+
+
+def _variety(model: Any, text: str) -> float:
+    """Share of a text's tokens that differ: low where steering made it repeat itself."""
+    tokens = model.tokenizer(text)["input_ids"]
+    return len(set(tokens)) / len(tokens)
 
 
 @torch.no_grad()
@@ -218,7 +226,7 @@ def _show_steering(console: Console, steered: Steered) -> None:
     tokens = " ".join(repr(token) for token in steered.tokens)
     table = Table(
         title=f"Steering with latent {steered.latent}: x += {steered.amount:.1f} · W_dec[latent]",
-        caption=f"next-token probability of {tokens}",
+        caption=f"next-token probability of what follows where it fires: {tokens}",
         show_lines=True,
     )
     table.add_column("")

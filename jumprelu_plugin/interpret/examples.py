@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.hooks import attached, flat_heads, flat_input, require_folded, sae_sites
@@ -37,6 +37,18 @@ class LatentExamples:
     def token_ids(self) -> Int[Tensor, "d_sae top"]:
         """The token at each example."""
         return self.tokens.flatten()[self.position]
+
+    def followers(self, latent: int, count: int = 5) -> Int[Tensor, " count"]:
+        """The tokens that most often come next in its examples, weighted by activation.
+
+        Fewer than `count` where fewer follow; an example at a sequence's end has none.
+        """
+        length = self.tokens.shape[1]
+        inside = (self.position[latent] % length < length - 1) & (self.activation[latent] > 0)
+        following = self.tokens.flatten()[self.position[latent][inside] + 1]
+        weight = torch.zeros(int(self.tokens.max()) + 1)
+        weight.index_add_(0, following, self.activation[latent][inside])
+        return weight.topk(min(count, int((weight > 0).sum()))).indices
 
     def context(
         self, latent: int, rank: int, before: int = 8, after: int = 4
@@ -89,13 +101,16 @@ def collect(
     return LatentExamples(tokens, best, where, (fired / max(counted, 1)).float())
 
 
-def clearest(examples: LatentExamples, count: int = 10) -> list[int]:
+def clearest(
+    examples: LatentExamples, count: int = 10, among: Bool[Tensor, " d_vocab"] | None = None
+) -> list[int]:
     """Latents whose strongest tokens are most nearly one telling token, no token appearing twice.
 
     Clarity is the activation-weighted share of a latent's most common token among its examples,
     times that token's surprise (-log of its frequency): a latent for "the" is clear and tells
     little. Latents with fewer than TOP examples, or that fire on more than 5 % of tokens, are left
-    out, and so is a second latent for a token that has one.
+    out, and so is a second latent for a token that has one. `among` restricts the telling tokens,
+    to whole words, say.
     """
     token_ids = examples.token_ids()
     usable = (examples.activation[:, -1] > 0) & (examples.firing_frequency < 0.05)
@@ -105,6 +120,8 @@ def clearest(examples: LatentExamples, count: int = 10) -> list[int]:
     clarity, favourite = share.max(1)
     counts = torch.bincount(examples.tokens.flatten())
     token = token_ids.gather(1, favourite.unsqueeze(1)).squeeze(1)
+    if among is not None:
+        usable &= among[token]
     surprise = -(counts[token].clamp_min(1) / counts.sum()).log()
     order = torch.argsort(clarity * surprise * usable, descending=True)
     chosen: list[int] = []
