@@ -175,8 +175,8 @@ def _strongest(
 ) -> Steered | None:
     """The latent of the list that steering shows best; None for an empty list.
 
-    Each is added at twice its strongest activation. Best is where what follows the latent in the text
-    becomes likelier by the largest factor, in a text that still varies.
+    Each is added at twice its strongest activation. Best is where what follows the latent in the
+    text becomes likelier by the largest factor, in a text that still varies.
     """
     prompt = "The government of the country"
     tokens = model.to_tokens(prompt)
