@@ -38,7 +38,7 @@ def imported(file: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
-    names -= set(sys.stdlib_module_names) | {"jumprelu_plugin"}
+    names -= set(sys.stdlib_module_names) | {"jumprelu_plugin", "benchmarks"}
     return {DISTRIBUTION.get(name, name) for name in names}
 
 
