@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTION = {
     "circuit_tracer": "circuit-tracer",
     "huggingface_hub": "huggingface-hub",
+    "dictionary_learning": "dictionary-learning",
+    "sae_dashboard": "sae-dashboard",
     "sae_lens": "sae-lens",
     "transformer_lens": "transformer-lens",
     "yaml": "pyyaml",
@@ -56,6 +58,6 @@ def test_the_package_imports_what_it_declares() -> None:
 def test_what_stands_beside_it_imports_what_is_declared(folder: str) -> None:
     # The tools exported to are installed by tools/circuit_env.sh, without what they declare.
     tools = (ROOT / "tools" / "circuit_tools.txt").read_text().splitlines()
-    everything = set().union(*declared().values(), (re.split("==", tool)[0] for tool in tools))
+    everything = set().union(*declared().values(), (tool.split("==")[0] for tool in tools))
     for file in (ROOT / folder).glob("*.py"):
         assert imported(file) - BESIDE <= everything, file.name
