@@ -21,8 +21,8 @@ be worth. At the solution, shifting all thresholds changes nothing to first orde
 Both sums are at hand after a backward pass, and λ is the ratio of their means over a few batches.
 With any smaller λ the loss pulls all thresholds down while the constraint pushes them up, and in
 between the estimators' gradient to the encoder inflates every pre-activation: on a small language
-model's residual stream (256 wide, 2,048 latents, L0 32, 500 steps) FVU was 0.43 at λ = 0.08 and
-0.17 at the multiplier, 0.53.
+model's residual stream (256 wide, 2,048 latents, L0 32, 500 steps at lr 1e-3) FVU was 0.43 at
+λ = 0.09 and 0.21 at the multiplier, 0.76.
 """
 
 from __future__ import annotations
