@@ -4,9 +4,9 @@
     python -m benchmarks.language_model compare     # against other architectures at one L0
 
 The embedded Gemma 2. Activations of half a million tokens of the train split are harvested once and
-every architecture sees the same ones, twice, through SAELens' own trainer at the same learning rate;
-it is judged as saved, on held-out text. The default recipe was tuned on layer 3's residual stream at L0 32, which neither
-command reports.
+every architecture sees the same ones, twice, through SAELens' own trainer at the same learning
+rate; it is judged as saved, on held-out text. The default recipe was tuned on layer 3's residual
+stream at L0 32, which neither command reports.
 """
 
 from __future__ import annotations
