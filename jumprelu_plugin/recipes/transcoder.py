@@ -13,8 +13,9 @@ TRANSCODER = TranscoderRecipe(
     runner={
         **DEFAULT.runner,
         # On layer 4 of the embedded Gemma 2 (d_sae 2048, 400k tokens in steps of 1,024, one seed),
-        # held-out FVU with ε at twice the spread: 0.375 at L0 25.1. With ε at the spread itself,
-        # lr 4e-4, 1e-3, 2e-3, 4e-3 gave 0.633, 0.512, 0.439, 0.358, at L0 24.6 to 26.5.
+        # before λ was measured as the multiplier, held-out FVU with ε at twice the spread: 0.375 at
+        # L0 25.1. With ε at the spread itself, lr 4e-4, 1e-3, 2e-3, 4e-3 gave 0.633, 0.512, 0.439,
+        # 0.358, at L0 24.6 to 26.5.
         "lr": 4e-3,
     },
     decay_share=DEFAULT.decay_share,

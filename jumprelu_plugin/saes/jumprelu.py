@@ -209,7 +209,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._refuse_non_finite(loss, rows, step_input.n_training_steps)
         if self.training and loss.requires_grad:
             self._steer(step, penalty, coefficient, l0)
-            self._watch_firing(feature_acts, x, target - x_hat)
+            self._watch_firing(feature_acts, x, target, x_hat)
         return TrainStepOutput(
             sae_in=target,
             sae_out=x_hat,
@@ -249,14 +249,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
         step.threshold.register_hook(price)
 
-    def _watch_firing(self, feature_acts: Tensor, x: Tensor, residual: Tensor) -> None:
+    def _watch_firing(self, feature_acts: Tensor, x: Tensor, target: Tensor, x_hat: Tensor) -> None:
         firing = self._firing
         if firing is None:
             return
         firing.update(feature_acts)
         self._latest = None
         if firing.due(self._patience(len(x))):
-            self._latest = x.detach(), residual.detach().flatten(1)
+            self._latest = x.detach(), (target - x_hat).detach().flatten(1)
 
     def _patience(self, batch: int) -> int:
         mean_l0 = max(1.0, self._density * self.cfg.d_sae)
