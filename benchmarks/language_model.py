@@ -1,16 +1,17 @@
 """On a language model's activations: is the asked L0 met, and how well is the model rebuilt?
 
-    python -m benchmarks.language_model targets     # ours at L0 10, 20, 40, 80, 160 on three sites
-    python -m benchmarks.language_model compare     # against other architectures at one L0
+    python -m benchmarks.language_model targets    # ours at L0 10, 20, 40, 80, 160, every site
+    python -m benchmarks.language_model compare    # against other architectures at L0 20, 40, 80
 
-The embedded Gemma 2. Activations of half a million tokens of the train split are harvested once and
-every architecture sees the same ones, twice, through SAELens' own trainer at the same learning
-rate; it is judged as saved, on held-out text. The default recipe was tuned on layer 3's residual
-stream at L0 32, which neither command reports.
+On the embedded Gemma 2, or with `--model smollm2-135m` on SmolLM2. Activations are harvested once
+and every architecture sees the same ones in the same order, through SAELens' own trainer at the
+same learning rate; it is judged as saved, on held-out text. `benchmarks/subjects.py` says which
+sites are reported and which ones the default recipe was tuned on.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,48 +21,31 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.quality import ARCHITECTURES, OURS, as_saved, table, train
+from benchmarks.architectures import ARCHITECTURES, OURS
+from benchmarks.quality import Ledger, Record, as_saved, table, train
+from benchmarks.subjects import SUBJECTS
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.hooks import flat_heads
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.records import append_jsonl, provenance
-from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.records import provenance
+from jumprelu_plugin.text import Split
 
 RESULTS = Path(__file__).parent / "results"
-SITES = ("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.attn.hook_z")
 TARGETS = (10, 20, 40, 80, 160)
-D_SAE, BATCH, CONTEXT = 2048, 1024, 128
+COMPARED = (OURS, "batchtopk", "topk", "gated (steered)", "jumprelu (stock, steered)")
+COMPARED_L0 = (20, 40, 80)
+BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
+HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console()
+Model = Annotated[str, typer.Option(help=f"One of {', '.join(SUBJECTS)}.")]
+Steps = Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]
+Sites = Annotated[list[str] | None, typer.Option(help="Hooks; the model's reported ones.")]
 
 
 @torch.no_grad()
-def harvest(
-    model: Any, sites: tuple[str, ...], split: str, sequences: int
-) -> dict[str, Float[Tensor, "tokens width"]]:
-    """Activations at every site, special tokens left out, in half precision."""
-    text = tokenized_dataset(model.tokenizer, CONTEXT, split, corpus())
-    special = torch.tensor(model.tokenizer.all_special_ids)
-    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for rows in order[:sequences].split(64):
-        tokens = torch.tensor(text[rows.tolist()]["tokens"])
-        kept = ~torch.isin(tokens, special)
-        _, cache = model.run_with_cache(
-            tokens, names_filter=list(sites), stop_at_layer=1 + max(map(_layer, sites))
-        )
-        for site in sites:
-            found[site].append(flat_heads(cache[site])[kept].half())
-    return {site: torch.cat(pieces) for site, pieces in found.items()}
-
-
-def _layer(site: str) -> int:
-    return int(site.split(".")[1])
-
-
-@torch.no_grad()
-def judge(sae: Any, held_out: Float[Tensor, "tokens width"]) -> dict[str, float]:
+def judge(sae: Any, held_out: Float[Tensor, "tokens width"]) -> Record:
     metrics = StreamingMetrics()
     for x in held_out.float().split(4000):
         acts = sae.encode(x)
@@ -76,61 +60,93 @@ def judge(sae: Any, held_out: Float[Tensor, "tokens width"]) -> dict[str, float]
 
 
 def run(
-    name: str, sites: tuple[str, ...], cases: list[tuple[str, int, int]], steps: int
-) -> list[dict[str, Any]]:
-    """Train and judge every (architecture, L0, seed) at every site; record each as it is done."""
-    model = load_model(EMBEDDED_MODEL)
-    rows, held_out = harvest(model, sites, "train", 4_000), harvest(model, sites, "test", 300)
-    origin = provenance(model_digest=model_digest(model))
-    RESULTS.mkdir(exist_ok=True)
-    partial = RESULTS / f"{name}.partial"
-    partial.unlink(missing_ok=True)
+    output: Path,
+    model: str,
+    sites: tuple[str, ...],
+    cases: list[tuple[str, int, int]],
+    steps: int,
+    *,
+    splice: bool,
+    cache: Path | None,
+) -> list[Record]:
+    """The record of every (architecture, L0, seed) at every site, trained where it is missing."""
+    subject = SUBJECTS[model]
+
+    @functools.cache
+    def activations(split: Split, sequences: int) -> dict[str, Tensor]:
+        if cache is None:
+            return subject.activations(sites, split, sequences)
+        kept = cache / f"{'+'.join((model, *sites))}.{split}.{sequences}.pt"
+        if not kept.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.save(subject.activations(sites, split, sequences), kept)
+        return torch.load(kept)
+
+    def measure(site: str, architecture: str, l0: int, seed: int) -> Record:
+        rows = activations("train", subject.sequences)[site]
+        torch.manual_seed(seed)
+        sae = ARCHITECTURES[architecture](rows.shape[1], subject.d_sae, l0)
+        seconds = train(sae, rows, steps=steps, batch=BATCH, lr=LEARNING_RATE, seed=seed)
+        saved = as_saved(sae)
+        record = {"seconds": seconds, **judge(saved, activations("test", HELD_OUT_SEQUENCES)[site])}
+        record["off_by"] = abs(record["l0"] / l0 - 1)
+        if splice:
+            record["delta_lm_loss"] = subject.delta_loss(saved, site, SPLICED_SEQUENCES)
+        return record
+
+    ledger = Ledger(output)
     records = []
+    settings = {"d_sae": subject.d_sae, "steps": steps, "batch": BATCH, "lr": LEARNING_RATE}
     for site in sites:
         for architecture, l0, seed in cases:
-            torch.manual_seed(seed)
-            sae = ARCHITECTURES[architecture](rows[site].shape[1], D_SAE, l0)
-            settings = {"steps": steps, "batch": BATCH, "lr": DEFAULT.runner["lr"], "seed": seed}
-            seconds = train(sae, rows[site], **settings)
-            record = {"site": site, "architecture": architecture, "l0_asked": l0, **settings}
-            record |= {"seconds": seconds, **judge(as_saved(sae), held_out[site])}
-            record["off_by"] = abs(record["l0"] / l0 - 1)
-            records.append(record)
-            append_jsonl(partial, {**record, "provenance": origin})
-    partial.replace(RESULTS / f"{name}.jsonl")
+            case = {"model": model, "site": site, "architecture": architecture, "l0_asked": l0}
+            measured = functools.partial(measure, site, architecture, l0, seed)
+            origin = provenance(seed=seed)
+            records.append(ledger.record({**case, "seed": seed, **settings}, measured, origin))
     return records
+
+
+def show(records: list[Record], by: str, metrics: tuple[str, ...]) -> None:
+    for site in dict.fromkeys(record["site"] for record in records):
+        at_site = [record for record in records if record["site"] == site]
+        console.print(table(f"{at_site[0]['model']} {site}", at_site, by, metrics))
 
 
 @app.command()
 def targets(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    sites: Annotated[list[str] | None, typer.Option(help="Hooks.")] = None,
+    model: Model = EMBEDDED_MODEL,
+    steps: Steps = 1000,
+    sites: Sites = None,
+    cache: Cache = None,
+    output: Annotated[Path, typer.Option(help="Records.")] = RESULTS / "targets.jsonl",
 ) -> None:
-    """Ours, at five targets on three sites, with no setting that depends on the case."""
-    chosen = tuple(sites or SITES)
-    records = run("targets", chosen, [(OURS, l0, 0) for l0 in TARGETS], steps)
-    metrics = ("l0", "off_by", "fvu", "dead_share", "share_above_10_percent")
-    for site in chosen:
-        at_site = [record for record in records if record["site"] == site]
-        console.print(table(site, at_site, "l0_asked", metrics))
+    """Ours, at five targets on every site, with no setting that depends on the case."""
+    chosen = tuple(sites or SUBJECTS[model].sites)
+    cases = [(OURS, l0, 0) for l0 in TARGETS]
+    records = run(output, model, chosen, cases, steps, splice=False, cache=cache)
+    show(records, "l0_asked", ("l0", "off_by", "fvu", "dead_share", "share_above_10_percent"))
 
 
 @app.command()
 def compare(
-    l0: Annotated[int, typer.Option(help="Active latents a token.")] = 40,
+    model: Model = EMBEDDED_MODEL,
+    l0: Annotated[list[int] | None, typer.Option(help="Active latents a token.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, …")] = 3,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    sites: Annotated[list[str] | None, typer.Option(help="Hooks.")] = None,
+    steps: Steps = 1000,
+    sites: Sites = None,
+    cache: Cache = None,
+    only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
+    output: Annotated[Path, typer.Option(help="Records.")] = RESULTS / "compare.jsonl",
 ) -> None:
-    """Ours beside batchtopk and topk, the same tokens for all."""
-    chosen = tuple(sites or SITES[:1])
-    names = (OURS, "batchtopk", "topk")
-    cases = [(name, l0, seed) for seed in range(seeds) for name in names]
-    records = run("compare", chosen, cases, steps)
-    metrics = ("l0", "fvu", "dead_share", "share_above_10_percent")
-    for site in chosen:
-        at_site = [record for record in records if record["site"] == site]
-        console.print(table(site, at_site, "architecture", metrics))
+    """Ours beside SAELens' own at one L0: the same tokens in the same order for all."""
+    chosen = tuple(sites or SUBJECTS[model].sites[:1])
+    names = tuple(only or COMPARED)
+    levels = tuple(l0 or COMPARED_L0)
+    cases = [(name, level, seed) for seed in range(seeds) for level in levels for name in names]
+    records = run(output, model, chosen, cases, steps, splice=True, cache=cache)
+    metrics = ("l0", "fvu", "delta_lm_loss", "dead_share", "share_above_10_percent")
+    for level in levels:
+        show([record for record in records if record["l0_asked"] == level], "architecture", metrics)
 
 
 if __name__ == "__main__":

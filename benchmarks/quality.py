@@ -1,90 +1,50 @@
-"""What the quality benchmarks share: architectures, one way to train them, a table over seeds."""
+"""What the quality benchmarks share: one way to train, records kept as they come, a table."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from rich.table import Table
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    GatedTrainingSAE,
-    GatedTrainingSAEConfig,
-    MatchingPursuitTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
-from sae_lens import JumpReLUTrainingSAE as StockJumpReLU
-from sae_lens import JumpReLUTrainingSAEConfig as StockJumpReLUConfig
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.records import append_jsonl
 
-OURS = "ours"
-Build = Callable[[int, int, float], Any]
-
-
-def _common(d_in: int, d_sae: int) -> dict[str, Any]:
-    return {"d_in": d_in, "d_sae": d_sae, "normalize_activations": "expected_average_only_in"}
+Record = dict[str, Any]
 
 
-def _ours(d_in: int, d_sae: int, l0: float) -> Any:
-    return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, target_l0=l0))
+class Ledger:
+    """The records of one file, a line a case, written as each is measured.
 
+    A case that the file already holds is not measured again, so a benchmark of hours goes on where
+    it stopped, and what is changed is measured again by deleting its lines. Every line carries its
+    own provenance.
+    """
 
-def _batchtopk(d_in: int, d_sae: int, l0: float) -> Any:
-    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=l0, **_common(d_in, d_sae)))
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known: list[Record] = [json.loads(line) for line in lines]
 
-
-def _matryoshka(d_in: int, d_sae: int, l0: float) -> Any:
-    widths = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
-    return MatryoshkaBatchTopKTrainingSAE(
-        MatryoshkaBatchTopKTrainingSAEConfig(k=l0, matryoshka_widths=widths, **_common(d_in, d_sae))
-    )
-
-
-def _topk(d_in: int, d_sae: int, l0: float) -> Any:
-    return TopKTrainingSAE(TopKTrainingSAEConfig(k=round(l0), **_common(d_in, d_sae)))
-
-
-def _gated(d_in: int, d_sae: int, l0: float) -> Any:
-    return GatedTrainingSAE(GatedTrainingSAEConfig(**_common(d_in, d_sae)))
-
-
-def _stock(d_in: int, d_sae: int, l0: float) -> Any:
-    # The one mode of stock JumpReLU that takes a target.
-    cfg = StockJumpReLUConfig(
-        jumprelu_sparsity_loss_mode="quadratic", target_l0=l0, **_common(d_in, d_sae)
-    )
-    return StockJumpReLU(cfg)
-
-
-def _pursuit(d_in: int, d_sae: int, l0: float) -> Any:
-    cfg = MatchingPursuitTrainingSAEConfig(max_iterations=round(l0), **_common(d_in, d_sae))
-    return MatchingPursuitTrainingSAE(cfg)
-
-
-ARCHITECTURES: dict[str, Build] = {
-    OURS: _ours,
-    "batchtopk": _batchtopk,
-    "matryoshka_batchtopk": _matryoshka,
-    "topk": _topk,
-    "jumprelu (stock, quadratic)": _stock,
-    "matching_pursuit": _pursuit,
-    "gated (stock, its own L0)": _gated,
-}
+    def record(self, case: Record, measure: Callable[[], Record], origin: Record) -> Record:
+        """The record of `case`: from the file, or measured now."""
+        for known in self._known:
+            if all(known.get(name) == value for name, value in case.items()):
+                return known
+        found = {**case, **measure()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(self.path, {**found, "provenance": origin})
+        return found
 
 
 def batches(

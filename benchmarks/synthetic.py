@@ -1,7 +1,7 @@
 """Do the latents find the features? Architectures side by side where the true features are known.
 
-    python -m benchmarks.synthetic            # prints the table, writes the records
-    python -m benchmarks.synthetic --quick    # a minute: to see that it runs
+    python -m benchmarks.synthetic            # prints the table, adds to the records
+    python -m benchmarks.synthetic --quick --output quick.jsonl    # a minute: to see that it runs
 
 The data is the small SynthSAEBench model (arXiv 2602.14687): 2,048 features in 256 dimensions under
 16 hierarchies, made by `sae_lens.synthetic`. It is sampled once; every architecture sees the same
@@ -11,6 +11,7 @@ after saving and loading, on held-out samples. Seeds change initialisation and o
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,15 +35,15 @@ from sae_lens.synthetic.evals import (
 )
 from torch import Tensor
 
-from benchmarks.quality import ARCHITECTURES, as_saved, table, train
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.quality import Ledger, as_saved, table, train
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.records import append_jsonl, provenance
+from jumprelu_plugin.records import provenance
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
 D_IN = 256
-# Gated takes no L0: its coefficient would have to be searched for.
-KNOWN = [name for name in ARCHITECTURES if not name.startswith("gated")]
+CONTENDERS = [name for name in ARCHITECTURES if not name.startswith("gated")]
 SHOWN = ("mcc", "f1", "explained_variance", "l0", "dead_share")
 
 
@@ -134,25 +135,23 @@ def main(
         "l0_asked": l0,
         "generator": generator,
     }
-    records: list[dict[str, Any]] = []
-    origin = provenance(seed=generator)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
+    ledger, origin = Ledger(output), provenance(seed=generator)
+
+    def measure(name: str, d_sae: int, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        sae = ARCHITECTURES[name](D_IN, d_sae, l0)
+        seconds = train(sae, data.train, steps=samples // batch, batch=batch, lr=lr, seed=seed)
+        return {"seconds": seconds, **data.judge(sae)}
+
     for d_sae in widths or [512, 2048]:
+        records = []
         for seed in range(seeds):
-            for name in only or KNOWN:
-                torch.manual_seed(seed)
-                sae = ARCHITECTURES[name](D_IN, d_sae, l0)
-                seconds = train(
-                    sae, data.train, steps=samples // batch, batch=batch, lr=lr, seed=seed
+            for name in only or CONTENDERS:
+                case = {"architecture": name, "d_sae": d_sae, "seed": seed, **settings}
+                records.append(
+                    ledger.record(case, functools.partial(measure, name, d_sae, seed), origin)
                 )
-                record = {"architecture": name, "d_sae": d_sae, "seed": seed, "seconds": seconds}
-                records.append({**record, **data.judge(sae), **settings})
-                append_jsonl(partial, {**records[-1], "provenance": origin})
-        wide = [record for record in records if record["d_sae"] == d_sae]
-        console.print(table(f"{d_sae} latents", wide, "architecture", SHOWN))
-    partial.replace(output)
+        console.print(table(f"{d_sae} latents", records, "architecture", SHOWN))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality import ARCHITECTURES, as_saved, batches, table, train
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.quality import as_saved, batches, table, train
 
 D_IN, D_SAE = 17, 64
 

