@@ -58,7 +58,7 @@ def load(folder: str | Path, device: str = "cpu") -> CrossLayerTranscoder:
             f"{folder} holds no cross-layer transcoder: there is no {CONFIG} in it. "
             "`jumprelu train-clt` writes one"
         )
-    model = CrossLayerTranscoder(_config(folder))
+    model = CrossLayerTranscoder(read_config(folder))
     for layer, source in zip(model.cfg.layers, model.sources, strict=True):
         path = folder / f"layer_{layer}.safetensors"
         if not path.is_file():
@@ -74,15 +74,21 @@ def load(folder: str | Path, device: str = "cpu") -> CrossLayerTranscoder:
     return model.to(device).eval()
 
 
-def _config(folder: Path) -> CrossLayerConfig:
+def read_config(folder: str | Path) -> CrossLayerConfig:
+    """What the folder says of its transcoder.
+
+    Raises:
+        ValueError: it cannot be read, or is of something else.
+    """
+    path = Path(folder, CONFIG)
     try:
-        fields = json.loads((folder / CONFIG).read_text())
+        fields = json.loads(path.read_text())
         architecture = fields.pop("architecture")
         if architecture != ARCHITECTURE:
             raise ValueError(f"its architecture is {architecture!r}, expected {ARCHITECTURE!r}")
         return CrossLayerConfig(**{**fields, "layers": tuple(fields["layers"])})
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _tensors(source: SourceLayer) -> dict[str, Tensor]:

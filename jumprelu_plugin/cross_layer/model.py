@@ -96,7 +96,8 @@ class CrossLayerTranscoder(nn.Module):
     def encode(self, x: Float[Tensor, "layers *n d_in"]) -> Float[Tensor, "layers *n d_sae"]:
         """Each layer's latents from its own input."""
         self._refuse_other_layers(x)
-        return torch.stack([source.encode(part) for source, part in zip(self.sources, x)])  # noqa: B905
+        inputs = x.unbind(0)
+        return torch.stack([s.encode(part) for s, part in zip(self.sources, inputs, strict=True)])
 
     def decode(self, f: Float[Tensor, "layers *n d_sae"]) -> Float[Tensor, "layers *n d_out"]:
         """Each layer's output from the latents of its own layer and those before."""

@@ -127,7 +127,6 @@ def train_cross_layer(
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
         held_out = _held_out(model, settings)
     say(f"memory: {estimate}, beside Python and PyTorch themselves")
-    write_json(output / SETTINGS_FILENAME, settings)
     torch.manual_seed(settings.seed)
     trainer = Trainer(
         CrossLayerTranscoder(cfg).to(settings.device),
@@ -137,6 +136,7 @@ def train_cross_layer(
         checkpoints=output / CHECKPOINTS,
         metrics_path=output / METRICS_FILENAME,
     )
+    write_json(output / SETTINGS_FILENAME, settings)
     if checkpoint is not None:
         trainer.load(checkpoint)
     trainer.fit()
