@@ -255,24 +255,34 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 @app.command()
 def evaluate(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE or a cross-layer transcoder.")],
     model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
     sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 128,
     context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     output: Annotated[Path | None, typer.Option(help="JSON record to write.")] = None,
 ) -> None:
-    """Delta LM loss, FVU, L0, dead and dense latents of a saved SAE."""
+    """Delta LM loss, FVU, L0, dead and dense latents of a saved SAE.
+
+    A cross-layer transcoder takes the place of all its MLPs at once.
+    """
     import torch
 
-    from jumprelu_plugin import evaluation
+    from jumprelu_plugin import cross_layer, evaluation
+    from jumprelu_plugin.cross_layer import folder
     from jumprelu_plugin.models import model_digest
     from jumprelu_plugin.records import digest, provenance
     from jumprelu_plugin.text import tokenized_dataset
 
-    dictionary, language_model = _load(sae, model)
+    judge: Any = evaluation.evaluate
+    if folder.is_here(sae):
+        judge = cross_layer.evaluate_cross_layer
+        dictionary = cross_layer.load(sae)
+        language_model = _model_of(sae, model or dictionary.cfg.model_name)
+    else:
+        dictionary, language_model = _load(sae, model)
     text = tokenized_dataset(language_model.tokenizer, context_size, "test")
     tokens = torch.tensor(text[:sequences]["tokens"])
-    result = evaluation.evaluate(language_model, dictionary, tokens)
+    result = judge(language_model, dictionary, tokens)
     console.print(result.table())
     if output is not None:
         record = provenance(model_digest=model_digest(language_model), data_digest=digest(tokens))
@@ -404,15 +414,19 @@ def _load(sae_folder: Path, model_name: str | None) -> tuple[Any, Any]:
     """
     from sae_lens import SAE
 
-    from jumprelu_plugin.models import load_model
-
     if not Path(sae_folder, "cfg.json").is_file():
         raise ValueError(f"{sae_folder} holds no SAE: there is no cfg.json in it")
     sae = SAE.load_from_disk(sae_folder)
-    name = model_name or sae.cfg.metadata.model_name
+    return sae, _model_of(sae_folder, model_name or sae.cfg.metadata.model_name)
+
+
+def _model_of(folder: Path, name: str | None) -> Any:
+    """The model a dictionary belongs to. Raises ValueError where it is not known."""
+    from jumprelu_plugin.models import load_model
+
     if not name:
-        raise ValueError(f"the SAE in {sae_folder} does not say its model; give --model")
-    return sae, load_model(name, "HookedSAETransformer")
+        raise ValueError(f"the SAE in {folder} does not say its model; give --model")
+    return load_model(name, "HookedSAETransformer")
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from jumprelu_plugin.cross_layer.memory import parameter_count
 from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
 from jumprelu_plugin.cross_layer.training import Trainer
 from jumprelu_plugin.export import circuit_tracer, cross_layer, export
+from jumprelu_plugin.models import EMBEDDED_MODEL
 
 D_IN, D_OUT, D_SAE, LAYERS, BATCH = 13, 11, 53, 3, 37
 POSITIONS = 17
@@ -444,6 +448,43 @@ def test_activations_that_are_not_finite_are_named() -> None:
         learner.loss(inputs, targets)
 
 
+MEASURE = """
+import resource, sys
+from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
+from jumprelu_plugin.models import load_model
+from jumprelu_plugin.text import tokenized_dataset
+model = load_model()
+text = tokenized_dataset(model.tokenizer, 128, "train")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+settings = CrossLayerSettings(
+    layers=(0, 1, 2), d_sae=4096, training_tokens=5 * 1024, batch_tokens=1024, chunk_sequences=256,
+    norm_batches=2, checkpoints=0, evaluation_sequences=0, step_path=sys.argv[2],
+)
+train_cross_layer(sys.argv[1], settings, model=model, dataset=text)
+print("grew", peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_the_stated_memory_is_kept(path: str, tmp_path: Path) -> None:
+    """The peak of a process, beyond what it held with the model loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "out"), path],
+        capture_output=True,
+        text=True,
+        # glibc then gives back what is freed; otherwise it keeps some of what it had.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    assert done.returncode == 0, done.stderr
+    grew = float(done.stdout.split("grew")[1])
+    record = json.loads((tmp_path / "out" / "cross_layer_record.json").read_text())
+    stated = record["memory_estimate"]["total"] - record["memory_estimate"]["model"]
+    # 100 MB for what libraries load on first use.
+    assert 0.3 * stated < grew < stated + 1e8, (grew, record["memory_estimate"])
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -648,3 +689,14 @@ def test_the_command_hands_over_its_settings(
         memory_gb=3.0,
     )
     assert given == [(tmp_path, expected)]
+
+
+def test_evaluate_takes_its_folder(tmp_path: Path) -> None:
+    cfg = CrossLayerConfig(256, 256, 59, tuple(range(6)), model_name=EMBEDDED_MODEL)
+    save(CrossLayerTranscoder(cfg), tmp_path / "clt")
+    record = tmp_path / "record.json"
+    arguments = ["evaluate", str(tmp_path / "clt"), "--sequences", "2", "--context-size", "29"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(record)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(record.read_text())["result"]
+    assert len(found["layers"]) == 6 and f"{found['delta_loss']:.4f}" in result.output
