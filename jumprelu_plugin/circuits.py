@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jumprelu_plugin.circuit_layers import Outputs, encoder, output_bias, shape
 from jumprelu_plugin.export import circuit_tracer
 from jumprelu_plugin.models import EMBEDDED_MODEL, build_hooked
 
@@ -48,11 +49,12 @@ def replacement_model(
         )
     loaded = circuit_tracer.load(Path(transcoders))
     replacement = build_hooked(_backend(), model, device)
-    layers, width = replacement.cfg.n_layers, replacement.cfg.d_model
-    if len(loaded) != layers or loaded[0].d_model != width:
+    expected = replacement.cfg.n_layers, replacement.cfg.d_model
+    found = shape(loaded)
+    if found != expected:
         raise ValueError(
-            f"{transcoders} holds {len(loaded)} transcoders of width {loaded[0].d_model}, and the "
-            f"model has {layers} layers of width {width}"
+            f"{transcoders} holds {found[0]} transcoders of width {found[1]}, and the "
+            f"model has {expected[0]} layers of width {expected[1]}"
         )
     replacement._configure_replacement_model(loaded)
     return replacement
@@ -69,13 +71,13 @@ def attribute(model: Any, prompt: str | Tensor, **options: Any) -> Any:
 def spliced_logits(
     model: Any, tokens: Int[Tensor, " pos"], *, errors: bool = True
 ) -> Float[Tensor, "pos d_vocab"]:
-    """Logits with every MLP's output replaced by its transcoder's, plus the error nodes.
+    """Logits with every MLP's output replaced by the transcoders', plus the error nodes.
 
     With the errors these are the base model's logits, up to rounding; without them, what the
     transcoders alone compute. At the first position, which circuit-tracer leaves out of its graphs,
     MLPs stay as they are.
     """
-    transcoders = model.transcoders
+    outputs = Outputs(model.transcoders)
     skipped = model.zero_positions
     error = model.setup_attribution(tokens).error_vectors
     inputs: dict[int, Tensor] = {}
@@ -85,7 +87,7 @@ def spliced_logits(
 
     def write(y: Tensor, hook: Any, layer: int) -> Tensor:
         x = inputs.pop(layer)
-        replaced = transcoders[layer](x)
+        replaced = outputs.next(layer, x)
         if errors:
             replaced = replaced + error[layer]
         replaced[skipped] = y[0, skipped]
@@ -140,7 +142,7 @@ def row_sums(model: Any, graph: Any, batch_size: int = 64) -> RowSums:
     inputs, outputs, unembedded = _plain_pass(model, graph.input_tokens)
     layers, positions, features = graph.active_features.T
     vectors = torch.stack(
-        [model.transcoders[layer].W_enc[f] for layer, _, f in graph.active_features.tolist()]
+        [encoder(model.transcoders, layer)[f] for layer, _, f in graph.active_features.tolist()]
     ).detach()
     read = torch.stack([inputs[layer][pos] for layer, pos, _ in graph.active_features.tolist()])
     W_U = model.unembed.W_U.detach()
@@ -228,11 +230,12 @@ def _constant_effects(
     context = model.setup_attribution(graph.input_tokens)
     constants = torch.zeros_like(context.error_vectors)
     skipped = model.zero_positions
-    for layer, transcoder in enumerate(model.transcoders):
-        constants[layer] = transcoder.b_dec.detach()
+    for layer in range(model.cfg.n_layers):
+        constants[layer] = output_bias(model.transcoders, layer).detach()
         constants[layer, skipped] = outputs[layer][skipped]
-        if transcoder.W_skip is not None:  # flows through the skip connection, not the constant
-            constants[layer, skipped] -= transcoder.compute_skip(inputs[layer][skipped]).detach()
+        if model.skip_transcoder:  # flows through the skip connection, not the constant
+            skip = model.transcoders.compute_skip(layer, inputs[layer][skipped])
+            constants[layer, skipped] -= skip.detach()
     context.error_vectors = constants
     context.token_vectors = torch.zeros_like(context.token_vectors)
     context.decoder_vecs = torch.zeros_like(context.decoder_vecs)

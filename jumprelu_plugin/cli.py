@@ -58,6 +58,13 @@ class Change(str, Enum):
     ablate = "ablate"
 
 
+class Penalty(str, Enum):
+    """What sparsity costs."""
+
+    step = "step"
+    tanh = "tanh"
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("jumprelu-demo"),
@@ -167,6 +174,70 @@ def train_transcoders(
     console.print(f"written: {written}")
 
 
+@app.command()
+def train_clt(
+    model: Annotated[str, typer.Option(help="tiny-gemma-2, a folder, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder for the transcoder and a record.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 1_000_000,
+    target_l0: Annotated[float | None, typer.Option(help="Active latents a layer; 24.")] = None,
+    l0_coefficient: Annotated[float | None, typer.Option(help="A fixed penalty instead.")] = None,
+    l0_warm_up_steps: Annotated[int, typer.Option(help="Of a fixed penalty.")] = 0,
+    sparsity: Annotated[Penalty, typer.Option(help="The penalty.")] = Penalty.step,
+    tanh_scale: Annotated[float, typer.Option(help="c in tanh(c f |d|).")] = 4.0,
+    d_sae: Annotated[int | None, typer.Option(help="Latents of a layer; 8 times d_in.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Consecutive, such as 0-5; all.")] = None,
+    hook_in: Annotated[
+        str, typer.Option(help="Input hook.")
+    ] = "blocks.{layer}.ln2.hook_normalized",
+    hook_out: Annotated[str, typer.Option(help="Output hook.")] = "blocks.{layer}.hook_mlp_out",
+    dataset: Annotated[str, typer.Option(help="Text; the demo extra's by default.")] = "",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    chunk_sequences: Annotated[int, typer.Option(help="Sequences shuffled together.")] = 1024,
+    memory_gb: Annotated[float | None, typer.Option(help="Keep to this much memory.")] = None,
+    checkpoints: Annotated[int, typer.Option(help="Saved along the way.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of initialisation and data order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a cross-layer transcoder: latents of each layer write to all later MLP outputs.
+
+    Interrupted, the same command goes on where it stood.
+    """
+    from sae_lens.training._interruption import InterruptedException
+
+    from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
+
+    settings = CrossLayerSettings(
+        model_name=model,
+        dataset_path=dataset,
+        hook_in=hook_in,
+        hook_out=hook_out,
+        layers=None if layers is None else _layer_numbers(layers),
+        d_sae=d_sae,
+        target_l0=target_l0,
+        l0_coefficient=l0_coefficient,
+        l0_warm_up_steps=l0_warm_up_steps,
+        sparsity=sparsity.value,
+        tanh_scale=tanh_scale,
+        training_tokens=tokens,
+        lr=lr,
+        batch_tokens=batch_tokens,
+        context_size=context_size,
+        chunk_sequences=chunk_sequences,
+        memory_gb=memory_gb,
+        checkpoints=checkpoints,
+        seed=seed,
+        device=device,
+    )
+    try:
+        written = train_cross_layer(output, settings, say=console.print)
+    except InterruptedException:
+        console.print("interrupted; the same command goes on from the last step")
+        raise typer.Exit(130) from None
+    console.print(f"written: {written}")
+
+
 def _layer_numbers(text: str) -> tuple[int, ...]:
     """The layers that "0-5" or "1,3,5" names.
 
@@ -184,24 +255,34 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 @app.command()
 def evaluate(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE or a cross-layer transcoder.")],
     model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
     sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 128,
     context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     output: Annotated[Path | None, typer.Option(help="JSON record to write.")] = None,
 ) -> None:
-    """Delta LM loss, FVU, L0, dead and dense latents of a saved SAE."""
+    """Delta LM loss, FVU, L0, dead and dense latents of a saved SAE.
+
+    A cross-layer transcoder takes the place of all its MLPs at once.
+    """
     import torch
 
-    from jumprelu_plugin import evaluation
+    from jumprelu_plugin import cross_layer, evaluation
+    from jumprelu_plugin.cross_layer import folder
     from jumprelu_plugin.models import model_digest
     from jumprelu_plugin.records import digest, provenance
     from jumprelu_plugin.text import tokenized_dataset
 
-    dictionary, language_model = _load(sae, model)
+    judge: Any = evaluation.evaluate
+    if folder.is_here(sae):
+        judge = cross_layer.evaluate_cross_layer
+        dictionary = cross_layer.load(sae)
+        language_model = _model_of(sae, model or dictionary.cfg.model_name)
+    else:
+        dictionary, language_model = _load(sae, model)
     text = tokenized_dataset(language_model.tokenizer, context_size, "test")
     tokens = torch.tensor(text[:sequences]["tokens"])
-    result = evaluation.evaluate(language_model, dictionary, tokens)
+    result = judge(language_model, dictionary, tokens)
     console.print(result.table())
     if output is not None:
         record = provenance(model_digest=model_digest(language_model), data_digest=digest(tokens))
@@ -333,15 +414,19 @@ def _load(sae_folder: Path, model_name: str | None) -> tuple[Any, Any]:
     """
     from sae_lens import SAE
 
-    from jumprelu_plugin.models import load_model
-
     if not Path(sae_folder, "cfg.json").is_file():
         raise ValueError(f"{sae_folder} holds no SAE: there is no cfg.json in it")
     sae = SAE.load_from_disk(sae_folder)
-    name = model_name or sae.cfg.metadata.model_name
+    return sae, _model_of(sae_folder, model_name or sae.cfg.metadata.model_name)
+
+
+def _model_of(folder: Path, name: str | None) -> Any:
+    """The model a dictionary belongs to. Raises ValueError where it is not known."""
+    from jumprelu_plugin.models import load_model
+
     if not name:
-        raise ValueError(f"the SAE in {sae_folder} does not say its model; give --model")
-    return sae, load_model(name, "HookedSAETransformer")
+        raise ValueError(f"the SAE in {folder} does not say its model; give --model")
+    return load_model(name, "HookedSAETransformer")
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         self._set_sae_metadata()
         for name, pair in self.pairs.items():
             self.saes[name].cfg.metadata.hook_name_out = pair.hook_out
-        batches = _Stoppable(self.activations_store.get_multi_hook_data_loader())
+        batches = Stoppable(self.activations_store.get_multi_hook_data_loader())
         trainer = LayerwiseTrainer(
             cfg=self.cfg.to_sae_trainer_config(),
             saes=self.saes,
@@ -192,14 +192,14 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         return saes
 
 
-class _Stoppable:
+class Stoppable:
     """An iterator that can be asked to stop: it does so where the next item would be taken."""
 
     def __init__(self, source: Iterator[dict[str, Tensor]]):
         self._source = source
         self._asked = False
 
-    def __iter__(self) -> _Stoppable:
+    def __iter__(self) -> Stoppable:
         return self
 
     def __next__(self) -> dict[str, Tensor]:

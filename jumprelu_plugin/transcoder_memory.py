@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_FLOAT32 = 4
+FLOAT32 = 4
 # Arrays [batch, d_sae] that exist together at the widest point of a dense step (pre-activations,
 # activations, gates, the window, gradients), which the choice of path may try at any time.
-_DENSE_ARRAYS = 6
+DENSE_ARRAYS = 6
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,46 @@ def estimate_memory(
         sequences_per_pass: in a forward pass of the model.
     """
     weights = [transcoder_parameters(cfg) for cfg in configs]
-    step = _DENSE_ARRAYS * batch_tokens * max(cfg.d_sae for cfg in configs)
-    tokens = sequences_per_pass * context_size
-    # What is harvested, a block's own activations, and attention scores with their softmax.
-    a_block = 3 * model.cfg.d_mlp + 8 * model.cfg.d_model + 3 * model.cfg.n_heads * context_size
-    forward = tokens * (sum(hook_widths) + a_block)
+    step = DENSE_ARRAYS * batch_tokens * max(cfg.d_sae for cfg in configs)
+    forward = forward_numbers(model, hook_widths, context_size, sequences_per_pass)
     return MemoryEstimate(
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
-        transcoders=_FLOAT32 * (3 * sum(weights) + max(weights)),
-        chunk=_FLOAT32 * chunk_sequences * context_size * sum(hook_widths),
-        working=_FLOAT32 * max(step, forward),
+        transcoders=FLOAT32 * (3 * sum(weights) + max(weights)),
+        chunk=FLOAT32 * chunk_sequences * context_size * sum(hook_widths),
+        working=FLOAT32 * max(step, forward),
     )
+
+
+def forward_numbers(
+    model: Any, hook_widths: Sequence[int], context_size: int, sequences_per_pass: int
+) -> int:
+    """How many numbers a forward pass that harvests these hooks holds at once."""
+    # What is harvested, a block's own activations, and attention scores with their softmax.
+    a_block = 3 * model.cfg.d_mlp + 8 * model.cfg.d_model + 3 * model.cfg.n_heads * context_size
+    return sequences_per_pass * context_size * (sum(hook_widths) + a_block)
+
+
+def fitting_chunk(
+    estimate: Callable[[int], MemoryEstimate], wanted: int, smallest: int, memory_gb: float | None
+) -> tuple[int, MemoryEstimate]:
+    """The chunk of sequences, `wanted` or what fits into `memory_gb`, and what the run takes.
+
+    Raises:
+        ValueError: not even the smallest fits.
+    """
+    chunk = max(wanted, smallest)
+    found = estimate(chunk)
+    while memory_gb is not None and found.total > memory_gb * 1e9 and chunk > smallest:
+        chunk = max(smallest, chunk // 2)
+        found = estimate(chunk)
+    if memory_gb is not None and found.total > memory_gb * 1e9:
+        raise ValueError(
+            f"the run takes {found}, more than memory_gb={memory_gb:g}, with the smallest "
+            "chunk there is: lower d_sae, train fewer layers at a time, or lower batch_tokens"
+        )
+    return chunk, found
+
+
+def smallest_chunk(batch_tokens: int, context_size: int, sequences_per_pass: int) -> int:
+    """Sequences in whole forward passes that hold two batches."""
+    return sequences_per_pass * -(-2 * batch_tokens // (sequences_per_pass * context_size))

@@ -6,7 +6,6 @@ checkpoint, and the same call goes on from there. It refuses what cannot work be
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,14 +25,17 @@ from jumprelu_plugin.models import load_model, model_digest
 from jumprelu_plugin.pair_store import HookPair
 from jumprelu_plugin.recipes import transcoder_recipe
 from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.run_folder import CHECKPOINTS, METRICS_FILENAME, SETTINGS_FILENAME, claim
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.text import tokenized_dataset
-from jumprelu_plugin.transcoder_memory import MemoryEstimate, estimate_memory
+from jumprelu_plugin.transcoder_memory import (
+    MemoryEstimate,
+    estimate_memory,
+    fitting_chunk,
+    smallest_chunk,
+)
 
 RECORD_FILENAME = "transcoders.json"
-SETTINGS_FILENAME = "unfinished.json"
-CHECKPOINTS = "checkpoints"
-METRICS_FILENAME = "metrics.jsonl"
 
 DEFAULT_TARGET_L0 = 24.0
 DEFAULT_EXPANSION = 8
@@ -111,7 +113,7 @@ def train_transcoders(
             checkpoint is saved.
     """
     output = Path(output)
-    checkpoint = _claim(output, settings)
+    checkpoint = claim(output, settings, RECORD_FILENAME)
     if model is None:
         model = load_model(settings.model_name, "HookedSAETransformer", settings.device)
     pairs = _pairs(model, settings)
@@ -150,34 +152,6 @@ def train_transcoders(
 
 
 # ---------------------------------------------------------------- before training
-
-
-def _claim(output: Path, settings: TranscoderSettings) -> Path | None:
-    """Make `output` ours, and find the checkpoint to go on from, None for a fresh start."""
-    if (output / RECORD_FILENAME).exists():
-        raise ValueError(
-            f"{output} already holds finished transcoders ({RECORD_FILENAME}); give another folder"
-        )
-    begun = output / SETTINGS_FILENAME
-    if not begun.exists():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty and holds no unfinished run; give another")
-        output.mkdir(parents=True, exist_ok=True)
-        return None
-    before, now = json.loads(begun.read_text()), json.loads(json.dumps(asdict(settings)))
-    different = [name for name in now if before.get(name) != now[name]]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{output} holds an unfinished run with {name}={before.get(name)!r}, and {name} is "
-            f"{now[name]!r} now: give the same settings to continue it, or another folder"
-        )
-    saved = sorted(
-        (path for path in (output / CHECKPOINTS).glob("[0-9]*")), key=lambda path: int(path.name)
-    )
-    if not saved:
-        (output / METRICS_FILENAME).unlink(missing_ok=True)
-    return saved[-1] if saved else None
 
 
 def _pairs(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
@@ -236,10 +210,7 @@ def _within_memory(
 ) -> tuple[TranscoderSettings, MemoryEstimate]:
     """The settings with a chunk that fits, and what they take."""
     batch = _batch_tokens(settings)
-    smallest = settings.sequences_per_pass * -(
-        -2 * batch // (settings.sequences_per_pass * settings.context_size)
-    )
-    chunk = max(settings.chunk_sequences, smallest)
+    smallest = smallest_chunk(batch, settings.context_size, settings.sequences_per_pass)
 
     def estimate(chunk_sequences: int) -> MemoryEstimate:
         return estimate_memory(
@@ -252,16 +223,7 @@ def _within_memory(
             chunk_sequences=chunk_sequences,
         )
 
-    limit = None if settings.memory_gb is None else settings.memory_gb * 1e9
-    found = estimate(chunk)
-    while limit is not None and found.total > limit and chunk > smallest:
-        chunk = max(smallest, chunk // 2)
-        found = estimate(chunk)
-    if limit is not None and found.total > limit:
-        raise ValueError(
-            f"the run takes {found}, more than memory_gb={settings.memory_gb:g}, with the smallest "
-            "chunk there is: lower d_sae, train fewer layers at a time, or lower batch_tokens"
-        )
+    chunk, found = fitting_chunk(estimate, settings.chunk_sequences, smallest, settings.memory_gb)
     return replace(settings, chunk_sequences=chunk), found
 
 

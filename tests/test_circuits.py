@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from dictionaries import needs, random_transcoder, saved
+from safetensors.torch import load_file
 
+from jumprelu_plugin.circuit_layers import is_cross_layer
 from jumprelu_plugin.circuits import (
     attribute,
     change_feature,
@@ -18,6 +20,7 @@ from jumprelu_plugin.circuits import (
     row_sums,
     spliced_logits,
 )
+from jumprelu_plugin.cross_layer import CrossLayerConfig, CrossLayerTranscoder, save
 from jumprelu_plugin.export import export
 from jumprelu_plugin.models import EMBEDDED_MODEL, embedded_model_folder, load_model
 
@@ -44,13 +47,43 @@ def random_set(folder: Path, *, hook_in: str, skip: bool, layers: int = 6) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module", params=[(HOOKS[0], False), (HOOKS[0], True), (HOOKS[1], False)],
-                ids=lambda p: f"{p[0]}{'-skip' if p[1] else ''}")  # fmt: skip
+def random_cross_layer(folder: Path, *, hook_in: str) -> Path:
+    """The same, with decoders to every later layer."""
+    cfg = CrossLayerConfig(
+        256, 256, 499, tuple(range(6)), f"blocks.{{layer}}.{hook_in}", model_name=EMBEDDED_MODEL
+    )
+    model = CrossLayerTranscoder(cfg)
+    sets = random_set(folder / "sources", hook_in=hook_in, skip=False)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer, source in enumerate(model.sources):
+            for name, value in load_file(
+                sets / f"layer_{layer}" / "sae_weights.safetensors"
+            ).items():
+                if name != "W_dec":
+                    getattr(source, name).copy_(value)
+            source.W_dec.copy_(0.05 * torch.randn(source.W_dec.shape, generator=generator))
+    return save(model, folder / "clt")
+
+
+def made(folder: Path, hook: str, kind: str) -> Path:
+    if kind == "cross-layer":
+        return random_cross_layer(folder, hook_in=hook)
+    return random_set(folder / "set", hook_in=hook, skip=kind == "skip")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (HOOKS[0], "set"), (HOOKS[0], "skip"), (HOOKS[1], "set"),
+        (HOOKS[0], "cross-layer"), (HOOKS[1], "cross-layer"),
+    ],
+    ids="-".join,
+)  # fmt: skip
 def circuit(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     needs("circuit_tracer")
-    hook, skip = request.param
     folder = tmp_path_factory.mktemp("circuit")
-    export(random_set(folder / "set", hook_in=hook, skip=skip), "circuit-tracer", folder / "out")
+    export(made(folder, *request.param), "circuit-tracer", folder / "out")
     model = replacement_model(folder / "out")
     return model, attribute(model, PROMPT)
 
@@ -74,7 +107,9 @@ def test_rows_sum_to_their_nodes(circuit: tuple[Any, Any]) -> None:
     assert float(((sums.nodes - sums.value) / sums.value).abs().max()) > 0.05
     # The features' values are what circuit-tracer itself calls their activations.
     found_in = graph.active_features.tolist()
-    b_enc = torch.stack([model.transcoders[layer].b_enc[f] for layer, _, f in found_in])
+    transcoders = model.transcoders
+    biases = transcoders.b_enc if is_cross_layer(transcoders) else [t.b_enc for t in transcoders]
+    b_enc = torch.stack([biases[layer][f] for layer, _, f in found_in])
     found = sums.value[: len(b_enc)] + b_enc
     torch.testing.assert_close(found, graph.activation_values, rtol=1e-3, atol=1e-4)
 

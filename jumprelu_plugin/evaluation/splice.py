@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from jumprelu_plugin.evaluation.loss import (
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.evaluation.report import _special_token_ids
 from jumprelu_plugin.hooks import attached, flat_heads, require_folded, sae_sites
+from jumprelu_plugin.records import write_json
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class SplicedSet:
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "delta_loss": self.delta_loss}
+
+    def save(self, path: str | Path, provenance: dict[str, Any]) -> Path:
+        """Write `{"kind": "spliced_set", "result": ..., "provenance": ...}` as a JSON record."""
+        record = {"kind": "spliced_set", "result": self.to_dict(), "provenance": provenance}
+        return write_json(path, record)
 
     def table(self) -> Table:
         """A rich table: print it with `rich.print` or a `Console`."""

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jumprelu_plugin.parameters import Parameters
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # largest relative error of outputs
 RECORD_FILENAME = "export.json"
 
 _INPUTS = 64
-_FEWEST_INPUTS = 8
+FEWEST_INPUTS = 8
 # Inputs on which some latent lies this close to its threshold, relative to the norms that make its
 # pre-activation, are left out: rounding alone decides there whether it fires. 16 float32 roundings.
 _TOO_CLOSE = 1e-6
@@ -157,9 +157,9 @@ def compare(
         ValueError: outputs differ by more than `tolerance`, or there was nothing to compare.
     """
     exact = parameters.to(torch.float64)
-    x = _inputs(parameters)
-    x = x[_far_from_thresholds(exact, x.double())]
-    if len(x) < _FEWEST_INPUTS:
+    x = random_inputs(parameters)
+    x = x[far_from_thresholds(exact, x.double())]
+    if len(x) < FEWEST_INPUTS:
         raise ValueError(
             f"{_INPUTS - len(x)} of {_INPUTS} random inputs put some latent so close to its "
             "threshold that rounding decides whether it fires, so nothing can be compared: are "
@@ -167,7 +167,7 @@ def compare(
         )
     f = exact.encode(x.double())
     outputs = {"activations": (encode(x), f), "outputs": (forward(x), exact.decode(f, x.double()))}
-    errors = {name: _relative(got.double(), want) for name, (got, want) in outputs.items()}
+    errors = {name: relative_error(got.double(), want) for name, (got, want) in outputs.items()}
     for name, error in errors.items():
         if not error <= tolerance:
             raise ValueError(
@@ -178,7 +178,7 @@ def compare(
     return Check(loader, len(x), active, max(errors.values()))
 
 
-def _inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_in"]:
+def random_inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_in"]:
     """Random inputs that make latents fire: sums of three encoder directions, and noise."""
     generator = torch.Generator().manual_seed(seed)
     d_in, d_sae = parameters.W_enc.shape
@@ -194,7 +194,8 @@ def _inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_in"]:
     return x + parameters.b_dec if parameters.subtracts_b_dec else x
 
 
-def _far_from_thresholds(exact: Parameters, x: Float[Tensor, "n d_in"]) -> Tensor:
+def far_from_thresholds(exact: Parameters, x: Float[Tensor, "n d_in"]) -> Bool[Tensor, " n"]:
+    """Inputs on which no latent's firing is for rounding to decide."""
     z = exact.pre_activations(x)
     norms = exact.W_enc.norm(dim=0)
     size = x.norm(dim=-1, keepdim=True) * norms + exact.b_enc.abs()
@@ -203,7 +204,8 @@ def _far_from_thresholds(exact: Parameters, x: Float[Tensor, "n d_in"]) -> Tenso
     return ((z - exact.threshold).abs() > _TOO_CLOSE * size).all(-1)
 
 
-def _relative(got: Float[Tensor, "n d"], want: Float[Tensor, "n d"]) -> float:
+def relative_error(got: Float[Tensor, "*n d"], want: Float[Tensor, "*n d"]) -> float:
+    """The largest ‖got − want‖ / ‖want‖ of any row."""
     if got.shape != want.shape:
         raise ValueError(f"read back with shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     difference = (got - want).norm(dim=-1)

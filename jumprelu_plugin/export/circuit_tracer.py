@@ -33,8 +33,8 @@ LOADER = Loader(
 
 # What circuit-tracer can read and write: places in one block on whose path to and from the residual
 # stream gradients are linear once norms and attention patterns are frozen.
-_INPUTS = ("ln2.hook_normalized", "hook_resid_mid", "mlp.hook_in")
-_OUTPUTS = ("hook_mlp_out", "mlp.hook_out")
+INPUTS = ("ln2.hook_normalized", "hook_resid_mid", "mlp.hook_in")
+OUTPUTS = ("hook_mlp_out", "mlp.hook_out")
 _LAYER_FOLDER = re.compile(r"^layer_(\d+)$")
 
 
@@ -176,10 +176,10 @@ def _check_fit(layers: Mapping[int, Dictionary]) -> None:
 
 def _check_hooks(layer: int, dictionary: Dictionary) -> None:
     (layer_in, hook_in), (layer_out, hook_out) = dictionary.site(), dictionary.site_out()
-    if hook_in not in _INPUTS or hook_out not in _OUTPUTS or layer_in != layer_out:
+    if hook_in not in INPUTS or hook_out not in OUTPUTS or layer_in != layer_out:
         raise ValueError(
             f"layer {layer}: circuit-tracer replaces MLPs, with transcoders that read "
-            f"{', '.join(_INPUTS)} and write {' or '.join(_OUTPUTS)} of one layer; this one reads "
+            f"{', '.join(INPUTS)} and write {' or '.join(OUTPUTS)} of one layer; this one reads "
             f"{dictionary.hook_name} and writes {dictionary.hook_name_out or dictionary.hook_name}"
         )
     parameters = dictionary.parameters

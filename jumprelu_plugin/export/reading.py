@@ -40,7 +40,7 @@ def read(
             f"{folder} holds no dictionary: expected cfg.json (SAELens), {gemma_scope.FILENAME} "
             f"(Gemma Scope), {gemma_scope_2.FILENAME} (Gemma Scope 2) or "
             f"{dictionary_learning.FILENAME} (dictionary_learning). For a folder of layer_0, "
-            "layer_1, ... use --to circuit-tracer"
+            "layer_1, ... or a cross-layer transcoder use --to circuit-tracer"
         )
     given = {"hook_name": hook_name, "hook_name_out": hook_name_out, "model_name": model_name}
     return replace(found, **{name: value for name, value in given.items() if value is not None})

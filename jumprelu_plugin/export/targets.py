@@ -10,8 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
+from jumprelu_plugin.cross_layer import CrossLayerTranscoder
+from jumprelu_plugin.cross_layer import folder as cross_layer_folder
 from jumprelu_plugin.export import (
     circuit_tracer,
+    cross_layer,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -154,7 +157,14 @@ def _layers(
     pad_missing: bool = False,
     scan: str | None = None,
     fold_scale: bool = False,
-) -> tuple[dict[int, Dictionary], dict[str, Any]]:
+) -> tuple[dict[int, Dictionary] | CrossLayerTranscoder, dict[str, Any]]:
+    if cross_layer_folder.is_here(source):
+        if pad_missing or fold_scale:
+            raise ValueError(
+                f"{source} holds a cross-layer transcoder: it has all its layers and no scale "
+                "left to fold; leave --pad-missing and --fold-scale out"
+            )
+        return _cross_layer(source, model_name, n_layers, scan)
     layers = circuit_tracer.read_layers(source, fold_scale=fold_scale)
     model_name = model_name or next(iter(layers.values())).model_name
     if not model_name:
@@ -162,6 +172,29 @@ def _layers(
     count = n_layers or _layers_of(model_name)
     complete = circuit_tracer.complete(layers, count, pad_missing=pad_missing)
     return complete, {"model_name": model_name, "scan": scan or source.resolve().name}
+
+
+def _cross_layer(
+    source: Path, model_name: str | None, n_layers: int | None, scan: str | None
+) -> tuple[CrossLayerTranscoder, dict[str, Any]]:
+    model_name = model_name or cross_layer_folder.read_config(source).model_name
+    if not model_name:
+        raise ValueError(f"the transcoder in {source} does not say its model; give --model-name")
+    found = cross_layer.read(source, n_layers or _layers_of(model_name))
+    return found, {"model_name": model_name, "scan": scan or source.resolve().name}
+
+
+def _write_circuit_tracer(subject: Any, folder: Path, **named: Any) -> None:
+    if isinstance(subject, CrossLayerTranscoder):
+        cross_layer.write(subject, folder, **named)
+    else:
+        circuit_tracer.write(subject, folder, **named)
+
+
+def _check_circuit_tracer(subject: Any, folder: Path) -> Check:
+    if isinstance(subject, CrossLayerTranscoder):
+        return cross_layer.check(subject, folder)
+    return circuit_tracer.check(subject, folder)
 
 
 def _layers_of(model_name: str) -> int:
@@ -211,13 +244,13 @@ TARGETS: dict[str, Target] = {
         Target(
             "circuit-tracer",
             "a folder layer_0, layer_1, ... of transcoders of one width, all layers of the "
-            "model, with skip or without",
-            f"{circuit_tracer.CONFIG}, layer_*.safetensors",
+            "model, with skip or without; a cross-layer transcoder of all layers",
+            f"{circuit_tracer.CONFIG}, layer_*.safetensors or W_enc_*, W_dec_*.safetensors",
             circuit_tracer.LOADER,
             ("fold_scale", "model_name", "n_layers", "pad_missing", "scan"),
             _layers,
-            circuit_tracer.write,
-            circuit_tracer.check,
+            _write_circuit_tracer,
+            _check_circuit_tracer,
         ),
         Target(
             "dictionary-learning",

@@ -1,0 +1,63 @@
+"""Train a cross-layer transcoder on the embedded Gemma 2, replace all MLPs by it, trace a prompt.
+
+Writes ./output/17_cross_layer. The same training from the terminal: jumprelu train-clt
+--model tiny-gemma-2 --output <folder>. Attribution needs circuit-tracer, which tools/circuit_env.sh
+installs.
+"""
+
+import os
+
+import torch
+from rich.console import Console
+
+from jumprelu_plugin import circuits
+from jumprelu_plugin.cross_layer import evaluate_cross_layer, load
+from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
+from jumprelu_plugin.export import TARGETS, export
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.text import tokenized_dataset
+
+OUTPUT = "output/17_cross_layer"
+# A taste; 300 and more for a transcoder worth using.
+STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", 80))
+BATCH = 512  # tokens in a step
+console = Console()
+
+model = load_model(EMBEDDED_MODEL)
+settings = CrossLayerSettings(
+    hook_in="blocks.{layer}.ln2.hook_normalized",  # {layer} is each in turn
+    hook_out="blocks.{layer}.hook_mlp_out",
+    d_sae=512,  # latents of each layer
+    target_l0=24,  # active latents a token, at each layer
+    training_tokens=STEPS * BATCH,
+    batch_tokens=BATCH,
+    chunk_sequences=64,  # sequences whose activations are shuffled together
+    norm_batches=5,  # batches that the scales are measured on
+    evaluation_sequences=0,  # done by hand below
+)
+train_cross_layer(f"{OUTPUT}/trained", settings, model=model, say=console.print)
+
+# All MLPs replaced at once, and each output's error by itself.
+transcoder = load(f"{OUTPUT}/trained")
+held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
+console.print(evaluate_cross_layer(model, transcoder, held_out).table())
+
+# Where the latents of each layer write: the share of their decoders' squared norms.
+for layer, source in enumerate(transcoder.sources):
+    parts = source.W_dec.detach().unflatten(1, (source.later, source.d_out)).square().sum((0, 2))
+    shares = ", ".join(f"{share:.0%}" for share in (parts / parts.sum()).tolist())
+    print(f"layer {layer} writes to layers {layer} to {transcoder.cfg.layers[-1]}: {shares}")
+
+# A circuit through it, with circuit-tracer.
+loader = TARGETS["circuit-tracer"].loader
+if loader.installed:
+    print(export(f"{OUTPUT}/trained", "circuit-tracer", f"{OUTPUT}/circuit_tracer"))
+    replacement = circuits.replacement_model(f"{OUTPUT}/circuit_tracer", EMBEDDED_MODEL)
+    graph = circuits.attribute(replacement, "The capital of France is")
+    error = circuits.row_sums(replacement, graph).relative_error
+    print(
+        f"{len(graph.active_features)} active features; rows sum to their nodes within {error:.1e}"
+    )
+else:
+    export(f"{OUTPUT}/trained", "circuit-tracer", f"{OUTPUT}/circuit_tracer", unchecked=True)
+    print(f"exported without a check; to attribute, install it: {loader.install}")

@@ -1,0 +1,56 @@
+"""circuit-tracer's two kinds of transcoders, a set and a cross-layer one, seen layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def is_cross_layer(transcoders: Any) -> bool:
+    """Whether it is one cross-layer transcoder; a set can be walked through."""
+    return not hasattr(transcoders, "__iter__")
+
+
+def shape(transcoders: Any) -> tuple[int, int]:
+    """How many layers, and the width they read and write."""
+    if is_cross_layer(transcoders):
+        return transcoders.n_layers, transcoders.d_model
+    return len(transcoders), transcoders[0].d_model
+
+
+def encoder(transcoders: Any, layer: int) -> Float[Tensor, "d_sae d_model"]:
+    """The encoder vectors of a layer's features."""
+    if is_cross_layer(transcoders):
+        return transcoders._get_encoder_weights(layer)
+    return transcoders[layer].W_enc
+
+
+def output_bias(transcoders: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """What is added to a layer's output whatever fires."""
+    return transcoders.b_dec[layer] if is_cross_layer(transcoders) else transcoders[layer].b_dec
+
+
+class Outputs:
+    """What transcoders write, as a forward pass goes up through the layers."""
+
+    def __init__(self, transcoders: Any):
+        self._transcoders = transcoders
+        self._written: dict[int, Tensor] = {}
+
+    def next(self, layer: int, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        """The output of the next layer, from its own features and those of the layers before."""
+        transcoders = self._transcoders
+        if not is_cross_layer(transcoders):
+            return transcoders[layer](x)
+        features = transcoders.encode_layer(x, layer)
+        active = features.any(0).nonzero().flatten()
+        vectors = transcoders._get_decoder_vectors(layer, active)  # [active, later, d_model]
+        for step, part in enumerate(torch.einsum("pf,fld->lpd", features[:, active], vectors)):
+            self._written[layer + step] = self._written.get(layer + step, 0) + part
+        output = self._written.pop(layer) + transcoders.b_dec[layer]
+        if transcoders.W_skip is not None:
+            output = output + transcoders.compute_skip(layer, x)
+        return output

@@ -1,0 +1,312 @@
+"""A cross-layer transcoder in training: its loss, each layer's L0 control, and what follows a step.
+
+The reconstruction is joint, ‖y - ŷ‖² over all outputs. Sparsity is each layer's own: a controller a
+layer holds its L0 (`training.control`), and its coefficient is the price that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jumprelu_plugin.cross_layer.config import CrossLayerTrainingConfig
+from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder, SourceLayer
+from jumprelu_plugin.cross_layer.step import forward
+from jumprelu_plugin.objective import Step, reconstruction, sparsity_term, threshold_slopes
+from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
+from jumprelu_plugin.training.calibration import calibrate
+from jumprelu_plugin.training.control import L0Controller
+from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.training.optimizer import OptimizerSeam
+from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
+
+# As for an SAE: a latent started later could no longer learn.
+RESTART_ABOVE_RATE = 0.5
+# The L0 that calibration aims at where none was asked for, as a share of the latents.
+_START_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave.
+
+    Attributes:
+        loss: to call backward on.
+        target, output: y and ŷ, [batch, layers · d_out], in the units of training.
+        l0: of each layer.
+        coefficients: λ of each layer.
+    """
+
+    loss: Float[Tensor, ""]
+    target: Float[Tensor, "batch layers*d_out"]
+    output: Float[Tensor, "batch layers*d_out"]
+    l0: list[float]
+    coefficients: list[float | Tensor]
+
+    def fvu(self, n_layers: int) -> list[float]:
+        """Fraction of variance unexplained of each layer's output on this batch."""
+        with torch.no_grad():
+            residual = (self.output - self.target).square().sum(0)
+            deviation = (self.target - self.target.mean(0)).square().sum(0)
+            shape = (n_layers, -1)
+            return (residual.view(shape).sum(1) / deviation.view(shape).sum(1)).tolist()
+
+
+class Learner:
+    """Everything a training keeps beside the parameters.
+
+    `loss` begins a step and calibrates on the first; the rest happens around the step of the
+    optimiser that holds the parameters (`OptimizerSeam`).
+    """
+
+    def __init__(self, model: CrossLayerTranscoder, cfg: CrossLayerTrainingConfig):
+        shape = model.cfg
+        if cfg.target_l0 is not None and cfg.target_l0 > shape.d_sae:
+            raise ValueError(
+                f"target_l0 is {cfg.target_l0}; it must be at most d_sae, which is {shape.d_sae}"
+            )
+        self.model, self.cfg = model, cfg
+        self.sparsity = sparsity_term(
+            cfg.jumprelu_sparsity_loss_mode,
+            target_l0=cfg.target_l0,
+            tanh_scale=cfg.jumprelu_tanh_scale,
+        )
+        layers = range(shape.n_layers)
+        steered = cfg.steers_l0 and cfg.target_l0 is not None
+        self.controllers = [L0Controller(cfg.target_l0 or 0.0) for _ in layers] if steered else []
+        restarts = cfg.restarts_dead_latents
+        self.firing = [FiringRecord(shape.d_sae) for _ in layers] if restarts else []
+        self.bandwidths: list[float] = []
+        self.steps = 0
+        self._path = PathChoice(cfg.step_path)
+        self._l0 = [0.0] * shape.n_layers
+        self._batch = 1
+        self._slopes: list[Tensor] = []
+        self._latest: dict[int, tuple[Tensor, Tensor]] = {}  # inputs and residual of a layer
+        self._seam = OptimizerSeam(
+            model.sources[0].W_dec, before=self._gradients_ready, after=self._parameters_moved
+        )
+        if cfg.unit_norm_decoder:
+            for source in model.sources:
+                normalise_rows_(source.W_dec.data)
+                source.W_dec.register_post_accumulate_grad_hook(_make_tangential)
+
+    # ---------------------------------------------------------------- one step
+
+    def loss(
+        self,
+        inputs: Sequence[Float[Tensor, "batch d_in"]],
+        targets: Sequence[Float[Tensor, "batch d_out"]],
+    ) -> Outcome:
+        """The loss on a batch, scaled as training scales it.
+
+        Raises:
+            ValueError: activations or parameters that are not finite.
+        """
+        self._seam.settle()
+        if not self.bandwidths:
+            self._calibrate(inputs, targets)
+        target = torch.cat(list(targets), dim=1)
+        self._batch = len(target)
+        path = self._path.start(target.device, self._sizes(len(target)))
+        steps, output = forward(
+            self.model,
+            inputs,
+            self.bandwidths,
+            path=path,
+            to_input=self.cfg.jumprelu_ste_to_input,
+        )
+        penalties = [self.sparsity(step) for step in steps]
+        coefficients = self._coefficients()
+        loss = reconstruction(output, target)
+        for coefficient, penalty in zip(coefficients, penalties, strict=True):
+            loss = loss + coefficient * penalty
+        self._refuse_non_finite(loss, inputs, target)
+        if loss.requires_grad:
+            self._watch(steps, penalties, coefficients, inputs, (target - output).detach())
+            self.steps += 1
+        return Outcome(loss, target, output, list(self._l0), coefficients)
+
+    def _sizes(self, batch: int) -> tuple[int, int, int]:
+        """(batch, d_in, d_sae) of one dense step that takes as many products as all of these."""
+        cfg = self.model.cfg
+        decoders = cfg.n_layers * (cfg.n_layers + 1) / 2 * cfg.d_out / cfg.d_in
+        products = 2 * cfg.n_layers + 3 * decoders
+        return round(batch * products / DENSE_PRODUCTS), cfg.d_in, cfg.d_sae
+
+    def _coefficients(self) -> list[float | Tensor]:
+        if self.controllers:
+            return [controller.coefficient for controller in self.controllers]
+        warm_up, fixed = self.cfg.l0_warm_up_steps, self.cfg.l0_coefficient
+        assert fixed is not None
+        share = min(1.0, (self.steps + 1) / warm_up) if warm_up else 1.0
+        return [share * fixed] * self.model.cfg.n_layers
+
+    def _watch(
+        self,
+        steps: Sequence[Step],
+        penalties: Sequence[Tensor],
+        coefficients: Sequence[float | Tensor],
+        inputs: Sequence[Tensor],
+        residual: Tensor,
+    ) -> None:
+        """Measure what control and restarts need of this batch."""
+        self._slopes, self._latest = [], {}
+        for index, step in enumerate(steps):
+            active = step.entries.as_matrix(step.activations, where=step.activations > 0)
+            count = active._nnz() if active.is_sparse else active.count_nonzero()
+            self._l0[index] = float(count) / step.entries.batch
+            if self.controllers:
+                self._price(index, step, penalties[index], coefficients[index])
+            if self.firing:
+                self.firing[index].update(active)
+                if self.firing[index].due(self._patience(index)):
+                    later = residual[:, -self.model.sources[index].W_dec.shape[1] :]
+                    self._latest[index] = inputs[index].detach(), later
+
+    def _price(self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor) -> None:
+        controller = self.controllers[index]
+        slopes = threshold_slopes(self.sparsity, step, penalty)
+        self._slopes.append(slopes.l0)
+        paid = coefficient * slopes.penalty
+
+        def price(gradient: Tensor) -> None:
+            controller.price(gradient.sum() - paid, slopes.penalty)
+
+        step.threshold.register_hook(price)
+
+    def _patience(self, index: int) -> int:
+        target = self.cfg.target_l0 or max(1.0, self._l0[index])
+        return patience(self.model.cfg.d_sae, target, self._batch)
+
+    def _refuse_non_finite(self, loss: Tensor, inputs: Sequence[Tensor], target: Tensor) -> None:
+        # A latent whose b_enc or θ is NaN is selected nowhere, and the loss would not show it.
+        vectors = sum(
+            s.b_enc.detach().sum() + s.threshold.detach().sum() for s in self.model.sources
+        )
+        if torch.isfinite(loss.detach() + 0 * vectors):
+            return
+        width = self.model.cfg.d_out
+        for pair, x, y in zip(self.model.cfg.pairs, inputs, target.split(width, 1), strict=True):
+            for hook, values in ((pair.hook_in, x), (pair.hook_out, y)):
+                if not torch.isfinite(values).all():
+                    raise ValueError(
+                        f"the activations of {hook} hold NaN or infinite values (training step "
+                        f"{self.steps}); run the model in float32 or bfloat16"
+                    )
+        raise ValueError(
+            f"the loss became {loss.item()} at training step {self.steps} though the activations "
+            "are finite: the training diverged; lower lr"
+        )
+
+    # ---------------------------------------------------------------- the first step
+
+    @torch.no_grad()
+    def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """θ₀ and ε from the data, biases at the outputs' means, decoders where latents fire."""
+        cfg = self.cfg
+        aim = self.controllers[0].aim() if self.controllers else _START_SHARE * self.model.cfg.d_sae
+        means = [target.mean(0) for target in targets]
+        centred = torch.cat([y - mean for y, mean in zip(targets, means, strict=True)], dim=1)
+        for source, x, mean in zip(self.model.sources, inputs, means, strict=True):
+            z = x @ source.W_enc + source.b_enc
+            found = calibrate(z, aim, cfg.bandwidth_in_std)
+            start = cfg.jumprelu_init_threshold
+            source.threshold.data.copy_(found.threshold if start is None else torch.tensor(start))
+            self.bandwidths.append(cfg.jumprelu_bandwidth or found.bandwidth)
+            source.b_dec.data.copy_(mean)
+            self._aim_decoder(source, z, centred[:, -source.W_dec.shape[1] :])
+
+    def _aim_decoder(self, source: SourceLayer, z: Tensor, centred: Tensor) -> None:
+        """Each row of W_dec along the mean of all outputs where its latent fires."""
+        rows = (z * (z > source.threshold)).t() @ centred
+        fires = rows.norm(dim=1) > 0
+        normalise_rows_(rows)
+        source.W_dec.data[fires] = rows[fires]
+
+    # ---------------------------------------------------------------- around the optimiser's step
+
+    def _gradients_ready(self) -> None:
+        self._path.finish(sum(self._l0) / (len(self._l0) * self.model.cfg.d_sae))
+
+    @torch.no_grad()
+    def _parameters_moved(self) -> None:
+        for index, source in enumerate(self.model.sources):
+            if self.cfg.unit_norm_decoder:
+                normalise_rows_(source.W_dec.data)
+            if self.controllers and self._slopes:
+                shift = self.controllers[index].shift(
+                    self._l0[index], self._slopes[index], self.bandwidths[index]
+                )
+                source.threshold.data.copy_(
+                    torch.maximum(source.threshold + shift, 0.5 * source.threshold)
+                )
+            # Also after the last step: below 0, an active latent could be negative.
+            source.threshold.data.clamp_(min=0.0)
+            if self.firing:
+                self._restart(index, source)
+        self._slopes = []
+
+    def _restart(self, index: int, source: SourceLayer) -> None:
+        firing, optimizer = self.firing[index], self._seam.optimizer
+        assert optimizer is not None
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        firing.peak_rate = max(firing.peak_rate, rate)
+        if index not in self._latest or rate < RESTART_ABOVE_RATE * firing.peak_rate:
+            return
+        x, residual = self._latest.pop(index)
+        firing.checked = firing.steps
+        dead = firing.silent >= self._patience(index)
+        # Layers differ in their seed, or all would start from the same tokens.
+        seed = firing.steps * self.model.cfg.n_layers + index
+        latents, tokens = draw(dead, residual, seed=seed)
+        mean = x.mean(0)
+        restart_(source, latents, x[tokens] - mean, residual[tokens], mean, ~dead, optimizer)
+        firing.silent[latents] = 0
+
+    def dead_share(self) -> float:
+        """Share of all latents silent for so long that they count as dead; 0 if not watched."""
+        shares = [
+            float((record.silent >= self._patience(index)).float().mean())
+            for index, record in enumerate(self.firing)
+        ]
+        return sum(shares) / max(1, len(shares))
+
+    # ---------------------------------------------------------------- resuming
+
+    def settle(self) -> None:
+        """Bring every parameter to its shape, should the optimiser's step have been interrupted."""
+        self._seam.settle()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, in JSON's types."""
+        return {
+            "steps": self.steps,
+            "bandwidths": self.bandwidths,
+            "l0": self._l0,
+            "controllers": [controller.state() for controller in self.controllers],
+            "firing": [record.state() for record in self.firing],
+        }
+
+    def silent(self) -> dict[str, Tensor]:
+        """How long each latent has been silent, by layer."""
+        return {f"silent_{index}": record.silent for index, record in enumerate(self.firing)}
+
+    def load_state(self, state: dict[str, Any], silent: dict[str, Tensor]) -> None:
+        self.steps, self.bandwidths = state["steps"], list(state["bandwidths"])
+        self._l0 = list(state["l0"])
+        for controller, saved in zip(self.controllers, state["controllers"], strict=True):
+            controller.load_state(saved)
+        for index, (record, saved) in enumerate(zip(self.firing, state["firing"], strict=True)):
+            record.load_state(saved)
+            record.silent = silent[f"silent_{index}"]
+
+
+def _make_tangential(W_dec: Tensor) -> None:
+    if W_dec.grad is not None:
+        remove_parallel_gradient_(W_dec.grad, W_dec.data)
