@@ -50,6 +50,10 @@ class Step:
         """Active latents of each token, with the estimator's gradient."""
         return self.entries.sum_latents(self.gates())
 
+    def frequencies(self) -> Float[Tensor, " d_sae"]:
+        """Share of the batch's tokens each latent fires on, with the estimator's gradient."""
+        return self.entries.sum_tokens(self.gates()) / self.entries.batch
+
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         return self.W_dec.norm(dim=1)
 
@@ -99,6 +103,25 @@ class TanhL0:
 
 
 @dataclass(frozen=True)
+class WithFrequency:
+    """A sparsity term plus Σ_i f_i²/w₀, f_i the share of the batch's tokens latent i fires on.
+
+    On `L0` it is Σ_i f_i (1 + f_i/w₀) (Google DeepMind's interpretability team, progress update of
+    March 2025): a firing of latent i costs 1 + 2f_i/w₀ where it costs 1 there. Rare latents hardly
+    notice, and with w₀ = 0.01 one that fires on 10 % of tokens pays 21 times as much.
+
+    f_i² is the batch's, N tokens, whose mean is f_i² + f_i(1 - f_i)/N: about Σ_i f_i/(N w₀) too
+    much, 5 % of L0 at N = 2,048 and w₀ = 0.01, the same for every latent.
+    """
+
+    term: Term
+    scale: float
+
+    def __call__(self, step: Step) -> Float[Tensor, ""]:
+        return self.term(step) + step.frequencies().square().sum() / self.scale
+
+
+@dataclass(frozen=True)
 class PreActivationLoss:
     """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖ over dead latents: pulls them back towards firing.
 
@@ -117,23 +140,32 @@ class PreActivationLoss:
 SPARSITY_MODES = ("step", "tanh", "quadratic")
 
 
-def sparsity_term(mode: str, *, target_l0: float | None, tanh_scale: float) -> Term:
-    """The sparsity term of a SAELens config.
+def sparsity_term(
+    mode: str,
+    *,
+    target_l0: float | None,
+    tanh_scale: float,
+    frequency_scale: float | None = None,
+) -> Term:
+    """The sparsity term of a SAELens config, with the frequency penalty if it has a scale.
 
     Raises:
         ValueError: the mode is unknown, or `quadratic` has no target.
     """
     if mode == "step":
-        return L0()
-    if mode == "tanh":
-        return TanhL0(tanh_scale)
-    if mode == "quadratic":
+        term: Term = L0()
+    elif mode == "tanh":
+        term = TanhL0(tanh_scale)
+    elif mode == "quadratic":
         if target_l0 is None:
             raise ValueError("jumprelu_sparsity_loss_mode='quadratic' needs target_l0")
-        return QuadraticL0(target_l0)
-    raise ValueError(
-        f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of {', '.join(SPARSITY_MODES)}"
-    )
+        term = QuadraticL0(target_l0)
+    else:
+        raise ValueError(
+            f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of "
+            f"{', '.join(SPARSITY_MODES)}"
+        )
+    return term if frequency_scale is None else WithFrequency(term, frequency_scale)
 
 
 @dataclass(frozen=True)

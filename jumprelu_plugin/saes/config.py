@@ -37,6 +37,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
         normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
+        frequency_scale: w₀. The sparsity term gains Σ_i f_i²/w₀, f_i the share of the batch's tokens
+            on which latent i fires, which keeps latents from firing on much of the text; 0.01 as
+            published. It goes with every sparsity mode. None leaves it out.
         units: what θ₀, ε and λ are given in. `sqrt_d`: SAELens' units, E‖x‖ = √d_in. `unit_rms`:
             the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
@@ -60,6 +63,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
     l0_coefficient: float | None = None  # type: ignore[assignment]
     jumprelu_ste_to_input: bool = True
+    frequency_scale: float | None = None
     units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
     threshold_parameter: Literal["raw", "log"] = "raw"
     decoder_rows: Literal["free", "unit_norm"] | None = None
@@ -129,6 +133,11 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
         value = getattr(cfg, field)
         if not 0 < value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number greater than 0")
+    if cfg.frequency_scale is not None and not 0 < cfg.frequency_scale < math.inf:
+        raise ValueError(
+            f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
+            "(0.01 as published), or None for no frequency penalty"
+        )
     if cfg.l0_settle_steps < 0:
         raise ValueError(f"l0_settle_steps is {cfg.l0_settle_steps}; it must be 0 or more")
     if cfg.target_l0 is not None and not 0 < cfg.target_l0 <= cfg.d_sae:

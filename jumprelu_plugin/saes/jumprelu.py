@@ -95,6 +95,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             cfg.jumprelu_sparsity_loss_mode,
             target_l0=_quadratic_centre(cfg),
             tanh_scale=cfg.jumprelu_tanh_scale,
+            frequency_scale=cfg.frequency_scale,
         )
         self.controller = (
             L0Controller(cfg.target_l0, cfg.start_l0_ratio, cfg.l0_settle_steps)

@@ -38,6 +38,10 @@ class Entries(ABC):
         """Sum entry values over the latents of each token."""
 
     @abstractmethod
+    def sum_tokens(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
+        """Sum entry values over the tokens of each latent."""
+
+    @abstractmethod
     def decode(
         self, activations: Float[Tensor, "*entries"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:

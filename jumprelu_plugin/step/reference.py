@@ -26,6 +26,9 @@ class DenseEntries(Entries):
     def sum_latents(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
         return values.sum(-1)
 
+    def sum_tokens(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+        return values.sum(0)
+
     def decode(
         self, activations: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:

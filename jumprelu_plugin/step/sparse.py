@@ -107,6 +107,9 @@ class SparseEntries(Entries):
     def sum_latents(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
         return values.new_zeros(self.batch).index_add(0, self.pattern.rows, values)
 
+    def sum_tokens(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        return values.new_zeros(self.d_sae).index_add(0, self.pattern.cols, values)
+
     def decode(
         self, activations: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:
