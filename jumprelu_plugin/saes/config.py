@@ -37,9 +37,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
         normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
-        frequency_scale: w₀. The sparsity term gains Σ_i f_i²/w₀, f_i the share of the batch's tokens
-            on which latent i fires, which keeps latents from firing on much of the text; 0.01 as
-            published. It goes with every sparsity mode. None leaves it out.
+        frequency_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
+            of the batch's tokens on which latent i fires: no latent then stays on much of the text.
+            Published with 0.01. None leaves it out.
         units: what θ₀, ε and λ are given in. `sqrt_d`: SAELens' units, E‖x‖ = √d_in. `unit_rms`:
             the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
