@@ -7,6 +7,7 @@ on the same loss. Coefficients multiply outside: they change during training, te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,21 @@ def reconstruction(
     return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
 
 
+def prefix_reconstructions(
+    entries: Entries,
+    activations: Float[Tensor, "*entries"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    offset: Float[Tensor, "*batch d_out"],
+    widths: Sequence[int],
+) -> list[Float[Tensor, "batch d_out"]]:
+    """What the first m latents rebuild, for each width m of a Matryoshka SAE (arXiv 2503.17547)."""
+    rebuilt, x_hat = [], offset
+    for block in entries.decode_blocks(activations, W_dec, widths):
+        x_hat = x_hat + block
+        rebuilt.append(x_hat)
+    return rebuilt
+
+
 @dataclass(frozen=True)
 class L0:
     """Mean number of active latents (arXiv 2407.14435, eq. 9)."""
@@ -123,17 +139,42 @@ class WithFrequency:
 
 @dataclass(frozen=True)
 class PreActivationLoss:
-    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖ over dead latents: pulls them back towards firing.
+    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖: pulls latents towards firing.
 
-    Anthropic's (January 2025) runs over all latents; SAELens restricts it to dead ones, and so
-    does this.
+    Attributes:
+        over: `all` latents, as Anthropic's (January 2025), or `dead` ones, as SAELens restricts it.
     """
 
+    over: str = "dead"
+
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        if step.dead is None or not step.dead.any():
-            return step.W_dec.new_zeros(())
-        weight = step.decoder_norms() * step.dead
+        weight = step.decoder_norms()
+        if self.over == "dead":
+            if step.dead is None or not step.dead.any():
+                return step.W_dec.new_zeros(())
+            weight = weight * step.dead
         return step.entries.shortfall(step.threshold, weight)
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """Mean of ‖e - ê‖², ê what dead latents make of the residual e (AuxK; arXiv 2406.04093, A.2).
+
+    ê decodes, for each token, the dead latents with the k largest pre-activations, as far as those
+    are positive and whatever their thresholds; k is half the output's width, at most (B.1). e gets
+    no gradient. As in SAELens, fewer than k dead latents weigh less, in proportion.
+    """
+
+    def __call__(self, step: Step, residual: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
+        dead = None if step.dead is None else step.dead.nonzero().squeeze(1)
+        if dead is None or not len(dead):
+            return step.W_dec.new_zeros(())
+        most = max(1, residual.shape[1] // 2)
+        z = step.entries.columns(dead)
+        top = z.topk(min(most, len(dead)), dim=1, sorted=False)
+        activations = torch.zeros_like(z).scatter(1, top.indices, top.values.relu())
+        rebuilt = activations @ step.W_dec.index_select(0, dead)
+        return min(1.0, len(dead) / most) * reconstruction(rebuilt, residual.detach())
 
 
 # The sparsity terms by the name SAELens' `jumprelu_sparsity_loss_mode` gives them.
