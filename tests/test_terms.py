@@ -36,6 +36,17 @@ from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries
 
 BATCH, D_SAE = 40_009, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_throughout() -> Iterator[None]:
+    """At a few thousand numbers a second thread costs more than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 SCALE = 0.03
 
 

@@ -49,8 +49,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
             ones, as in SAELens, or `all`, as published.
         initialization: `saelens`, or `uniform`, Anthropic's of January 2025: W_dec uniform in
-            ±1/√d_in, W_enc = d_in/d_sae · W_decᵀ, and, from the first batch, b_enc so that each
-            latent fires on 10,000/d_sae of the tokens.
+            ±1/√d_in whatever `decoder_init_norm`, W_enc = d_in/d_sae · W_decᵀ, and, from the first
+            batch, b_enc so that each latent fires on 10,000/d_sae of the tokens.
         units: what θ₀, ε and λ are given in. `sqrt_d`: SAELens' units, E‖x‖ = √d_in. `unit_rms`:
             the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
