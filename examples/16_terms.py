@@ -24,7 +24,8 @@ BATCH, D_IN, D_SAE, FIRST, HOOK = 512, 256, 1024, 128, "blocks.3.hook_resid_post
 model = load_model("tiny-gemma-2")
 text = tokenized_dataset(model.tokenizer, 128, split="test")
 tokens = torch.tensor(text[:96]["tokens"])
-_, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+with torch.no_grad():
+    _, cache = model.run_with_cache(tokens, names_filter=[HOOK], stop_at_layer=4)
 activations = cache[HOOK][:, 1:].flatten(0, 1)  # without BOS
 
 
