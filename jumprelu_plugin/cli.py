@@ -106,8 +106,8 @@ def train(
     chosen = None if recipe is None else find_recipe(recipe)
     # The user's own flags come last, and the last one counts.
     cfg = parse_flags([*defaults, *([] if chosen is None else chosen.flags()), *given])
-    if chosen is not None and "--lr_decay_steps" not in given:
-        cfg.lr_decay_steps = chosen.decay_steps(cfg.training_tokens // cfg.train_batch_size_tokens)
+    if chosen is not None:
+        chosen.fit(cfg, given)
     JumpReLUTrainingRunner(cfg, save_buffer=save_buffer).run()
 
 
@@ -401,8 +401,8 @@ def recipes() -> None:
         console.rule(f"[bold]{recipe.name}[/]", align="left")
         console.print(f"{recipe.about}\n[dim]{recipe.source}[/]\n")
         numbers = Table.grid(padding=(0, 2))
-        for name, value in {**recipe.sae, **recipe.runner}.items():
-            numbers.add_row(f"  {name}", str(value))
+        for name, value in recipe.numbers().items():
+            numbers.add_row(f"  {name}", value)
         console.print(numbers, "")
 
 

@@ -7,6 +7,7 @@ on the same loss. Coefficients multiply outside: they change during training, te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,10 @@ class Step:
         """Active latents of each token, with the estimator's gradient."""
         return self.entries.sum_latents(self.gates())
 
+    def frequencies(self) -> Float[Tensor, " d_sae"]:
+        """Share of the batch's tokens each latent fires on, with the estimator's gradient."""
+        return self.entries.sum_tokens(self.gates()) / self.entries.batch
+
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         return self.W_dec.norm(dim=1)
 
@@ -66,6 +71,21 @@ def reconstruction(
     """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9)."""
     # Fused: half the passes over [batch, d_out], forward and backward, of subtract, square and sum.
     return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
+
+
+def prefix_reconstructions(
+    entries: Entries,
+    activations: Float[Tensor, "*entries"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    offset: Float[Tensor, "*batch d_out"],
+    widths: Sequence[int],
+) -> list[Float[Tensor, "batch d_out"]]:
+    """What the first m latents rebuild, for each width m of a Matryoshka SAE (arXiv 2503.17547)."""
+    rebuilt, x_hat = [], offset
+    for block in entries.decode_blocks(activations, W_dec, widths):
+        x_hat = x_hat + block
+        rebuilt.append(x_hat)
+    return rebuilt
 
 
 @dataclass(frozen=True)
@@ -99,41 +119,94 @@ class TanhL0:
 
 
 @dataclass(frozen=True)
-class PreActivationLoss:
-    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖ over dead latents: pulls them back towards firing.
+class WithFrequency:
+    """A sparsity term plus Σ_i f_i²/w₀, f_i the share of the batch's tokens latent i fires on.
 
-    Anthropic's (January 2025) runs over all latents; SAELens restricts it to dead ones, and so
-    does this.
+    On `L0` it is Σ_i f_i (1 + f_i/w₀) (Google DeepMind's interpretability team, progress update of
+    March 2025): a firing of latent i costs 1 + 2f_i/w₀ where it costs 1 there. Rare latents hardly
+    notice, and with w₀ = 0.01 one that fires on 10 % of tokens pays 21 times as much.
+
+    f_i² is the batch's, N tokens, whose mean is f_i² + f_i(1 - f_i)/N: about Σ_i f_i/(N w₀) too
+    much, 5 % of L0 at N = 2,048 and w₀ = 0.01, the same for every latent.
     """
 
+    term: Term
+    scale: float
+
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        if step.dead is None or not step.dead.any():
-            return step.W_dec.new_zeros(())
-        weight = step.decoder_norms() * step.dead
+        return self.term(step) + step.frequencies().square().sum() / self.scale
+
+
+@dataclass(frozen=True)
+class PreActivationLoss:
+    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖: pulls latents towards firing.
+
+    Attributes:
+        over: `all` latents, as Anthropic's (January 2025), or `dead` ones, as SAELens restricts it.
+    """
+
+    over: str = "dead"
+
+    def __call__(self, step: Step) -> Float[Tensor, ""]:
+        weight = step.decoder_norms()
+        if self.over == "dead":
+            if step.dead is None or not step.dead.any():
+                return step.W_dec.new_zeros(())
+            weight = weight * step.dead
         return step.entries.shortfall(step.threshold, weight)
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """Mean of ‖e - ê‖², ê what dead latents make of the residual e (AuxK; arXiv 2406.04093, A.2).
+
+    ê decodes, for each token, the dead latents with the k largest pre-activations, as far as those
+    are positive and whatever their thresholds; k is half the output's width, at most (B.1). e gets
+    no gradient. As in SAELens, fewer than k dead latents weigh less, in proportion.
+    """
+
+    def __call__(self, step: Step, residual: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
+        dead = None if step.dead is None else step.dead.nonzero().squeeze(1)
+        if dead is None or not len(dead):
+            return step.W_dec.new_zeros(())
+        most = max(1, residual.shape[1] // 2)
+        z = step.entries.columns(dead)
+        top = z.topk(min(most, len(dead)), dim=1, sorted=False)
+        activations = torch.zeros_like(z).scatter(1, top.indices, top.values.relu())
+        rebuilt = activations @ step.W_dec.index_select(0, dead)
+        return min(1.0, len(dead) / most) * reconstruction(rebuilt, residual.detach())
 
 
 # The sparsity terms by the name SAELens' `jumprelu_sparsity_loss_mode` gives them.
 SPARSITY_MODES = ("step", "tanh", "quadratic")
 
 
-def sparsity_term(mode: str, *, target_l0: float | None, tanh_scale: float) -> Term:
-    """The sparsity term of a SAELens config.
+def sparsity_term(
+    mode: str,
+    *,
+    target_l0: float | None,
+    tanh_scale: float,
+    frequency_scale: float | None = None,
+) -> Term:
+    """The sparsity term of a SAELens config, with the frequency penalty if it has a scale.
 
     Raises:
         ValueError: the mode is unknown, or `quadratic` has no target.
     """
     if mode == "step":
-        return L0()
-    if mode == "tanh":
-        return TanhL0(tanh_scale)
-    if mode == "quadratic":
+        term: Term = L0()
+    elif mode == "tanh":
+        term = TanhL0(tanh_scale)
+    elif mode == "quadratic":
         if target_l0 is None:
             raise ValueError("jumprelu_sparsity_loss_mode='quadratic' needs target_l0")
-        return QuadraticL0(target_l0)
-    raise ValueError(
-        f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of {', '.join(SPARSITY_MODES)}"
-    )
+        term = QuadraticL0(target_l0)
+    else:
+        raise ValueError(
+            f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of "
+            f"{', '.join(SPARSITY_MODES)}"
+        )
+    return term if frequency_scale is None else WithFrequency(term, frequency_scale)
 
 
 @dataclass(frozen=True)

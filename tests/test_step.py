@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from jumprelu_plugin.objective import L0, PreActivationLoss, Step, TanhL0, reconstruction
+from jumprelu_plugin.objective import (
+    L0,
+    PreActivationLoss,
+    Step,
+    TanhL0,
+    WithFrequency,
+    reconstruction,
+)
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
@@ -117,7 +124,7 @@ def loss_of(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tensor:
     x_hat = entries.decode(acts, leaves["W_dec"])
     return (
         reconstruction(x_hat, p.target)
-        + SPARSITY * L0()(step)
+        + SPARSITY * WithFrequency(L0(), 0.07)(step)
         + TANH * TanhL0(1.3)(step)
         + PRE_ACT * PreActivationLoss()(step)
     )
@@ -236,6 +243,7 @@ def test_sums_and_broadcast(pair) -> None:  # type: ignore[no-untyped-def]
     at = values[represented]
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(sparse.sum_latents(at), values.sum(1), **close)
+    torch.testing.assert_close(sparse.sum_tokens(at), values.sum(0), **close)
     torch.testing.assert_close(sparse.decode(at, p.W_dec), values @ p.W_dec, **close)
     assert torch.equal(sparse.per_latent(p.threshold), p.threshold.expand(BATCH, -1)[represented])
 

@@ -716,6 +716,18 @@ def test_the_good_config_is_good() -> None:
         ("target_l0", 14),
         ("target_l0", math.nan),
         ("l0_coefficient", math.nan),
+        ("frequency_scale", 0.0),
+        ("frequency_scale", -0.01),
+        ("frequency_scale", math.nan),
+        ("matryoshka_widths", []),
+        ("matryoshka_widths", [0, 5]),
+        ("matryoshka_widths", [5, 5]),
+        ("matryoshka_widths", [7, 14]),
+        ("matryoshka_widths", [2.5]),
+        ("aux_loss_coefficient", -0.1),
+        ("aux_loss_coefficient", math.nan),
+        ("pre_act_loss_over", "living"),
+        ("initialization", "random"),
         ("jumprelu_sparsity_loss_mode", "l1"),
         ("units", "rms"),
         ("threshold_parameter", "exp"),
@@ -728,6 +740,15 @@ def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
         JumpReLUTrainingSAE(good_config(**{field: value}))
     assert field in str(refusal.value)
     assert str(value) in str(refusal.value)
+
+
+def test_fields_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="aux_loss_coefficient.*layer_norm"):
+        JumpReLUTrainingSAE(
+            good_config(aux_loss_coefficient=0.1, normalize_activations="layer_norm")
+        )
+    with pytest.raises(ValueError, match="initialization.*jumprelu_init_threshold"):
+        JumpReLUTrainingSAE(good_config(initialization="uniform"))
 
 
 def test_a_config_without_target_or_coefficient_says_which_to_give() -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from jumprelu_plugin.recipes.anthropic_2025 import ANTHROPIC_2025
 from jumprelu_plugin.recipes.default import DEFAULT
 from jumprelu_plugin.recipes.gemma_scope import GEMMA_SCOPE
+from jumprelu_plugin.recipes.gemma_scope_2 import GEMMA_SCOPE_2
 from jumprelu_plugin.recipes.gemma_scope_transcoder import GEMMA_SCOPE_TRANSCODER
 from jumprelu_plugin.recipes.recipe import Recipe
 from jumprelu_plugin.recipes.transcoder import TRANSCODER
 from jumprelu_plugin.recipes.transcoder_recipe import TranscoderRecipe
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (DEFAULT, GEMMA_SCOPE, TRANSCODER, GEMMA_SCOPE_TRANSCODER)
+    recipe.name: recipe
+    for recipe in (
+        DEFAULT,
+        GEMMA_SCOPE,
+        GEMMA_SCOPE_2,
+        ANTHROPIC_2025,
+        TRANSCODER,
+        GEMMA_SCOPE_TRANSCODER,
+    )
 }
 
 
@@ -41,8 +51,10 @@ def transcoder_recipe(name: str) -> TranscoderRecipe:
 
 
 __all__ = [
+    "ANTHROPIC_2025",
     "DEFAULT",
     "GEMMA_SCOPE",
+    "GEMMA_SCOPE_2",
     "GEMMA_SCOPE_TRANSCODER",
     "RECIPES",
     "TRANSCODER",

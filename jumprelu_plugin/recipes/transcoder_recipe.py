@@ -29,7 +29,8 @@ class TranscoderRecipe(Recipe):
             changes: `d_out` and `hook_name_out` among them.
         """
         kind = JumpReLUSkipTranscoderTrainingConfig if skip else JumpReLUTranscoderTrainingConfig
-        return kind(d_in=d_in, d_sae=d_sae, **{**self.sae, **changes})
+        fields = {**self.sae, **self.for_width(d_sae), **changes}
+        return kind(d_in=d_in, d_sae=d_sae, **fields)
 
     @override
     def flags(self) -> list[str]:

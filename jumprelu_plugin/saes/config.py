@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal
 
 import sae_lens
@@ -37,6 +38,19 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
         normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
+        frequency_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
+            of the batch's tokens on which latent i fires: no latent then stays on much of the text.
+            Published with 0.01. None leaves it out.
+        matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
+            m here (arXiv 2503.17547); the error that is minimised is the mean over these and the
+            whole dictionary, which need not be listed. None: the whole dictionary alone.
+        aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
+            the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
+        pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
+            ones, as in SAELens, or `all`, as published.
+        initialization: `saelens`, or `uniform`, Anthropic's of January 2025: W_dec uniform in
+            ±1/√d_in whatever `decoder_init_norm`, W_enc = d_in/d_sae · W_decᵀ, and, from the first
+            batch, b_enc so that each latent fires on 10,000/d_sae of the tokens.
         units: what θ₀, ε and λ are given in. `sqrt_d`: SAELens' units, E‖x‖ = √d_in. `unit_rms`:
             the paper's and Gemma Scope's, E‖x‖² = 1; biases then also move at their pace.
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
@@ -60,6 +74,11 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
     l0_coefficient: float | None = None  # type: ignore[assignment]
     jumprelu_ste_to_input: bool = True
+    frequency_scale: float | None = None
+    matryoshka_widths: list[int] | None = None
+    aux_loss_coefficient: float | None = None
+    pre_act_loss_over: Literal["dead", "all"] = "dead"
+    initialization: Literal["saelens", "uniform"] = "saelens"
     units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
     threshold_parameter: Literal["raw", "log"] = "raw"
     decoder_rows: Literal["free", "unit_norm"] | None = None
@@ -73,6 +92,12 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     def steers_l0(self) -> bool:
         """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
+
+    @property
+    def prefix_widths(self) -> list[int]:
+        """Widths of the nested dictionaries, the whole one last."""
+        given = self.matryoshka_widths or []
+        return [*given, self.d_sae] if given[-1:] != [self.d_sae] else given
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -129,6 +154,38 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
         value = getattr(cfg, field)
         if not 0 < value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number greater than 0")
+    if cfg.frequency_scale is not None and not 0 < cfg.frequency_scale < math.inf:
+        raise ValueError(
+            f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
+            "(0.01 as published), or None for no frequency penalty"
+        )
+    widths = cfg.matryoshka_widths
+    if widths is not None and (
+        not widths
+        or not all(isinstance(width, int) and 0 < width <= cfg.d_sae for width in widths)
+        or any(first >= second for first, second in pairwise(widths))
+    ):
+        raise ValueError(
+            f"matryoshka_widths is {widths}; it must be whole numbers of latents in rising order, "
+            f"from 1 to d_sae, which is {cfg.d_sae}, or None for no nested dictionaries"
+        )
+    alpha = cfg.aux_loss_coefficient
+    if alpha is not None and not 0 <= alpha < math.inf:
+        raise ValueError(
+            f"aux_loss_coefficient is {alpha}; it must be a finite number, 0 or more (1/32 as "
+            "published), or None for no auxiliary loss"
+        )
+    if alpha is not None and cfg.normalize_activations == "layer_norm":
+        raise ValueError(
+            f"aux_loss_coefficient is {alpha} and normalize_activations is 'layer_norm': dead "
+            "latents would have to rebuild a residual on another scale than their own. Use "
+            "'expected_average_only_in' or 'none'"
+        )
+    if cfg.initialization == "uniform" and cfg.jumprelu_init_threshold is None:
+        raise ValueError(
+            "initialization is 'uniform' and jumprelu_init_threshold is None: biases are set for "
+            "a known threshold; give one (0.1 as published)"
+        )
     if cfg.l0_settle_steps < 0:
         raise ValueError(f"l0_settle_steps is {cfg.l0_settle_steps}; it must be 0 or more")
     if cfg.target_l0 is not None and not 0 < cfg.target_l0 <= cfg.d_sae:
@@ -143,6 +200,8 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
         )
     choices = {
         "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
+        "pre_act_loss_over": ("dead", "all"),
+        "initialization": ("saelens", "uniform"),
         "units": INPUT_UNITS,
         "threshold_parameter": ("raw", "log"),
         "decoder_rows": (None, "free", "unit_norm"),

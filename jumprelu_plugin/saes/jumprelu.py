@@ -17,13 +17,15 @@ from jaxtyping import Float
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from jumprelu_plugin.objective import (
+    AuxiliaryLoss,
     PreActivationLoss,
     Step,
+    prefix_reconstructions,
     reconstruction,
     sparsity_term,
     threshold_slopes,
@@ -39,7 +41,7 @@ from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries, encode_dense
 from jumprelu_plugin.step.sparse import encode_sparse
-from jumprelu_plugin.training.calibration import calibrate
+from jumprelu_plugin.training.calibration import calibrate, raise_to_fire
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
@@ -59,6 +61,10 @@ STORED_PARAMETERS_FILENAME = "jumprelu_stored_parameters.safetensors"
 # A dead latent is started again only while the learning rate is at least this share of its peak:
 # later it could no longer learn.
 RESTART_ABOVE_RATE = 0.5
+
+
+# Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
+UNIFORM_START_L0 = 10_000
 
 
 class JumpReLUTrainingSAE(StockTrainingSAE):
@@ -95,13 +101,15 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             cfg.jumprelu_sparsity_loss_mode,
             target_l0=_quadratic_centre(cfg),
             tanh_scale=cfg.jumprelu_tanh_scale,
+            frequency_scale=cfg.frequency_scale,
         )
         self.controller = (
             L0Controller(cfg.target_l0, cfg.start_l0_ratio, cfg.l0_settle_steps)
             if cfg.steers_l0 and cfg.target_l0 is not None
             else None
         )
-        self._calibrated = start is not None and cfg.jumprelu_bandwidth is not None
+        known = start is not None and cfg.jumprelu_bandwidth is not None
+        self._calibrated = known and cfg.initialization == "saelens"
         self._has_loaded_weights = False
         self._seam: OptimizerSeam | None = None
         self._path = PathChoice(cfg.step_path)
@@ -116,9 +124,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        if self.cfg.initialization == "uniform":
+            nn.init.uniform_(self.W_dec.data, -(self.cfg.d_in**-0.5), self.cfg.d_in**-0.5)
         if self.cfg.unit_norm_decoder:
             normalise_rows_(self.W_dec.data)
             self.W_enc.data = self.W_dec.data.t().clone()
+        if self.cfg.initialization == "uniform":
+            self.W_enc.data = self.cfg.d_in / self.cfg.d_sae * self.W_dec.data.t()
         self._lay_out_encoder()
 
     def _lay_out_encoder(self) -> None:
@@ -191,10 +203,15 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         activations = jumprelu(entries.z, theta, bandwidth, to_input)
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
-        x_hat = self.hook_sae_recons(
-            entries.decode(activations, W_dec).add_(self._decoder_offset(x, b_dec))
-        )
-        x_hat = self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
+        offset = self._decoder_offset(x, b_dec)
+        inner: list[Tensor] = []
+        if self.cfg.matryoshka_widths is None:
+            x_hat = self._output(entries.decode(activations, W_dec).add_(offset))
+        else:
+            *parts, whole = prefix_reconstructions(
+                entries, activations, W_dec, offset, self.cfg.prefix_widths
+            )
+            x_hat, inner = self._output(whole), [self._outside(part) for part in parts]
 
         step = Step(
             entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
@@ -202,7 +219,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         target = _full_precision(target)
         coefficient = self._coefficient(step_input)
         penalty = self.sparsity(step)
-        losses = self._losses(step, x_hat, target, coefficient * penalty)
+        losses = self._losses(step, x_hat, inner, target, coefficient * penalty)
         feature_acts = entries.as_matrix(activations, where=activations > 0)
         l0 = self._measure_l0(feature_acts)
         loss = torch.stack(list(losses.values())).sum()
@@ -220,13 +237,30 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             metrics={"steered_l0_coefficient": coefficient} if self.controller else {},
         )
 
+    def _output(self, decoded: Tensor) -> Tensor:
+        return self._outside(self.hook_sae_recons(decoded))
+
+    def _outside(self, decoded: Tensor) -> Tensor:
+        """A reconstruction as the target is: input normalisation undone, heads apart."""
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(decoded), self.d_head)
+
     def _losses(
-        self, step: Step, x_hat: Tensor, target: Tensor, sparsity: Tensor
+        self, step: Step, x_hat: Tensor, inner: list[Tensor], target: Tensor, sparsity: Tensor
     ) -> dict[str, Tensor]:
+        cfg = self.cfg
         losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
-        if self.cfg.pre_act_loss_coefficient is not None:
-            pre_act = self.cfg.pre_act_loss_coefficient * PreActivationLoss()(step)
-            losses["pre_act_loss"] = pre_act
+        if inner:
+            # The mean, not the sum: λ keeps the meaning it has without nested dictionaries.
+            share = 1 / (1 + len(inner))
+            losses["mse_loss"] = share * losses["mse_loss"]
+            for width, part in zip(cfg.prefix_widths, inner, strict=False):
+                losses[f"inner_mse_loss_{width}"] = share * reconstruction(part, target)
+        if cfg.pre_act_loss_coefficient is not None:
+            pre_act = PreActivationLoss(cfg.pre_act_loss_over)(step)
+            losses["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act
+        if cfg.aux_loss_coefficient is not None:
+            auxiliary = AuxiliaryLoss()(step, (target - x_hat).flatten(1))
+            losses["auxiliary_reconstruction_loss"] = cfg.aux_loss_coefficient * auxiliary
         if self.units.loss != 1.0:
             losses = {name: loss / self.units.loss for name, loss in losses.items()}
         return losses
@@ -350,6 +384,10 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
                 set_value(self, "b_dec", sample.mean(0))
             sample = sample - self.b_dec
         z = sample @ _full_precision(self.W_enc) + self.b_enc
+        if self.cfg.initialization == "uniform" and not self._has_loaded_weights:
+            raised = raise_to_fire(z[:4096], self.threshold, UNIFORM_START_L0 / self.cfg.d_sae)
+            set_value(self, "b_enc", self.b_enc + raised)
+            z = z + raised
         start_l0 = 0.05 * self.cfg.d_sae if self.controller is None else self.controller.aim()
         found = calibrate(z, start_l0, self.cfg.bandwidth_in_std)
         if self.cfg.jumprelu_init_threshold is None and not self._has_loaded_weights:

@@ -78,6 +78,11 @@ def check_transcoder(cfg: JumpReLUTranscoderTrainingConfig) -> None:
             "apply_b_dec_to_input is True, but a transcoder's b_dec lives in the output's space: "
             "leave it False"
         )
+    if cfg.initialization != "saelens":
+        raise ValueError(
+            f"initialization is {cfg.initialization!r}, which makes the encoder of the decoder; a "
+            "transcoder's are drawn apart: leave it 'saelens'"
+        )
     if cfg.normalize_activations not in _NORMALIZATIONS:
         raise ValueError(
             f"normalize_activations is {cfg.normalize_activations!r}; a transcoder takes "

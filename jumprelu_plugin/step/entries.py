@@ -10,8 +10,9 @@ loss.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -38,10 +39,30 @@ class Entries(ABC):
         """Sum entry values over the latents of each token."""
 
     @abstractmethod
+    def sum_tokens(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
+        """Sum entry values over the tokens of each latent."""
+
+    @abstractmethod
     def decode(
         self, activations: Float[Tensor, "*entries"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:
         """activations @ W_dec, differentiable in both."""
+
+    @abstractmethod
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, "*entries"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> list[Float[Tensor, "batch d_out"]]:
+        """What each block of latents decodes to, block k from ends[k - 1] (or 0) to ends[k].
+
+        The blocks' sum is `decode`, and costs what it costs: no pair is in two blocks.
+        """
+
+    @abstractmethod
+    def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        """Pre-activations of these latents on every token, represented or not; differentiable."""
 
     @abstractmethod
     def shortfall(

@@ -48,6 +48,11 @@ class Pattern:
         places = kept.nonzero().squeeze(1)
         return Pattern(self.rows[places], self.cols[places], self.batch, self.d_sae), places
 
+    def block(self, start: int, end: int) -> tuple[Pattern, Int[Tensor, " kept"]]:
+        """The pairs of latents start to end, counted from start, and their places in this one."""
+        kept, places = self.where((self.cols >= start) & (self.cols < end))
+        return Pattern(kept.rows, kept.cols - start, self.batch, end - start), places
+
     def times(
         self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "d_sae k"]
     ) -> Float[Tensor, "batch k"]:

@@ -6,8 +6,10 @@ Every pre-activation is kept, [batch, d_sae], and PyTorch's autograd does the re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step.entries import Entries
@@ -26,10 +28,25 @@ class DenseEntries(Entries):
     def sum_latents(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
         return values.sum(-1)
 
+    def sum_tokens(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+        return values.sum(0)
+
     def decode(
         self, activations: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:
         return activations @ W_dec
+
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, "batch d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> list[Float[Tensor, "batch d_out"]]:
+        starts = [0, *ends[:-1]]
+        return [activations[:, a:b] @ W_dec[a:b] for a, b in zip(starts, ends, strict=True)]
+
+    def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        return self.z.index_select(1, latents)
 
     def shortfall(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]

@@ -16,10 +16,11 @@ forward pass. Nothing is approximated: what is dropped is zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -87,6 +88,39 @@ class _SparseDecode(torch.autograd.Function):
         return to_activations, to_W_dec, None
 
 
+class _SparseDecodeBlocks(torch.autograd.Function):
+    """activations @ W_dec of each block of latents apart; one gradient of W_dec for all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activations: Tensor, W_dec: Tensor, pattern: Pattern, ends: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        blocks = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        parts = [pattern.block(block.start, block.stop) for block in blocks]
+        ctx.save_for_backward(activations, W_dec)
+        ctx.blocks, ctx.parts = blocks, parts
+        return tuple(
+            part.times(activations[places], W_dec[block])
+            for block, (part, places) in zip(blocks, parts, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        activations, W_dec = ctx.saved_tensors
+        to_activations = torch.zeros_like(activations) if ctx.needs_input_grad[0] else None
+        to_W_dec = torch.zeros_like(W_dec) if ctx.needs_input_grad[1] else None
+        for block, (part, places), grad in zip(ctx.blocks, ctx.parts, grads, strict=True):
+            grad = grad.contiguous()
+            if to_activations is not None:
+                to_activations[places] = part.sampled_product(grad, W_dec[block])
+            if to_W_dec is not None:
+                to_W_dec[block] = part.transposed_times(activations[places], grad)
+        return to_activations, to_W_dec, None, None
+
+
 class SparseEntries(Entries):
     """The pre-activations above the estimator's lower window edge, z [nnz]."""
 
@@ -95,11 +129,13 @@ class SparseEntries(Entries):
         z: Float[Tensor, " nnz"],
         pattern: Pattern,
         mean_z: Float[Tensor, " d_sae"] | None,
+        encode_columns: Callable[[Int[Tensor, " n"]], Float[Tensor, "batch n"]],
     ):
         self.z = z
         self.pattern = pattern
         self.batch, self.d_sae = pattern.batch, pattern.d_sae
         self._mean_z = mean_z
+        self._encode_columns = encode_columns
 
     def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         return values.index_select(0, self.pattern.cols)
@@ -107,10 +143,24 @@ class SparseEntries(Entries):
     def sum_latents(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " batch"]:
         return values.new_zeros(self.batch).index_add(0, self.pattern.rows, values)
 
+    def sum_tokens(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        return values.new_zeros(self.d_sae).index_add(0, self.pattern.cols, values)
+
     def decode(
         self, activations: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]
     ) -> Float[Tensor, "batch d_out"]:
         return _SparseDecode.apply(activations, W_dec, self.pattern)  # type: ignore[return-value]
+
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, " nnz"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> list[Float[Tensor, "batch d_out"]]:
+        return list(_SparseDecodeBlocks.apply(activations, W_dec, self.pattern, ends))  # type: ignore[arg-type]
+
+    def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        return self._encode_columns(latents)
 
     def shortfall(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
@@ -172,7 +222,13 @@ def encode_sparse(
     if keep_mean:
         mean_x = x.mean(0) if b_pre is None else x.mean(0) - b_pre
         mean_z = mean_x @ W_enc + b_enc
-    return SparseEntries(z, pattern, mean_z)  # type: ignore[arg-type]
+
+    def encode_columns(latents: Tensor) -> Tensor:
+        # Rows of the transpose: the gradient then comes stored by latent, as the parameter is.
+        weight = W_enc.t().index_select(0, latents)
+        return _centred(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
+
+    return SparseEntries(z, pattern, mean_z, encode_columns)  # type: ignore[arg-type]
 
 
 def _centred(

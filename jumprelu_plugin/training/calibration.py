@@ -55,3 +55,17 @@ def calibrate(
     # Between two pre-activations: on one, the order of a sum would decide which side it is on.
     threshold = z.topk(rank + 1, dim=0).values[-2:].mean(0).clamp_min(0.0)
     return Calibration(threshold, bandwidth_in_std * spread)
+
+
+@torch.no_grad()
+def raise_to_fire(
+    z: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"], share: float
+) -> Float[Tensor, " d_sae"]:
+    """What to add to each latent's bias so that it fires on this share of the tokens.
+
+    The share is held between one token and all but one.
+    """
+    firing = min(max(1, round(share * len(z))), len(z) - 1)
+    below = z.kthvalue(len(z) - firing, dim=0).values
+    above = z.kthvalue(len(z) - firing + 1, dim=0).values
+    return threshold - 0.5 * (below + above)

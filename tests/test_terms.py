@@ -1,0 +1,355 @@
+"""Terms of the loss beyond the paper's: each against its closed form, and doing what it is for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sae_lens
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from test_step import KINDS, Problem, encode, problem
+from torch import Tensor, nn
+
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.flags import parse_flags
+from jumprelu_plugin.objective import (
+    L0,
+    AuxiliaryLoss,
+    PreActivationLoss,
+    QuadraticL0,
+    Step,
+    Term,
+    WithFrequency,
+    prefix_reconstructions,
+    reconstruction,
+)
+from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.reference import DenseEntries
+
+BATCH, D_SAE = 40_009, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_throughout() -> Iterator[None]:
+    """At a few thousand numbers a second thread costs more than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SCALE = 0.03
+
+
+def gaussian_step(to_input: bool = False) -> tuple[Step, Tensor, Tensor, Tensor]:
+    """A step whose pre-activations are independent Gaussians; their means, spreads, and z."""
+    g = torch.Generator().manual_seed(3)
+    mean = torch.linspace(-1.1, 0.9, D_SAE, dtype=torch.float64)
+    spread = torch.linspace(0.6, 1.7, D_SAE, dtype=torch.float64)
+    noise = torch.randn(BATCH, D_SAE, generator=g, dtype=torch.float64)
+    z = (mean + spread * noise).requires_grad_()
+    threshold = torch.linspace(0.4, 1.3, D_SAE, dtype=torch.float64).requires_grad_()
+    W_dec = torch.randn(D_SAE, 5, generator=g, dtype=torch.float64)
+    step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.21, to_input, W_dec)
+    return step, mean, spread, z
+
+
+# ---------------------------------------------------------------- frequency
+
+
+def test_the_frequency_penalty_is_its_formula() -> None:
+    """On frequencies that are counted: 0/5, 1/5, 3/5 and 5/5 of the tokens."""
+    z = torch.full((5, 4), 0.2)
+    z[:1, 1] = z[:3, 2] = z[:, 3] = 2.3
+    threshold = torch.full((4,), 0.7)
+    step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
+    expected = sum(f * (1 + f / SCALE) for f in (0.0, 0.2, 0.6, 1.0))
+    assert float(WithFrequency(L0(), SCALE)(step)) == pytest.approx(expected, rel=1e-6)
+    quadratic = QuadraticL0(1.7)(step) + sum(f**2 / SCALE for f in (0.2, 0.6, 1.0))
+    assert float(WithFrequency(QuadraticL0(1.7), SCALE)(step)) == pytest.approx(float(quadratic))
+
+
+def test_the_frequency_penaltys_threshold_gradient_is_the_densitys() -> None:
+    """d/dθ of F(1 + F/w₀), F = P(z > θ), is -(1 + 2F/w₀) p(θ): Gaussians give both."""
+    step, mean, spread, z = gaussian_step()
+    WithFrequency(L0(), SCALE)(step).backward()
+    assert step.threshold.grad is not None and z.grad is None
+    for i in range(D_SAE):
+        distance = float((step.threshold[i] - mean[i]) / spread[i])
+        frequency = 0.5 * math.erfc(distance / math.sqrt(2))
+        density = math.exp(-(distance**2) / 2) / (float(spread[i]) * math.sqrt(2 * math.pi))
+        expected = -(1 + 2 * frequency / SCALE) * density
+        assert float(step.threshold.grad[i]) == pytest.approx(expected, rel=0.05), i
+
+
+def test_the_frequency_penaltys_gradient_reaches_the_encoder_where_it_may() -> None:
+    step, _, _, z = gaussian_step(to_input=True)
+    WithFrequency(L0(), SCALE)(step).backward()
+    assert z.grad is not None and step.threshold.grad is not None
+    torch.testing.assert_close(z.grad.sum(0), -step.threshold.grad)
+
+
+def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
+    for mode in ("step", "tanh", "quadratic"):
+        sae = JumpReLUTrainingSAE(steered(jumprelu_sparsity_loss_mode=mode, frequency_scale=0.01))
+        assert isinstance(sae.sparsity, WithFrequency)
+        plain: Term = JumpReLUTrainingSAE(steered(jumprelu_sparsity_loss_mode=mode)).sparsity
+        assert sae.sparsity.term == plain
+
+
+FEATURES, WIDTH, LATENTS, TARGET = 199, 41, 211, 4.0
+
+
+def steered(**fields: Any) -> JumpReLUTrainingSAEConfig:
+    return JumpReLUTrainingSAEConfig(
+        **{"d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, "step_path": "sparse", **fields}
+    )
+
+
+def tokens_with_frequent_features(seed: int = 0) -> Iterator[Tensor]:
+    """Sums of known directions: seven of them are in 30 % of the tokens, the others in 1 %."""
+    g = torch.Generator().manual_seed(1)
+    directions = nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=g), dim=1)
+    rate = torch.full((FEATURES,), 0.01)
+    rate[:7] = 0.3
+    g = torch.Generator().manual_seed(seed)
+    while True:
+        present = torch.rand(1024, FEATURES, generator=g) < rate
+        yield (present * (1 + torch.rand(1024, FEATURES, generator=g))) @ directions
+
+
+def train(sae: JumpReLUTrainingSAE, steps: int, lr: float, **fields: Any) -> None:
+    cfg = SAETrainerConfig(
+        total_training_samples=steps * 1024,
+        train_batch_size_samples=1024,
+        lr=lr,
+        n_batches_for_norm_estimate=5,
+        **{"lr_end": lr, **fields},
+    )
+    SAETrainer(cfg, sae, data_provider=tokens_with_frequent_features()).fit()
+
+
+def trained(cfg: JumpReLUTrainingSAEConfig, steps: int = 160) -> JumpReLUTrainingSAE:
+    torch.manual_seed(3)
+    sae = JumpReLUTrainingSAE(cfg)
+    train(sae, steps, lr=5e-3, lr_end=0.0, lr_decay_steps=steps // 2)
+    return sae.eval()
+
+
+@pytest.fixture(scope="module")
+def plain() -> JumpReLUTrainingSAE:
+    return trained(steered())
+
+
+@torch.no_grad()
+def frequencies(sae: JumpReLUTrainingSAE) -> Tensor:
+    """Share of unseen tokens on which each latent fires."""
+    data = tokens_with_frequent_features(seed=9)
+    x = torch.cat([next(data) for _ in range(8)])
+    return (sae.encode(x) > 0).float().mean(0)
+
+
+def test_the_frequency_penalty_removes_frequent_latents_at_the_l0_asked_for(
+    plain: JumpReLUTrainingSAE,
+) -> None:
+    without, with_it = frequencies(plain), frequencies(trained(steered(frequency_scale=0.01)))
+    assert (without > 0.1).sum() >= 5
+    assert (with_it > 0.1).sum() == 0
+    for found in (without, with_it):
+        assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
+
+
+# ---------------------------------------------------------------- nested dictionaries, dead latents
+
+WIDTHS = [5, 6, 41, 100, 101]  # of test_step's 101 latents, one block of a single latent
+
+
+def more_terms(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tensor:
+    """Nested reconstructions and the auxiliary loss, through the verbs of `Entries`."""
+    theta = leaves["threshold"]
+    acts = jumprelu(entries.z, entries.per_latent(theta), p.bandwidth, p.to_input)
+    step = Step(entries, acts, theta, p.bandwidth, p.to_input, leaves["W_dec"], p.dead)
+    offset = 0.3 * p.target.mean(0)
+    parts = prefix_reconstructions(entries, acts, leaves["W_dec"], offset, WIDTHS)
+    nested = torch.stack([reconstruction(part, p.target) for part in parts]).mean()
+    return nested + 0.7 * AuxiliaryLoss()(step, p.target - parts[-1])
+
+
+def written_out(p: Problem, leaves: dict[str, Tensor]) -> Tensor:
+    """The same, token by token and latent by latent; JumpReLU's jump as a detached detour."""
+    centred = leaves["x"] - leaves.get("b_pre", torch.zeros(()))
+    z = centred @ leaves["W_enc"] + leaves["b_enc"]
+    theta = leaves["threshold"]
+    inside = ((z - theta).abs() < p.bandwidth / 2).double()
+    jump = (z if p.to_input else z.detach()) - theta
+    # Worth 0; its gradient is the estimator's.
+    detour = theta.detach() / p.bandwidth * inside * (jump - jump.detach())
+    f = z * (z > theta) + detour
+    loss = torch.zeros((), dtype=torch.float64)
+    batch, d_out = p.target.shape
+    dead = [i for i in range(len(theta)) if p.dead[i]]
+    k = d_out // 2
+    for b in range(batch):
+        x_hat = 0.3 * p.target.mean(0)
+        for start, width in zip([0, *WIDTHS], WIDTHS, strict=False):
+            for i in range(start, width):
+                x_hat = x_hat + f[b, i] * leaves["W_dec"][i]
+            loss = loss + (x_hat - p.target[b]).square().sum() / (len(WIDTHS) * batch)
+        if dead:
+            largest = sorted(dead, key=lambda i: -float(z[b, i]))[:k]
+            found = sum((z[b, i].relu() * leaves["W_dec"][i] for i in largest), torch.zeros(d_out))
+            error = (found - (p.target[b] - x_hat).detach()).square().sum()
+            loss = loss + 0.7 * min(1.0, len(dead) / k) * error / batch
+    return loss
+
+
+@pytest.mark.parametrize("dead_latents", ["many", "few", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_and_auxiliary_terms_are_what_they_are_written_out(
+    kind: str, dead_latents: str
+) -> None:
+    p = problem(kind)
+    if dead_latents != "many":
+        p.dead[:] = False
+    if dead_latents == "few":
+        p.dead[[3, 50, 99]] = True
+    results = []
+    for way in ("written out", "dense", "sparse"):
+        leaves = p.leaves()
+        made = written_out(p, leaves) if way == "written out" else None
+        loss = more_terms(encode(way, p, leaves), p, leaves) if made is None else made
+        loss.backward()
+        results.append({"loss": loss.detach(), **{n: v.grad for n, v in leaves.items()}})
+    expected = results[0]
+    for found in results[1:]:
+        for name, want in expected.items():
+            got = found[name]
+            if want is None or got is None:
+                assert not (0 if want is None else want.any()) and not (
+                    got is not None and got.any()
+                )
+                continue
+            scale = float(want.abs().max())
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12 * scale, msg=name)
+
+
+def test_only_dead_columns_are_dense_in_the_sparse_step() -> None:
+    """What the sparse step keeps for backward is never as large as batch times dictionary."""
+    p = problem("some latents never")
+    p.dead[:] = False
+    p.dead[::3] = True
+    leaves, sizes = p.leaves(), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        more_terms(encode("sparse", p, leaves), p, leaves).backward()
+    batch, d_sae = len(p.x), len(p.threshold)
+    assert batch * int(p.dead.sum()) in sizes and batch * d_sae not in sizes
+
+
+def test_the_pre_activation_loss_takes_dead_latents_or_all() -> None:
+    step, _, _, z = gaussian_step()
+    step = replace(step, dead=torch.arange(D_SAE) % 3 == 0)
+    terms = (step.threshold - z).relu() * step.W_dec.norm(dim=1)
+    everything, dead_ones = terms.sum(1).mean(), terms[:, ::3].sum(1).mean()
+    assert float(PreActivationLoss("all")(step)) == pytest.approx(float(everything))
+    assert float(PreActivationLoss()(step)) == pytest.approx(float(dead_ones))
+
+
+def test_nested_dictionaries_survive_json_flags_and_saving(tmp_path: Path) -> None:
+    cfg = steered(matryoshka_widths=[23, 97], frequency_scale=0.02, aux_loss_coefficient=1 / 32)
+    again = JumpReLUTrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again.prefix_widths == cfg.prefix_widths == [23, 97, LATENTS]
+    assert again.to_dict() == cfg.to_dict()
+    flags = "--architecture jumprelu --d_in 41 --d_sae 211 --target_l0 4 --matryoshka_widths 23 97"
+    assert parse_flags(flags.split()).sae.matryoshka_widths == [23, 97]  # type: ignore[attr-defined]
+    sae = trained(cfg, steps=20)
+    sae.save_inference_model(tmp_path)
+    stock = sae_lens.SAE.load_from_disk(tmp_path)
+    assert type(stock) is sae_lens.JumpReLUSAE
+    x = next(tokens_with_frequent_features(seed=4))
+    torch.testing.assert_close(stock(x), sae(x), rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_nested_dictionaries_are_shares_of_a_mean() -> None:
+    """One loss for each width, summing to the mean error, at the whole dictionary's output."""
+    cfg = steered(
+        matryoshka_widths=[23, 97], l0_coefficient=0.1, jumprelu_init_threshold=0.4,
+        jumprelu_bandwidth=0.3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    sae = JumpReLUTrainingSAE(cfg).train()
+    x = next(tokens_with_frequent_features())
+    output = sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            coefficients={"l0": 0.1},
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+    )
+    acts = output.feature_acts.to_dense()
+    errors = {
+        width: (acts[:, :width] @ sae.W_dec[:width] + sae.b_dec - x).square().sum(1).mean()
+        for width in (23, 97, LATENTS)
+    }
+    for name, width in (("inner_mse_loss_23", 23), ("inner_mse_loss_97", 97), ("mse_loss", 211)):
+        assert float(output.losses[name]) == pytest.approx(float(errors[width]) / 3, rel=1e-4)
+    whole = (output.sae_out - x).square().sum(1).mean()
+    assert float(whole) == pytest.approx(float(errors[LATENTS]), rel=1e-4)
+
+
+def test_the_first_latents_alone_rebuild_more_when_they_are_asked_to(
+    plain: JumpReLUTrainingSAE,
+) -> None:
+    def error_of_first(sae: JumpReLUTrainingSAE) -> float:
+        x = next(tokens_with_frequent_features(seed=4))
+        acts = sae.encode(x)[:, :23]
+        x_hat = acts @ sae.W_dec[:23] + sae.b_dec
+        return float(((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).detach())
+
+    nested = trained(steered(matryoshka_widths=[23, 97]))
+    assert error_of_first(nested) < 0.8 * error_of_first(plain)
+    assert float(frequencies(nested).sum()) == pytest.approx(TARGET, rel=0.03)
+
+
+def test_the_auxiliary_loss_teaches_dead_latents_the_residual() -> None:
+    """Thresholds out of reach for a third of the latents: only this loss can teach those."""
+    left = []
+    for coefficient in (None, 1.0):
+        torch.manual_seed(3)
+        cfg = steered(
+            target_l0=None,
+            l0_coefficient=2.0,
+            jumprelu_init_threshold=1.5,
+            jumprelu_bandwidth=0.5,
+            decoder_rows="unit_norm",
+            aux_loss_coefficient=coefficient,
+            normalize_activations="none",
+        )
+        sae = JumpReLUTrainingSAE(cfg)
+        with torch.no_grad():
+            sae.threshold[::3] = 50.0
+        train(sae, steps=40, lr=1e-2, dead_feature_window=5)
+        with torch.no_grad():
+            x = next(tokens_with_frequent_features(seed=4))
+            residual = x - sae.eval()(x)
+            z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+            best = z[:, ::3].topk(WIDTH // 2, dim=1)
+            found = torch.zeros_like(z[:, ::3]).scatter(1, best.indices, best.values.relu())
+            error = (residual - found @ sae.W_dec[::3]).square().sum()
+            left.append(float(error / residual.square().sum()))
+    assert left[1] < 0.7 < 1 < left[0]
