@@ -84,9 +84,9 @@ class SparseJumpReLUSAE(JumpReLUSAE):
         if self._wants_all(feature_acts):
             return super().decode(feature_acts)
         acts = feature_acts.reshape(-1, feature_acts.shape[-1])
-        rows, cols = acts.nonzero().unbind(1)
-        pattern = Pattern(rows, cols, *acts.shape)
-        return self._reconstruct(pattern, acts[rows, cols], feature_acts.shape[:-1])
+        pattern = Pattern(acts.nonzero().t(), *acts.shape)
+        values = acts[pattern.rows, pattern.cols]
+        return self._reconstruct(pattern, values, feature_acts.shape[:-1])
 
     @override
     def forward(self, x: Tensor) -> Tensor:

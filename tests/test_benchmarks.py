@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report, speed
+from benchmarks import passes, report, speed
 from benchmarks.contenders import CONTENDERS, SPARSE, STOCK, Shape, absent
 from benchmarks.measure import peak_memory
 from benchmarks.speed import IN_SWEEPS, PRODUCT, Plan, measure
@@ -92,3 +93,19 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
 def test_records_are_strict_json(records: Path) -> None:
     for line in records.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("path", ["sparse", "screened"])
+def test_the_parts_of_a_pass_are_timed_and_add_up(path: str) -> None:
+    contender = CONTENDERS[f"this package, {path}"](SMALL)
+    contender.step()
+    before = {part: getattr(*where) for part, where in passes.PARTS.items()}
+    started = time.process_time()
+    found = passes.round_of(contender.forward_backward)
+    whole = time.process_time() - started
+    ours = {passes.REST, *passes.PARTS}
+    if path == "screened":  # its product is in bfloat16
+        ours -= {"encode product, float32"}
+    assert set(found) == ours and min(found.values()) >= 0
+    assert 0 < sum(found.values()) <= whole
+    assert before == {part: getattr(*where) for part, where in passes.PARTS.items()}

@@ -9,7 +9,7 @@ the same time at any density, the others less the fewer pairs are active. So: ti
 each, keep the fastest, and ask again when the density has halved or doubled.
 
 A dense step also needs several times the memory and is the slowest by far when few pairs are
-active. It is tried only where it could win: where the best of the others takes longer than the
+active. It is tried only where it could win: where every step of the others took longer than the
 products alone that a dense step is made of, each timed on this device (`product.py`).
 """
 
@@ -102,8 +102,9 @@ class PathChoice:
             return False
         if path != "dense" or self._untimed("sparse") or self._untimed("screened"):
             return True
-        best = min(self._median("sparse"), self._median("screened"))
-        return best > self._least_dense_seconds()
+        # The fastest of all their steps: a busy machine must not look like a reason to try it.
+        fastest = min(s for p in ("sparse", "screened") for s in self._seconds[p][WARM_UP_STEPS:])
+        return fastest > self._least_dense_seconds()
 
     def _least_dense_seconds(self) -> float:
         """What the products of a dense step take: no dense step is faster. 0 if not known."""

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-Linear = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 # By how much, at most, rounding both operands changes a product, relative to their norms; a
 # precision that is not in the table counts as the coarsest.
@@ -46,7 +46,7 @@ def linear(
     x: Float[Tensor, "rows d_in"],
     weight: Float[Tensor, "latents d_in"],
     bias: Float[Tensor, " latents"],
-    out: Float[Tensor, "rows latents"],
+    out: Float[Tensor, "rows latents"] | None = None,
 ) -> Float[Tensor, "rows latents"]:
     """x @ weight.T + bias. The result may or may not lie in `out`."""
     return _BACKENDS[_choice(x, weight, bias, out).backend](x, weight, bias, out)
@@ -82,16 +82,16 @@ def rounding(x: Float[Tensor, "rows d_in"]) -> float:
     return bound
 
 
-def _by_blas(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+def _by_blas(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
     # The operator that torch.compile calls; not a public name, so `_agree` has to pass first.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _by_onednn_layout(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+def _by_onednn_layout(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
     # The public way to the same routine, with one more copy of the result.
     return functional.linear(x.to_mkldnn(), weight, bias).to_dense()
 
@@ -103,7 +103,7 @@ _BACKENDS: dict[str, Linear] = {
 }
 
 
-def _choice(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> _Choice:
+def _choice(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> _Choice:
     settings = torch.get_num_threads(), _precision(x.device)
     size = len(x).bit_length(), len(weight).bit_length()
     key = (x.device, x.dtype, settings, size, x.shape[1])
@@ -112,7 +112,7 @@ def _choice(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> _Choice:
     return _choices[key]
 
 
-def _fastest(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> _Choice:
+def _fastest(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> _Choice:
     usable = {"BLAS": _by_blas}
     if x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous():
         usable |= {name: way for name, way in _BACKENDS.items() if _agree(way, x, weight, bias)}
@@ -125,13 +125,13 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> _Choice:
     return _Choice(name, took[name] / elements, elements)
 
 
-def _seconds(way: Linear, *operands: Tensor) -> float:
+def _seconds(way: Linear, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> float:
     took = []
     for _ in range(_REPEATS + 1):
-        _wait(operands[0].device)
+        _wait(x.device)
         started = time.perf_counter()
-        way(*operands)
-        _wait(operands[0].device)
+        way(x, weight, bias, out)
+        _wait(x.device)
         took.append(time.perf_counter() - started)
     return min(took[1:])
 

@@ -28,17 +28,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step import product
-from jumprelu_plugin.step.pattern import Pattern
+from jumprelu_plugin.step.pattern import Pattern, less
 
 Selection = tuple[Pattern, Float[Tensor, " nnz"]]
-# (rows, latents) of a tile, and where to put which of its pairs are candidates.
-Mark = Callable[[slice, slice, Bool[Tensor, "rows latents"]], None]
+# Some latents, and where to put which of their pairs with a tile's tokens are candidates.
+Mark = Callable[[slice, Bool[Tensor, "rows latents"]], None]
+# Gives the `Mark` of a tile's tokens.
+Look = Callable[[Float[Tensor, "rows d_in"]], Mark]
 
-# Bytes of one tile of the product. On a CPU, 16 MB: large enough that the product runs at full
-# speed, small enough that memory is recycled between tiles (at 32 MB the allocator gives it back
-# to the system, and the page faults cost 8 % of the product on a Zen 5). On a GPU, each row of
-# tiles ends in one wait for the device, so there are few.
-_TILE_BYTES = {"cpu": 2**24}
+# Bytes of one tile of the product. On a CPU, 4 MB: the product is as fast as with 16, within the
+# noise (Zen 5, one thread), and what one tile leaves is recycled by the next. On a GPU, each row
+# of tiles ends in one wait for the device, so there are few.
+_TILE_BYTES = {"cpu": 2**22}
 _TILE_BYTES_ELSEWHERE = 2**28
 # A product of fewer rows than this reads the weights more than it computes.
 _TILE_ROWS = 256
@@ -52,54 +53,76 @@ _COLUMN_MULTIPLE = 32
 
 @torch.no_grad()
 def select(
-    centred: Float[Tensor, "batch d_in"],
+    x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     edge: Float[Tensor, " d_sae"],
     *,
+    centre: Float[Tensor, " d_in"] | None = None,
     screen: bool = False,
     tile_bytes: int | None = None,
 ) -> Selection:
-    """The pairs with z = centred @ W_enc + b_enc > edge, and their z.
+    """The pairs with z = (x - centre) @ W_enc + b_enc > edge, and their z.
 
     Args:
+        centre: None is zero. Taken from x a tile at a time: a second x is never made.
         screen: look for candidates in bfloat16. Ignored unless the input is float32.
         tile_bytes: how much of the product exists at one time.
     """
     weight = W_enc.t().contiguous()  # as it is, where the encoder is stored by latent
-    screen = screen and centred.dtype == torch.float32
-    mark = (_mark_by_screening if screen else _mark_directly)(centred, weight, b_enc, edge)
     if tile_bytes is None:
-        tile_bytes = _TILE_BYTES.get(centred.device.type, _TILE_BYTES_ELSEWHERE)
-    itemsize = 2 if screen else centred.element_size()
-    candidates = _marked(mark, centred, len(weight), tile_bytes // itemsize)
-    z = candidates.sampled_product(centred, weight) + b_enc[candidates.cols]
+        tile_bytes = _TILE_BYTES.get(x.device.type, _TILE_BYTES_ELSEWHERE)
+    candidates = _candidates(x, weight, b_enc, edge, centre, screen, tile_bytes)
+    z = candidates.sampled_product(x, weight, centre).add_(b_enc[candidates.cols])
     kept, places = candidates.where(z > edge[candidates.cols])
     return kept, z[places]
 
 
-def _marked(
-    mark: Mark, centred: Float[Tensor, "batch d_in"], d_sae: int, tile_elements: int
+def _candidates(
+    x: Float[Tensor, "batch d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    edge: Float[Tensor, " d_sae"],
+    centre: Float[Tensor, " d_in"] | None,
+    screen: bool,
+    tile_bytes: int,
 ) -> Pattern:
-    """The pairs that `mark` marks, tile by tile."""
-    batch = len(centred)
+    """The pairs that could lie above the edge. What it takes to find them is gone afterwards."""
+    screen = screen and x.dtype == torch.float32
+    look = (_by_screening if screen else _directly)(weight, b_enc, edge)
+    itemsize = 2 if screen else x.element_size()
+    return _marked(look, x, centre, len(weight), tile_bytes // itemsize)
+
+
+def _marked(
+    look: Look,
+    x: Float[Tensor, "batch d_in"],
+    centre: Float[Tensor, " d_in"] | None,
+    d_sae: int,
+    tile_elements: int,
+) -> Pattern:
+    """The pairs that are marked, tile by tile."""
+    batch = len(x)
     rows_at_once = max(1, min(batch, max(_TILE_ROWS, tile_elements // d_sae), tile_elements))
     latents_at_once = max(1, min(d_sae, tile_elements // rows_at_once))
     # One byte a pair, in whole words of eight for `_places`.
-    flags = centred.new_zeros(-(-rows_at_once * d_sae // 8) * 8, dtype=torch.bool)
+    flags = x.new_zeros(-(-rows_at_once * d_sae // 8) * 8, dtype=torch.bool)
     found = [flags.new_zeros(0, dtype=torch.int64)]
     for start in range(0, batch, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, batch))
-        used = (rows.stop - rows.start) * d_sae
+        tokens = less(x[start : start + rows_at_once], centre)
+        mark = look(tokens)
+        used = len(tokens) * d_sae
         flags[used:] = False
         marked = flags[:used].view(-1, d_sae)
         for first in range(0, d_sae, latents_at_once):
             latents = slice(first, min(first + latents_at_once, d_sae))
-            mark(rows, latents, marked[:, latents])
+            mark(latents, marked[:, latents])
         found.append(_places(flags) + start * d_sae)
     flat = torch.cat(found)
-    pairs = flat.div(d_sae, rounding_mode="floor")
-    return Pattern(pairs, flat - pairs * d_sae, batch, d_sae)
+    pairs = flat.new_empty(2, len(flat))
+    torch.div(flat, d_sae, rounding_mode="floor", out=pairs[0])
+    torch.sub(flat, pairs[0], alpha=d_sae, out=pairs[1])
+    return Pattern(pairs, batch, d_sae)
 
 
 def _places(flags: Bool[Tensor, " flags"]) -> Int[Tensor, " true"]:
@@ -112,72 +135,75 @@ def _places(flags: Bool[Tensor, " flags"]) -> Int[Tensor, " true"]:
     return words[word] * 8 + bit
 
 
-def _mark_directly(
-    centred: Float[Tensor, "batch d_in"],
+def _directly(
     weight: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     edge: Float[Tensor, " d_sae"],
-) -> Mark:
+) -> Look:
     # Twice: this product and the one that decides may err in opposite directions.
-    rounding = 2 * product.rounding(centred)
-    a_norm = torch.linalg.vector_norm(centred, dim=1)
+    rounding = 2 * product.rounding(weight)
     w_doubt = rounding * torch.linalg.vector_norm(weight, dim=1)
     b_edge = edge - rounding * (b_enc.abs() + edge.abs())
-    buffer = centred.new_empty(0)
 
-    def mark(rows: slice, latents: slice, marked: Tensor) -> None:
-        nonlocal buffer
-        if buffer.numel() < marked.numel():
-            buffer = centred.new_empty(marked.numel())
-        out = buffer[: marked.numel()].view(marked.shape)
-        z = product.linear(centred[rows], weight[latents], b_enc[latents], out)
-        norms, doubt, lowest = a_norm[rows], w_doubt[latents], b_edge[latents]
+    def look(tokens: Tensor) -> Mark:
         # One edge for most tokens. The few with the largest norms, such as attention sinks, get
         # their own: their doubt would make candidates of every other token's pairs.
+        norms = torch.linalg.vector_norm(tokens, dim=1)
         loud = norms.topk(1 + len(norms) // 64).indices
         quiet_norm = norms.index_fill(0, loud, 0.0).max()
-        torch.gt(z, lowest - quiet_norm * doubt, out=marked)
-        marked[loud] = z[loud] > lowest - norms[loud, None] * doubt
 
-    return mark
+        def mark(latents: slice, marked: Tensor) -> None:
+            z = product.linear(tokens, weight[latents], b_enc[latents])
+            doubt, lowest = w_doubt[latents], b_edge[latents]
+            torch.gt(z, lowest - quiet_norm * doubt, out=marked)
+            marked[loud] = z[loud] > lowest - norms[loud, None] * doubt
+
+        return mark
+
+    return look
 
 
-def _mark_by_screening(
-    centred: Float[Tensor, "batch d_in"],
+def _by_screening(
     weight: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     edge: Float[Tensor, " d_sae"],
-) -> Mark:
-    upper_a, upper_w = _with_error_columns(centred, weight)
+) -> Look:
+    upper_w = _weights_and_error(weight)
     # z = a·w + b > edge needs a·w > edge - b; rounding both sides to bfloat16 keeps their order.
     slack = 4 * _FLOAT32_ROUNDING * (edge.abs() + b_enc.abs())
     lowest = (edge - b_enc - slack).bfloat16()
-    buffer = upper_a.new_empty(0)
 
-    def mark(rows: slice, latents: slice, marked: Tensor) -> None:
-        nonlocal buffer
-        if buffer.numel() < marked.numel():
-            buffer = upper_a.new_empty(marked.numel())
-        out = buffer[: marked.numel()].view(marked.shape)
-        with _sums_in_float32(out.device):
-            upper = torch.mm(upper_a[rows], upper_w[latents].t(), out=out)
-        torch.ge(upper, lowest[latents], out=marked)
+    def look(tokens: Tensor) -> Mark:
+        upper_a = _tokens_and_error(tokens)
 
-    return mark
+        def mark(latents: slice, marked: Tensor) -> None:
+            with _sums_in_float32(tokens.device):
+                upper = upper_a @ upper_w[latents].t()
+            torch.ge(upper, lowest[latents], out=marked)
+
+        return mark
+
+    return look
 
 
-def _with_error_columns(
-    a: Float[Tensor, "batch d_in"], w: Float[Tensor, "d_sae d_in"]
-) -> tuple[Float[Tensor, "batch k"], Float[Tensor, "d_sae k"]]:
-    """bfloat16 matrices whose product is at least a @ w.T everywhere, rounding included."""
+def _tokens_and_error(a: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows k"]:
+    """a in bfloat16, with two columns more that meet those of `_weights_and_error`.
+
+    The product of the two is at least a @ w.T everywhere, rounding included.
+    """
     d_in = a.shape[1]
-    low_a, a_norm, a_error = _rounded(a)
-    low_w, w_norm, w_error = _rounded(w)
+    low, norm, error = _rounded(a)
+    low[:, d_in], low[:, d_in + 1] = _up(error), _up(norm + error)
+    return low
+
+
+def _weights_and_error(w: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae k"]:
+    d_in = w.shape[1]
+    low, norm, error = _rounded(w)
     # Summation in float32, in whatever order, here and in the product that decides.
-    summation = 2 * (d_in + 8) * _FLOAT32_ROUNDING * (w_norm + w_error)
-    low_a[:, d_in], low_a[:, d_in + 1] = _up(a_error), _up(a_norm + a_error)
-    low_w[:, d_in], low_w[:, d_in + 1] = _up(w_norm + w_error), _up(w_error + summation)
-    return low_a, low_w
+    summation = 2 * (d_in + 8) * _FLOAT32_ROUNDING * (norm + error)
+    low[:, d_in], low[:, d_in + 1] = _up(norm + error), _up(error + summation)
+    return low
 
 
 def _rounded(

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.pattern import Pattern
+from jumprelu_plugin.step.heap import make_room
+from jumprelu_plugin.step.pattern import Pattern, less
 from jumprelu_plugin.step.select import select
 
 
@@ -55,7 +56,9 @@ class _SelectedPreActivations(torch.autograd.Function):
         to_b_enc = grad.new_zeros(pattern.d_sae).index_add_(0, pattern.cols, grad)
         to_W_enc = to_x = to_b_pre = None
         if ctx.needs_input_grad[1]:
-            to_W_enc = pattern.transposed_times(grad, _centred(x, b_pre)).t()
+            if W_enc.device.type == "cpu":
+                make_room(W_enc.nbytes)  # the last gradient: the step's memory is at its peak
+            to_W_enc = pattern.transposed_times(grad, x, b_pre).t()
         if ctx.needs_input_grad[0]:
             to_x = pattern.times(grad, W_enc.t())
         if ctx.needs_input_grad[3]:
@@ -180,7 +183,7 @@ class SparseEntries(Entries):
             values = values[places]
         # Sorted and without duplicates by construction: marking it so spares a sort in every sum.
         return torch.sparse_coo_tensor(
-            torch.stack([pattern.rows, pattern.cols]),
+            pattern.pairs,
             values,
             (self.batch, self.d_sae),
             is_coalesced=True,
@@ -215,7 +218,7 @@ def encode_sparse(
     lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
     with torch.no_grad():
         pattern, values = select(
-            _centred(x, b_pre), W_enc, b_enc, lowest, screen=screen, tile_bytes=tile_bytes
+            x, W_enc, b_enc, lowest, centre=b_pre, screen=screen, tile_bytes=tile_bytes
         )
     z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)
     mean_z = None
@@ -226,12 +229,6 @@ def encode_sparse(
     def encode_columns(latents: Tensor) -> Tensor:
         # Rows of the transpose: the gradient then comes stored by latent, as the parameter is.
         weight = W_enc.t().index_select(0, latents)
-        return _centred(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
+        return less(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
 
     return SparseEntries(z, pattern, mean_z, encode_columns)  # type: ignore[arg-type]
-
-
-def _centred(
-    x: Float[Tensor, "batch d_in"], b_pre: Float[Tensor, " d_in"] | None
-) -> Float[Tensor, "batch d_in"]:
-    return x if b_pre is None else x - b_pre

@@ -1,0 +1,59 @@
+"""Products at a pattern's pairs, over more columns than a slab holds, against dense products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from jumprelu_plugin.step import pattern as module
+from jumprelu_plugin.step.pattern import Pattern
+
+BATCH, D_SAE = 37, 101
+# One column, less than a slab of either kind, more than one of one kind, more than two of both.
+WIDTHS = [1, 61, 127, 293]
+
+
+def case(width: int, dtype: torch.dtype) -> tuple[Pattern, Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    kept = torch.rand(BATCH, D_SAE, generator=g) < 0.13
+    found = Pattern(kept.nonzero().t().contiguous(), BATCH, D_SAE)
+    x, w, centre = normal(BATCH, width), normal(D_SAE, width), 3 * normal(width)
+    return found, normal(found.cols.numel()), x, w, centre
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_products_are_those_of_dense_matrices(width: int) -> None:
+    found, values, x, w, centre = case(width, torch.float64)
+    V = torch.zeros(BATCH, D_SAE, dtype=torch.float64)
+    V[found.rows, found.cols] = values
+    products = (x - centre) @ w.t()
+    torch.testing.assert_close(
+        found.sampled_product(x, w, centre), products[found.rows, found.cols]
+    )
+    torch.testing.assert_close(found.transposed_times(values, x, centre), V.t() @ (x - centre))
+    torch.testing.assert_close(found.times(values, w), V @ w)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_centre_taken_slab_by_slab_changes_no_bit(width: int) -> None:
+    found, values, x, w, centre = case(width, torch.float32)
+    centred = x - centre
+    assert torch.equal(found.sampled_product(x, w, centre), found.sampled_product(centred, w))
+    by_slab = found.transposed_times(values, x, centre)
+    assert torch.equal(by_slab, found.transposed_times(values, centred))
+
+
+def test_a_slab_is_contiguous_and_lies_where_the_last_one_lay() -> None:
+    x = torch.randn(7, 131)
+    centre = torch.randn(131)
+    seen = []
+    for columns, slab in module._slabs(x, 64, centre):
+        assert slab.is_contiguous() and torch.equal(slab, (x - centre)[:, columns])
+        seen.append((columns.start, columns.stop, slab.data_ptr()))
+    assert [s[:2] for s in seen] == [(0, 64), (64, 128), (128, 131)]
+    assert len({pointer for *_, pointer in seen}) == 1
