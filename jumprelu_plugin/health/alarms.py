@@ -24,7 +24,7 @@ EVERY = 100
 
 # The bars. docs/health.md has what healthy runs read.
 STARVED_SHARE = 0.5
-DEAD_SHARE = 0.2
+DEAD_SHARE = 0.25
 ENCODER_GROWTH = 5.0
 FROZEN_SHARE = 0.5
 L0_RATIO = 1.25
@@ -174,8 +174,10 @@ class Watch:
             "latents dying",
             step,
             f"{dead:.0%} of the latents have not fired for {wait:,} steps",
-            "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which also "
-            "restarts dead latents",
+            "lower lr"
+            if getattr(self._sae, "controller", None) is not None
+            else "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which "
+            "also restarts dead latents",
         )
 
     def _gain(self) -> float:
@@ -212,13 +214,14 @@ class Watch:
         frozen = self.gauges["health/frozen_share"] = same.float().mean().item()
         if frozen <= FROZEN_SHARE:
             return None
+        exact = self._sae.dtype in (torch.float32, torch.float64)
+        name = str(self._sae.dtype).removeprefix("torch.")
         return Alarm(
             "weights frozen",
             step,
             f"{frozen:.0%} of the encoder's numbers, of latents that fire, did not change in "
-            f"{self._seen} steps: in {str(self._sae.dtype).removeprefix('torch.')} a step of lr "
-            "is lost in rounding",
-            "train in float32 (--dtype concerns the activations; the SAE has its own), or raise lr",
+            f"{self._seen} steps: a step of lr is lost in rounding to {name}",
+            "raise lr" if exact else "train the SAE in float32 (--sae.dtype), or raise lr",
         )
 
     def _l0(self, l0: float, step: int) -> Alarm | None:

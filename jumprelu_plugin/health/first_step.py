@@ -20,8 +20,9 @@ from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.estimators import in_window
 from jumprelu_plugin.training.units import LogParameter, parametrized, stored
 
-# Pre-activations that are looked at together: 64 MB in float32.
-_PAIRS = 2**24
+# Pre-activations that are looked at together: 16 MB in float32, so that the look never takes more
+# than the run will.
+_PAIRS = 2**22
 # Above this density the dense step is the smaller one.
 _DENSE_ABOVE = 0.1
 
@@ -109,7 +110,7 @@ def first_step(
 
     Args:
         rows: what a batch of the training holds: its calibration sees all of them, the rest of this
-            as many as 64 MB of pre-activations allow.
+            as many as 16 MB of pre-activations allow.
         lr_sum, steps: see `travel`.
 
     Raises:

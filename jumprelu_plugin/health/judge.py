@@ -205,8 +205,7 @@ def precision_findings(sae: Any, lr: float, found: FirstStep | None) -> list[Fin
                 "precision",
                 f"the SAE's weights are {name}, and a step of lr {lr:g} is lost in rounding for "
                 f"{lost:.0%} of its encoder",
-                "train the SAE in float32 (dtype in its config); the model may stay in half "
-                "precision",
+                "train the SAE in float32 (dtype in its config, --sae.dtype)",
             )
         )
     if found is not None and found.rounding > 0.5 * found.bandwidth:
