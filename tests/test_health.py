@@ -165,25 +165,51 @@ def runner_config(**fields: Any) -> LanguageModelSAERunnerConfig[Any]:
     return LanguageModelSAERunnerConfig(**given)
 
 
-@pytest.mark.parametrize("parameter", ["raw", "log"])
-def test_thresholds_travel_as_far_as_predicted_in_a_run_of_stock_settings(parameter: str) -> None:
-    """At a coefficient that outweighs everything, every threshold rises as fast as Adam lets it."""
-    steps, lr, stock = 90, 1e-3, sae_lens.JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH)
-    fields = {name: getattr(stock, name) for name in
-              ("jumprelu_init_threshold", "jumprelu_bandwidth", "decoder_init_norm",
-               "jumprelu_ste_to_input", "normalize_activations", "l0_coefficient")}  # fmt: skip
-    sae = JumpReLUTrainingSAE(
+STEPS, LR = 90, 1e-3
+
+
+def stock_settings(parameter: str = "raw", **changes: Any) -> JumpReLUTrainingSAE:
+    """SAELens' own numbers; its coefficient is 1."""
+    stock = sae_lens.JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH)
+    names = ("jumprelu_init_threshold", "jumprelu_bandwidth", "decoder_init_norm",
+             "jumprelu_ste_to_input", "normalize_activations", "l0_coefficient")  # fmt: skip
+    fields = {name: getattr(stock, name) for name in names} | changes
+    return JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(D_IN, WIDTH, threshold_parameter=parameter, **fields)  # type: ignore[arg-type]
     )
+
+
+def rise(sae: JumpReLUTrainingSAE) -> float:
+    """How far the median threshold moves in a run by SAELens' own trainer."""
     start = sae.threshold.detach().clone()
-    reach = travel(sae, start.median().item(), stock.jumprelu_bandwidth, steps * lr, steps)
-    cfg = SAETrainerConfig(total_training_samples=steps * TOKENS, train_batch_size_samples=TOKENS,
-                           lr=lr, lr_end=lr)  # fmt: skip
+    cfg = SAETrainerConfig(total_training_samples=STEPS * TOKENS, train_batch_size_samples=TOKENS,
+                           lr=LR, lr_end=LR)  # fmt: skip
     SAETrainer(cfg, sae, data_provider=tokens(3)).fit()
-    moved = (sae.threshold.detach() - start).median().item()
+    return (sae.threshold.detach() - start).median().item()
+
+
+@pytest.mark.parametrize("parameter", ["raw", "log"])
+def test_thresholds_travel_as_far_as_predicted_in_a_run_of_stock_settings(parameter: str) -> None:
+    sae = stock_settings(parameter)
+    assert sae.bandwidth is not None
+    reach = travel(sae, sae.threshold.median().item(), sae.bandwidth, STEPS * LR, STEPS)
     # Adam takes steps below lr while gradients shrink, as they do where the encoder grows.
-    assert 0.6 * reach.up < moved < 1.02 * reach.up
+    assert 0.6 * reach.up < rise(sae) < 1.02 * reach.up
     assert reach.shift == 0.0
+
+
+def test_a_coefficient_that_outweighs_the_error_is_saturated() -> None:
+    """Tenfold changes the thresholds' way where it does not outweigh, and not where it does."""
+    rows = next(tokens(3))
+    ways = {}
+    for coefficient in (0.001, 0.01, 1.0, 10.0):
+        torch.manual_seed(0)
+        sae = stock_settings(l0_coefficient=coefficient)
+        found = first_step(sae, rows, STEPS * LR, STEPS)
+        ways[coefficient] = rise(sae), found.outweighed or 0.0
+    assert ways[1.0][1] > 0.95 and ways[0.001][1] < 0.5
+    assert ways[10.0][0] == pytest.approx(ways[1.0][0], rel=0.1)
+    assert ways[0.01][0] > 1.3 * ways[0.001][0]
 
 
 def test_bfloat16_loses_the_steps_that_are_below_half_its_spacing() -> None:

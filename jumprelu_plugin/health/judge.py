@@ -149,11 +149,6 @@ def _coefficient_findings(sae: Any, found: FirstStep) -> list[Finding]:
     coefficient, mode = sae.cfg.l0_coefficient, sae.cfg.jumprelu_sparsity_loss_mode
     if coefficient is None or mode == "quadratic":
         return []
-    # Switching every latent off costs the variance, so no L0 above variance / λ can pay.
-    advice = (
-        f"an L0 of 50 needs l0_coefficient below {found.variance / 50:.2g}, by what activations "
-        "vary; or give target_l0 in its place"
-    )
     if mode == "step" and coefficient >= found.variance:
         return [
             Finding(
@@ -161,7 +156,9 @@ def _coefficient_findings(sae: Any, found: FirstStep) -> list[Finding]:
                 "l0_coefficient",
                 f"l0_coefficient is {coefficient:g}, and a latent that explained all of an "
                 f"activation would be worth {found.variance:.3g}: the least loss is at L0 0",
-                advice,
+                # Switching every latent off costs the variance, so no L0 above variance / λ pays.
+                f"set it well below {found.variance / 50:.2g}, above which no L0 of 50 can pay, or "
+                "give target_l0 in its place",
             )
         ]
     low, high = found.l0_in_reach
@@ -174,7 +171,7 @@ def _coefficient_findings(sae: Any, found: FirstStep) -> list[Finding]:
                 f"over {OUTWEIGHS:.0f} times as hard as the error does, and Adam's steps are no "
                 "longer for that: a larger one changes nothing. Thresholds rise as far as the "
                 f"learning rate takes them, to an L0 of {low:.1f} if the encoder stayed",
-                advice,
+                "lower it tenfold until this is not said, or give target_l0 in its place",
             )
         ]
     if (found.outweighing or 0.0) > ONE_SIDED:
