@@ -175,14 +175,21 @@ def preflight(
         cfg,
         sae,
         None if store is None else store.model,
-        entries=sae.cfg.d_sae if found is None else found.entries,
-        calibrates=not getattr(sae, "_calibrated", True),
+        entries=_usual_entries(sae.cfg) if found is None else found.entries,
+        calibrates=not resumed and not getattr(sae, "_calibrated", True),
         width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
     )
     findings += memory_findings(memory)
     order = list(_STYLES)
     ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
     return Preflight(steps, memory, found, reach, tuple(ranked))
+
+
+def _usual_entries(cfg: Any) -> float:
+    """Pairs a token that a step keeps where none was looked at: the default window's at a target,
+    which holds about twice the active ones beside them; a tenth of the dictionary without one."""
+    target = getattr(cfg, "target_l0", None)
+    return 0.1 * cfg.d_sae if target is None else min(3.0 * target, cfg.d_sae)
 
 
 def _is_pair(sae: Any) -> bool:
