@@ -78,18 +78,23 @@ def demo(
     run_demo(output, settings, console)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)
+# What SAELens' own parser is to read, --help among it.
+SAELENS_FLAGS = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+
+@app.command(context_settings=SAELENS_FLAGS)
 def train(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
     save_buffer: Annotated[
         bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
+    ] = True,
+    check_first: Annotated[
+        bool, typer.Option(help="Look at the run first; see `jumprelu check`.")
     ] = True,
 ) -> None:
     """Train with SAELens' own runner flags (--help lists them), plus our fields.
@@ -97,18 +102,41 @@ def train(
     --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
     it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
-    from jumprelu_plugin.flags import parse_flags
-    from jumprelu_plugin.recipes import recipe as find_recipe
     from jumprelu_plugin.runner import JumpReLUTrainingRunner
 
-    given = context.args
+    cfg = _run_config(context.args, recipe)
+    JumpReLUTrainingRunner(cfg, save_buffer=save_buffer, check_first=check_first).run()
+
+
+def _run_config(given: list[str], recipe: str | None) -> Any:
+    """SAELens' config from its own flags, and from a recipe's where they leave something out."""
+    from jumprelu_plugin.flags import parse_flags
+    from jumprelu_plugin.recipes import recipe as find_recipe
+
     defaults = [] if "--architecture" in given else ["--architecture", "jumprelu"]
     chosen = None if recipe is None else find_recipe(recipe)
     # The user's own flags come last, and the last one counts.
     cfg = parse_flags([*defaults, *([] if chosen is None else chosen.flags()), *given])
     if chosen is not None:
         chosen.fit(cfg, given)
-    JumpReLUTrainingRunner(cfg, save_buffer=save_buffer).run()
+    return cfg
+
+
+@app.command(context_settings=SAELENS_FLAGS)
+def check(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
+) -> None:
+    """Look at a run before it starts: memory, windows, what it can reach. Flags as for train.
+
+    Exits with 2 if the run would be refused. Writes nothing.
+    """
+    from jumprelu_plugin.runner import JumpReLUTrainingRunner
+
+    report = JumpReLUTrainingRunner(_run_config(context.args, recipe)).preflight()
+    console.print(report.table())
+    if report.of("refused"):
+        raise typer.Exit(2)
 
 
 @app.command()

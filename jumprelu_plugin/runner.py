@@ -2,7 +2,8 @@
 
 `JumpReLUTrainingRunner` takes SAELens' own config and trains whatever architecture it names. On top
 of `LanguageModelSAETrainingRunner` it
-  - refuses a run that cannot work before anything is computed or written;
+  - refuses a run that cannot work before anything is computed or written, and looks at the first
+    step before it starts (`health.preflight`);
   - knows the embedded model and local model folders by `model_name`;
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
   - shows and records metrics, and saves everything when it is interrupted (`trainer.py`);
@@ -32,6 +33,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from jumprelu_plugin.activations import resumable
+from jumprelu_plugin.health.preflight import Preflight, preflight
+from jumprelu_plugin.health.schedule import repaired
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
 from jumprelu_plugin.pair_scaler import PairScaler
@@ -59,11 +62,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         save_buffer: whether checkpoints hold the rows that wait in the mixing buffer. Without them
             they are smaller, and a resumed run sees its data in another order
             (`activations.py` gives the size).
+        check_first: whether `run` looks at the run before it starts (`health.preflight`), warns,
+            and refuses what cannot work.
 
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
-            checkpoint to resume is of another SAE.
+            checkpoint to resume is of another SAE; on `run`, if the first look finds that it
+            cannot work.
         OSError: the model cannot be had, or there is no such checkpoint.
     """
 
@@ -75,7 +81,10 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         metrics_path: str | Path | None = None,
         save_buffer: bool = True,
+        check_first: bool = True,
     ):
+        cfg, self._repairs = repaired(cfg) if check_first else (cfg, [])
+        self._check_first = check_first
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         refuse_empty_text(override_dataset)
@@ -111,6 +120,24 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         self.evaluator = TranscoderEvaluator(  # type: ignore[assignment]
             self.model, self.activations_store, self.cfg.n_eval_batches
         )
+
+    def preflight(self) -> Preflight:
+        """What this run will take and can reach; it computes little, and changes nothing."""
+        scaler = None
+        if isinstance(self.sae, JumpReLUTrainingTranscoder):
+            scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+        return preflight(
+            self.cfg, self.sae, self.activations_store, scaler=scaler, repairs=self._repairs
+        )
+
+    @override
+    def run(self) -> Any:
+        if self._check_first:
+            report = self.preflight()
+            report.refuse()
+            for finding in [*report.of("repaired"), *report.of("warning")]:
+                logger.warning(f"{finding.name} ({finding.severity}): {finding}")
+        return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:

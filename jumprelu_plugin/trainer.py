@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import wandb
 from sae_lens import logger
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
@@ -26,6 +27,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
 
+from jumprelu_plugin.health.alarms import Alarm, Watch
 from jumprelu_plugin.records import append_jsonl
 
 PROGRESS_EVERY = 10
@@ -36,7 +38,8 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     A line is written every `cfg.logger.wandb_log_frequency` steps, and one at the end of every
     `cfg.feature_sampling_window`. It holds the numbers SAELens gives wandb at that step, and the
-    step; a number that is not finite is null.
+    step; a number that is not finite is null. What goes wrong is raised as an alarm
+    (`health.alarms`): a warning, and a line of its own.
 
     SIGINT (Ctrl-C) and SIGTERM end a run after the step it is in, with a checkpoint if
     `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. Before the end of the
@@ -44,23 +47,48 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     """
 
     metrics_path: Path | None = None
+    watch: Watch | None = None
     _steps_made: int = 0
     _asked_to_stop: bool = False
 
     @override
     def fit(self) -> Any:
-        with self._signals_ask_to_stop():
-            return super().fit()
+        self.watch = Watch(self.sae, self.cfg.total_training_steps)
+        try:
+            with self._signals_ask_to_stop():
+                return super().fit()
+        finally:
+            self.watch.close()
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         output = super().step(batch)
+        if self.watch is not None:
+            silent = self.n_forward_passes_since_fired
+            for alarm in self.watch.step(output, silent, self.n_training_steps):
+                self._raise(alarm)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
             self._record(self.build_train_step_log_dict(output, self.n_training_samples))
         return output
 
     # ---------------------------------------------------------------- metrics
+
+    def _raise(self, alarm: Alarm) -> None:
+        """Say it on the console, in the JSON lines and to wandb, whose reader may be elsewhere."""
+        logger.warning(str(alarm))
+        if self.metrics_path is not None:
+            words = {"alarm": alarm.name, "says": alarm.says, "change": alarm.change}
+            append_jsonl(self.metrics_path, {"step": alarm.step, **words})
+        if self.cfg.logger.log_to_wandb and wandb.run is not None:
+            wandb.run.alert(title=alarm.name, text=str(alarm))
+
+    @override
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        log = super().build_train_step_log_dict(output, n_training_samples)
+        return log if self.watch is None else {**log, **self.watch.gauges}
 
     @override
     def full_sparsity_window_log(self) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Look at a run before it starts, and be told when one goes wrong.
+
+The look takes a forward pass and one step of a copy of the SAE; `jumprelu check` prints the same
+table. Then a run is made that is looked at, refused, and started all the same: its alarm says what
+to change. Writes ./output/15_health.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+
+from jumprelu_plugin import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.models import load_model
+from jumprelu_plugin.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.text import corpus, tokenized_dataset
+
+# Alarms are looked for every 100 steps.
+STEPS = max(200, int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "200")))
+FOLDER = Path("output/15_health")
+shutil.rmtree(FOLDER, ignore_errors=True)  # a used output folder is refused
+
+model = load_model("tiny-gemma-2")
+text = tokenized_dataset(model.tokenizer, 128, "train", corpus()[:100])
+
+
+def runner(name: str, check_first: bool = True, **sae) -> JumpReLUTrainingRunner:
+    cfg = LanguageModelSAERunnerConfig(
+        sae=JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, step_path="sparse", **sae),
+        model_name="tiny-gemma-2",
+        hook_name="blocks.3.hook_resid_post",
+        training_tokens=STEPS * 256,
+        train_batch_size_tokens=256,
+        context_size=128,
+        n_batches_in_buffer=64,
+        n_batches_for_norm_estimate=5,
+        exclude_special_tokens=True,
+        lr=3e-3,
+        dead_feature_window=STEPS // 5,
+        checkpoint_path=None,
+        output_path=str(FOLDER / name),
+        verbose=False,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    return JumpReLUTrainingRunner(
+        cfg, override_dataset=text, override_model=model, check_first=check_first
+    )
+
+
+# A target alone: windows, thresholds and coefficient come from the data.
+report = runner("healthy", target_l0=32).preflight()
+print(f"{report.steps} steps, {report.memory.peak / 1e9:.2f} GB at the peak")
+print(f"{report.first.occupancy:.1%} of the tokens train a threshold; findings: {report.findings}")
+
+# Numbers of SAELens' own JumpReLU: the penalty decides alone.
+stock = {"jumprelu_init_threshold": 0.01, "jumprelu_bandwidth": 0.05, "l0_coefficient": 1.0}
+for finding in runner("stock", **stock).preflight().findings:
+    print(f"{finding.severity}: {finding}")
+
+# A window that holds no token.
+narrow = {"target_l0": 32, "jumprelu_bandwidth": 1e-9}
+try:
+    runner("narrow", **narrow).run()
+except ValueError as refusal:
+    print(f"refused: {refusal}")
+
+# Started all the same, it raises an alarm: on the console, in metrics.jsonl, and to wandb.
+runner("narrow", check_first=False, **narrow).run()
+for line in (FOLDER / "narrow" / "metrics.jsonl").read_text().splitlines():
+    record = json.loads(line)
+    if "alarm" in record:
+        print(f"step {record['step']}, {record['alarm']}: {record['says']}; {record['change']}")

@@ -1,0 +1,287 @@
+"""Alarms of a running training: what goes wrong, said once, with what to change.
+
+Every step leaves a few numbers on its device: the error, which thresholds had a gradient, how many
+latents were active. Every `every` steps they are read back and judged, so nothing waits for the
+device in between, and nothing of [batch, d_sae] is computed at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor
+
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.restart import patience
+from jumprelu_plugin.training.units import stored
+
+EVERY = 100
+
+# The bars. docs/health.md has what healthy runs read.
+STARVED_SHARE = 0.5
+DEAD_SHARE = 0.25
+ENCODER_GROWTH = 5.0
+FROZEN_SHARE = 0.5
+L0_RATIO = 1.25
+LOSS_RATIO = 3.0
+
+# Latents whose encoders are compared with what they were.
+PROBED = 64
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong.
+
+    Attributes:
+        name: a fixed word for it.
+        step: when it was noticed.
+        says, change: what was measured, and what to do about it.
+    """
+
+    name: str
+    step: int
+    says: str
+    change: str
+
+    def __str__(self) -> str:
+        return f"step {self.step:,}: {self.says}; {self.change}"
+
+
+class Watch:
+    """Watches one SAE in training.
+
+    Args:
+        sae: any SAELens training SAE; thresholds and L0 targets are watched on ours alone.
+        steps: of the whole run.
+        every: steps between two looks.
+
+    Attributes:
+        gauges: what the last look read, by metric name; empty before the first.
+        raised: the alarms so far, by name; each is raised once.
+    """
+
+    def __init__(self, sae: Any, steps: int, every: int = EVERY):
+        self.gauges: dict[str, float] = {}
+        self.raised: dict[str, Alarm] = {}
+        self._sae, self._steps, self._every = sae, steps, every
+        self._seen = 0  # steps since the last look
+        self._active: float | Tensor = 0.0
+        self._tokens = 0
+        self._error: Float[Tensor, ""] | None = None
+        self._worst: Float[Tensor, ""] | None = None
+        self._usual_error: float | None = None
+        self._gap: float | None = None
+        self._strikes = 0  # looks in a row at an L0 that will not get there
+        self._first_gain: float | None = None
+        self._probe: Float[Tensor, "probed d_in"] | None = None
+        self._moved: Bool[Tensor, " d_sae"] | None = None
+        self._hook = None
+        if isinstance(sae, JumpReLUTrainingSAE):
+            theta = stored(sae, "threshold")
+            self._hook = theta.register_post_accumulate_grad_hook(self._gradient_of_threshold)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Stop listening to the thresholds' gradient."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    # ---------------------------------------------------------------- every step
+
+    def _gradient_of_threshold(self, theta: Tensor) -> None:
+        if theta.grad is None:
+            return
+        moved = theta.grad != 0
+        self._moved = moved if self._moved is None else self._moved.logical_or_(moved)
+
+    @torch.no_grad()
+    def step(
+        self, output: TrainStepOutput, silent: Float[Tensor, " d_sae"], step: int
+    ) -> list[Alarm]:
+        """Take in a step that was made; return the alarms it raised.
+
+        Args:
+            output: what the step gave.
+            silent: steps since each latent fired.
+            step: its number, from 0.
+        """
+        acts = output.feature_acts
+        self._active += acts._nnz() if acts.is_sparse else acts.count_nonzero()
+        self._tokens += len(output.sae_in)
+        error = output.losses.get("mse_loss", output.loss)
+        assert isinstance(error, Tensor)
+        error = error.detach()
+        if self._first_gain is None:
+            self._first_gain, self._probe = self._gain(), self._probed()
+            self._usual_error = float(error)
+        self._error = error.clone() if self._error is None else self._error + error
+        self._worst = error if self._worst is None else torch.maximum(self._worst, error)
+        self._seen += 1
+        if self._seen < self._every:
+            return []
+        found = self._look(silent, step, len(output.sae_in))
+        fresh = [alarm for alarm in found if alarm.name not in self.raised]
+        self.raised.update({alarm.name: alarm for alarm in fresh})
+        return fresh
+
+    # ---------------------------------------------------------------- every now and then
+
+    def _look(self, silent: Tensor, step: int, batch: int) -> list[Alarm]:
+        l0 = float(self._active) / self._tokens
+        found = [
+            self._thresholds(step),
+            self._dead(silent, l0, step, batch),
+            self._encoder(step),
+            self._frozen(silent, step),
+            self._l0(l0, step),
+            self._loss(step),
+        ]
+        self._seen = self._tokens = 0
+        self._active, self._error, self._worst = 0.0, None, None
+        return [alarm for alarm in found if alarm is not None]
+
+    def _thresholds(self, step: int) -> Alarm | None:
+        if self._hook is None:
+            return None
+        starved = 1.0 if self._moved is None else 1.0 - self._moved.float().mean().item()
+        self._moved = None
+        self.gauges["health/thresholds_without_gradient"] = starved
+        if starved <= STARVED_SHARE:
+            return None
+        return Alarm(
+            "thresholds starved",
+            step,
+            f"{starved:.0%} of the thresholds had no gradient in {self._seen} steps: their windows "
+            f"(jumprelu_bandwidth, {self._sae.bandwidth:.3g} in the input's units) hold no token",
+            "raise jumprelu_bandwidth, or leave it out to take it from the data",
+        )
+
+    def _dead(self, silent: Tensor, l0: float, step: int, batch: int) -> Alarm | None:
+        cfg = self._sae.cfg
+        wait = patience(cfg.d_sae, getattr(cfg, "target_l0", None) or max(1.0, l0), batch)
+        if step < wait:
+            return None
+        before = self.gauges.get("health/dead_share", 0.0)
+        dead = self.gauges["health/dead_share"] = (silent >= wait).float().mean().item()
+        if dead <= DEAD_SHARE or dead < before:
+            return None
+        return Alarm(
+            "latents dying",
+            step,
+            f"{dead:.0%} of the latents have not fired for {wait:,} steps",
+            "lower lr"
+            if getattr(self._sae, "controller", None) is not None
+            else "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which "
+            "also restarts dead latents",
+        )
+
+    def _gain(self) -> float:
+        """Mean over the probed latents of ‖encoder‖ · ‖decoder‖: 1 where z is a fair guess."""
+        every = max(1, self._sae.W_enc.shape[1] // PROBED)
+        encoders, decoders = self._sae.W_enc[:, ::every], self._sae.W_dec[::every]
+        return (encoders.float().norm(dim=0) * decoders.float().norm(dim=1)).mean().item()
+
+    def _encoder(self, step: int) -> Alarm | None:
+        assert self._first_gain is not None
+        # SAELens' own start is short, at a gain of 0.01, and grows to 1 in good health.
+        growth = self.gauges["health/encoder_growth"] = self._gain() / max(self._first_gain, 1.0)
+        if growth <= ENCODER_GROWTH:
+            return None
+        return Alarm(
+            "encoder runaway",
+            step,
+            f"the encoder is {growth:.0f} times as long as it should be, and the thresholds' "
+            "windows are as much narrower beside the pre-activations",
+            "lower lr",
+        )
+
+    def _probed(self) -> Float[Tensor, "probed d_in"]:
+        W_enc = self._sae.W_enc
+        return W_enc[:, :: max(1, W_enc.shape[1] // PROBED)].t().clone()
+
+    def _frozen(self, silent: Tensor, step: int) -> Alarm | None:
+        now = self._probed()
+        fired = silent[:: max(1, len(silent) // PROBED)] < self._seen
+        same = (now == self._probe)[fired]
+        self._probe = now
+        if not len(same):
+            return None
+        frozen = self.gauges["health/frozen_share"] = same.float().mean().item()
+        if frozen <= FROZEN_SHARE:
+            return None
+        exact = self._sae.dtype in (torch.float32, torch.float64)
+        name = str(self._sae.dtype).removeprefix("torch.")
+        return Alarm(
+            "weights frozen",
+            step,
+            f"{frozen:.0%} of the encoder's numbers, of latents that fire, did not change in "
+            f"{self._seen} steps: a step of lr is lost in rounding to {name}",
+            "raise lr" if exact else "train the SAE in float32 (--sae.dtype), or raise lr",
+        )
+
+    def _l0(self, l0: float, step: int) -> Alarm | None:
+        cfg = self._sae.cfg
+        controller = getattr(self._sae, "controller", None)
+        target = getattr(cfg, "target_l0", None)
+        settled = getattr(cfg, "l0_settle_steps", 0)
+        if controller is None:
+            settled = getattr(cfg, "l0_warm_up_steps", 0)
+        if step < settled:
+            return None
+        if target is None:
+            gap = max(1.0 / max(l0, 1e-6), 4.0 * l0 / cfg.d_sae)
+        else:
+            gap = max(l0, 1e-6) / target
+        gap, before = abs(math.log(gap)), self._gap
+        if target is None and 1.0 <= l0 <= cfg.d_sae / 4:
+            gap = 0.0
+        self._gap = gap
+        if before is None:
+            return None
+        # Where it ends if it goes on coming nearer as it did since the last look.
+        pace = max(0.0, before - gap) / self._seen
+        left = gap - pace * max(0, self._steps - step)
+        self._strikes = self._strikes + 1 if left > math.log(L0_RATIO) else 0
+        if self._strikes < 2:
+            return None
+        return self._l0_alarm(l0, target, step)
+
+    def _l0_alarm(self, l0: float, target: float | None, step: int) -> Alarm:
+        cfg = self._sae.cfg
+        if target is not None:
+            steered = getattr(self._sae, "controller", None) is not None
+            return Alarm(
+                "L0 off target",
+                step,
+                f"L0 is {l0:.3g}, asked for {target:g}, and does not get there at this pace",
+                "leave out jumprelu_bandwidth and jumprelu_init_threshold, which are then taken "
+                "from the data, and lower lr"
+                if steered
+                else "leave out l0_coefficient: thresholds then hold the target",
+            )
+        few = l0 < 1.0
+        return Alarm(
+            "L0 off target",
+            step,
+            f"L0 is {l0:.3g} of {cfg.d_sae:,} latents, and stays there at this pace",
+            f"{'lower' if few else 'raise'} l0_coefficient, or give target_l0 in its place",
+        )
+
+    def _loss(self, step: int) -> Alarm | None:
+        assert self._error is not None and self._worst is not None
+        mean, worst, usual = self._error.item() / self._seen, self._worst.item(), self._usual_error
+        self._usual_error = mean
+        assert usual is not None
+        if worst <= LOSS_RATIO * usual:
+            return None
+        return Alarm(
+            "loss spike",
+            step,
+            f"the reconstruction error rose to {worst:.3g}; it was {usual:.3g} before",
+            "lower lr, or warm it up (lr_warm_up_steps); if it is over soon, look for unusual text",
+        )

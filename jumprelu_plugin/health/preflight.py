@@ -1,0 +1,196 @@
+"""A look at a run before its first hour is spent: what it will take, and what it can reach.
+
+Takes a forward pass of the model and one step of a copy of the SAE. The run that follows is the one
+it would have been: the activations are read apart from its stream, and the random state is left as
+it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+
+from jumprelu_plugin.health.finding import Finding
+from jumprelu_plugin.health.first_step import FirstStep, Travel, first_step, travel
+from jumprelu_plugin.health.judge import (
+    first_step_findings,
+    memory_findings,
+    precision_findings,
+)
+from jumprelu_plugin.health.memory import MemoryForecast, forecast, size
+from jumprelu_plugin.health.sample import first_rows, scaled
+from jumprelu_plugin.health.schedule import lr_sum, schedule_findings, total_steps
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+
+# Tokens that are looked at: a batch of the run, within these.
+FEWEST_TOKENS, MOST_TOKENS = 512, 4096
+
+_STYLES = {"refused": "bold red", "repaired": "cyan", "warning": "yellow", "note": "dim"}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found out about a run before it starts.
+
+    Attributes:
+        steps: how many it has.
+        memory: what it takes at its peak.
+        first: its first step; None for another architecture than JumpReLU, and where a run is
+            resumed.
+        travel: how far a threshold can get.
+        findings: what follows, the worst first.
+    """
+
+    steps: int
+    memory: MemoryForecast | None
+    first: FirstStep | None
+    travel: Travel | None
+    findings: tuple[Finding, ...]
+
+    def of(self, severity: str) -> list[Finding]:
+        """The findings of one severity."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    def refuse(self) -> None:
+        """Raise ValueError if the run should not start, with what to change."""
+        refused = self.of("refused")
+        if refused:
+            raise ValueError("\n".join(map(str, refused)))
+
+    def table(self) -> Table:
+        """For the console."""
+        table = Table(title=f"Before {self.steps:,} steps", show_header=False, expand=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._numbers():
+            table.add_row(name, value)
+        table.add_section()
+        for finding in self.findings:
+            table.add_row(f"[{_STYLES[finding.severity]}]{finding.severity}[/]", str(finding))
+        if not self.findings:
+            table.add_row("[green]ready[/]", "nothing to change")
+        return table
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        rows = []
+        if self.memory is not None:
+            memory, room = self.memory, self.memory.available
+            parts = (
+                ("there now", memory.there),
+                ("gradients and Adam", memory.optimizer),
+                ("mixing buffer", memory.buffer),
+                (memory.moment, memory.working),
+            )
+            rows.append(
+                (
+                    "peak memory",
+                    f"{size(memory.peak)} on {memory.device}"
+                    + ("" if room is None else f" of {size(room)}")
+                    + f" ({', '.join(f'{name} {size(part)}' for name, part in parts)})",
+                )
+            )
+        found, reach = self.first, self.travel
+        if found is None or reach is None:
+            return rows
+        low, high = found.l0_in_reach
+        return [
+            *rows,
+            ("pre-activations", f"spread {found.spread:.3g}, over {found.tokens:,} tokens"),
+            ("L0 at the start", f"{found.l0:.1f} (at θ = 0: {found.most_l0:.1f})"),
+            (
+                "window",
+                f"ε {found.bandwidth:.3g}, {found.bandwidth / found.spread:.2g} spreads; "
+                f"{found.occupancy:.2%} of the tokens train a threshold "
+                f"(median latent {found.median_occupancy:.2%})",
+            ),
+            (
+                "θ can travel",
+                f"{reach.up / found.spread:+.2g} and -{reach.down / found.spread:.2g} spreads from "
+                f"{found.threshold:.3g} by learning rate, L0 {low:.1f} to {high:.1f}"
+                + (
+                    f"; the controller shifts it by up to {reach.shift / found.spread:.2g} more"
+                    if reach.shift
+                    else ""
+                ),
+            ),
+            *self._penalty(found),
+        ]
+
+    def _penalty(self, found: FirstStep) -> list[tuple[str, str]]:
+        if found.outweighed is None or found.outweighing is None:
+            return []
+        return [
+            (
+                "penalty",
+                f"pulls ten times as hard as the error at {found.outweighed:.0%} of the "
+                f"thresholds, a tenth as hard at {found.outweighing:.0%}",
+            )
+        ]
+
+
+def preflight(
+    cfg: Any,
+    sae: Any,
+    store: ActivationsStore | None,
+    *,
+    scaler: ActivationScaler | None = None,
+    repairs: Sequence[Finding] = (),
+) -> Preflight:
+    """Look at a run that is about to start; none of what is handed in is changed.
+
+    Args:
+        cfg: SAELens' runner config.
+        sae: what will be trained.
+        store: where its activations come from; it stays where it is. None: they are not looked at.
+        scaler: how they will be scaled; SAELens' by default.
+        repairs: what was already changed to make the run possible.
+
+    Raises:
+        ValueError: there is no text, or its activations are NaN, infinite or all the same.
+    """
+    findings = [*repairs, *schedule_findings(cfg)]
+    steps = total_steps(cfg)
+    found, reach = None, None
+    resumed = cfg.resume_from_checkpoint is not None
+    if steps and store is not None and isinstance(sae, JumpReLUTrainingSAE) and not resumed:
+        tokens = min(max(cfg.train_batch_size_tokens, FEWEST_TOKENS), MOST_TOKENS)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            rows = first_rows(store, cfg, tokens).to(sae.device)
+            fresh = copy.deepcopy(scaler) if scaler is not None else ActivationScaler()
+            far = lr_sum(cfg)
+            found = first_step(sae, scaled(rows, sae.cfg, fresh), far, steps)
+        reach = travel(sae, found.threshold, found.bandwidth, far, steps)
+        findings += first_step_findings(sae, found, cfg, reach)
+    if isinstance(sae, JumpReLUTrainingSAE):
+        findings += precision_findings(sae, cfg.lr, found)
+    memory = forecast(
+        cfg,
+        sae,
+        None if store is None else store.model,
+        entries=_usual_entries(sae.cfg) if found is None else found.entries,
+        calibrates=not resumed and not getattr(sae, "_calibrated", True),
+        width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
+    )
+    findings += memory_findings(memory)
+    order = list(_STYLES)
+    ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
+    return Preflight(steps, memory, found, reach, tuple(ranked))
+
+
+def _usual_entries(cfg: Any) -> float:
+    """Pairs a token that a step keeps where none was looked at: the default window's at a target,
+    which holds about twice the active ones beside them; a tenth of the dictionary without one."""
+    target = getattr(cfg, "target_l0", None)
+    return 0.1 * cfg.d_sae if target is None else min(3.0 * target, cfg.d_sae)
+
+
+def _is_pair(sae: Any) -> bool:
+    return "transcoder" in sae.cfg.architecture()

@@ -1,0 +1,147 @@
+"""Schedules and windows that do not fit into the run: repaired where the intent is clear.
+
+Looks at SAELens' runner config alone. What `saes.config.check` and SAELens refuse themselves is not
+looked at again.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from jumprelu_plugin.health.finding import Finding
+from jumprelu_plugin.training.restart import PATIENCE_IN_FIRINGS, patience
+
+# Share of a run that warm-up and decay are shortened to where they do not fit into it.
+REPAIRED_SHARE = 0.5
+
+
+def total_steps(cfg: Any) -> int:
+    """Steps as SAELens' schedulers count them."""
+    return cfg.training_tokens // cfg.train_batch_size_tokens
+
+
+def repaired(cfg: Any) -> tuple[Any, list[Finding]]:
+    """A config whose schedules fit into its run, and what was changed.
+
+    The config that is handed in stays as it is; it is returned if there is nothing to repair.
+    """
+    steps, findings = total_steps(cfg), []
+    changes: dict[str, int] = {}
+    warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
+    if 0 < steps < warm_up + decay:
+        share = REPAIRED_SHARE * steps / (warm_up + decay)
+        changes = {"lr_warm_up_steps": int(share * warm_up), "lr_decay_steps": int(share * decay)}
+        findings.append(
+            Finding(
+                "repaired",
+                "lr schedule",
+                f"lr_warm_up_steps {warm_up:,} and lr_decay_steps {decay:,} do not fit into "
+                f"{steps:,} steps",
+                f"shortened to {changes['lr_warm_up_steps']:,} and {changes['lr_decay_steps']:,}",
+            )
+        )
+    l0_warm_up = getattr(cfg.sae, "l0_warm_up_steps", 0)
+    fixed = getattr(cfg.sae, "l0_coefficient", None) is not None
+    shorter = int(REPAIRED_SHARE * steps)
+    if fixed and 0 < steps < l0_warm_up:
+        findings.append(
+            Finding(
+                "repaired",
+                "l0 warm-up",
+                f"l0_warm_up_steps is {l0_warm_up:,} and the run has {steps:,} steps: the "
+                f"coefficient would end at {steps / l0_warm_up:.2g} of what was asked for",
+                f"shortened to {shorter:,}",
+            )
+        )
+    if not findings:
+        return cfg, findings
+    # A copy and not dataclasses.replace, which would give the checkpoint folder a second id.
+    cfg = copy.copy(cfg)
+    for field, value in changes.items():
+        setattr(cfg, field, value)
+    if fixed and 0 < steps < l0_warm_up:
+        cfg.sae = copy.copy(cfg.sae)
+        cfg.sae.l0_warm_up_steps = shorter
+    return cfg, findings
+
+
+def schedule_findings(cfg: Any) -> list[Finding]:
+    """What the config says about its own run, besides repairs."""
+    steps, batch, sae = total_steps(cfg), cfg.train_batch_size_tokens, cfg.sae
+    findings = []
+    if steps < 1:
+        return [
+            Finding(
+                "refused",
+                "length",
+                f"training_tokens is {cfg.training_tokens:,}, less than one batch of {batch:,}",
+                "raise training_tokens, or lower train_batch_size_tokens",
+            )
+        ]
+    scaled = sae.normalize_activations in ("expected_average_only_in", "covariance_whitening")
+    if scaled and cfg.n_batches_for_norm_estimate > steps:
+        findings.append(
+            Finding(
+                "warning",
+                "input scale",
+                f"the input's scale is measured on {cfg.n_batches_for_norm_estimate:,} batches, "
+                f"more than the {steps:,} the run trains on",
+                "set n_batches_for_norm_estimate=20",
+            )
+        )
+    if cfg.dead_feature_window >= steps:
+        acts = getattr(sae, "pre_act_loss_coefficient", None) is not None
+        findings.append(
+            Finding(
+                "warning" if acts else "note",
+                "dead window",
+                f"dead_feature_window is {cfg.dead_feature_window:,} and the run has {steps:,} "
+                "steps: no latent will be counted as dead"
+                + (", and pre_act_loss never acts" if acts else ""),
+                f"set dead_feature_window={max(1, steps // 5)}",
+            )
+        )
+    return findings + _length_findings(sae, steps, batch)
+
+
+def _length_findings(sae: Any, steps: int, batch: int) -> list[Finding]:
+    target = getattr(sae, "target_l0", None)
+    if target is None:
+        return []
+    findings = []
+    wait, firings = patience(sae.d_sae, target, batch), target * steps * batch / sae.d_sae
+    if firings < PATIENCE_IN_FIRINGS:
+        enough = PATIENCE_IN_FIRINGS * sae.d_sae / target
+        dead = f"; dead latents restart after {wait:,} steps of {steps:,}"
+        restarts = getattr(sae, "restarts_dead_latents", False) and wait >= steps
+        findings.append(
+            Finding(
+                "warning",
+                "length",
+                f"at L0 {target:g} a latent of {sae.d_sae:,} fires {firings:.0f} times in the "
+                f"whole run{dead if restarts else ''}",
+                f"give training_tokens={enough:,.0f} or more, or a smaller d_sae",
+            )
+        )
+    if target >= sae.d_in:
+        findings.append(
+            Finding(
+                "warning",
+                "target_l0",
+                f"target_l0 {target:g} is not below d_in {sae.d_in:,}: so many directions rebuild "
+                "any activation, and the latents need not mean anything",
+                "lower target_l0",
+            )
+        )
+    return findings
+
+
+def lr_sum(cfg: Any) -> float:
+    """The learning rates of all steps, added up: about as far as Adam can move a number."""
+    steps, lr = total_steps(cfg), cfg.lr
+    constant = cfg.lr_scheduler_name.lower() == "constant"
+    # SAELens decays from lr_end, which its constant schedule takes to be lr.
+    end = lr if constant or cfg.lr_end is None else cfg.lr_end
+    middle = steps - cfg.lr_warm_up_steps - cfg.lr_decay_steps
+    return 0.5 * (lr * cfg.lr_warm_up_steps + (lr + end) * middle + end * cfg.lr_decay_steps)
