@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from sae_lens import SAE
 
 from benchmarks.language_model import BATCH, D_SAE, RESULTS, TARGETS, harvest, judge
 from benchmarks.quality import ARCHITECTURES, OURS, as_saved, table, train
@@ -31,6 +33,9 @@ SITE, OWN_L0 = "blocks.2.hook_resid_post", 40
 def main(
     steps: Annotated[int, typer.Option(help="Training steps from scratch.")] = 1000,
     rung_steps: Annotated[int, typer.Option(help="Training steps of a rung.")] = 200,
+    saes: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what is trained from scratch.")
+    ] = None,
 ) -> None:
     """Train, refit, judge; records go to benchmarks/results/ladder.jsonl."""
     model = load_model(EMBEDDED_MODEL)
@@ -50,12 +55,12 @@ def main(
 
     saved: dict[float, Any] = {}
     for l0 in TARGETS:
-        torch.manual_seed(0)
-        sae = ARCHITECTURES[OURS](rows.shape[1], D_SAE, l0)
-        seconds = train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
-        saved[l0] = as_saved(sae)
-        record("from scratch", l0, saved[l0], steps, seconds)
+        kept = None if saes is None else saes / f"scratch-{l0}"
+        started = time.perf_counter()
+        saved[l0] = from_scratch(rows, l0, steps, kept)
+        record("from scratch", l0, saved[l0], steps, time.perf_counter() - started)
     dictionary = of(saved[OWN_L0])
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     others = [l0 for l0 in TARGETS if l0 != OWN_L0]
     for l0 in others:
         started = time.perf_counter()
@@ -74,6 +79,19 @@ def main(
     for l0 in others:
         at_l0 = [record for record in records if record["l0_asked"] == l0]
         Console().print(table(f"L0 {l0}", at_l0, "how", ("l0", "fvu", "dead_share", "seconds")))
+
+
+def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> Any:
+    """A stock SAE trained to this L0, read from `kept` where it is there."""
+    if kept is not None and (kept / "cfg.json").is_file():
+        return SAE.load_from_disk(kept)
+    torch.manual_seed(0)
+    sae = ARCHITECTURES[OURS](rows.shape[1], D_SAE, l0)
+    train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
+    saved = as_saved(sae)
+    if kept is not None:
+        saved.save_model(kept)
+    return saved
 
 
 if __name__ == "__main__":

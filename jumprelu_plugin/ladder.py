@@ -210,6 +210,12 @@ def warnings(found: Sequence[Rung]) -> list[str]:
         for rung in found
         if rung.off_by > TOLERANCE
     ]
+    said += [
+        f"L0 {rung.asked:g} has more error than with its thresholds shifted alone (FVU "
+        f"{rung.fvu:.4f} and {rung.fvu_of_shift:.4f}): train for more steps, or with a lower lr"
+        for rung in found
+        if rung.fvu > 1.01 * rung.fvu_of_shift
+    ]
     for lower, upper in zip(found, found[1:], strict=False):
         if upper.fvu >= lower.fvu:
             said.append(

@@ -279,6 +279,8 @@ def test_warnings_name_what_is_off() -> None:
     assert warnings([good]) == []
     first, second = warnings([good, off])
     assert "5.0% off" in first and "no less error than L0 10" in second
+    (worse,) = warnings([dataclasses.replace(good, fvu_of_shift=0.19)])
+    assert "train for more steps" in worse
 
 
 def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
