@@ -40,14 +40,15 @@ def tokens(split: str, sequences: int) -> torch.Tensor:
 
 
 held_out = tokens("test", 48)
+# "thresholds" leaves every direction as it is, bit for bit; "all" loses least.
+settings = RefitSettings(train="all", steps=STEPS, batch_tokens=1024)
 rungs = ladder(
     SAE_FOLDER,
     [16, 48],
     OUTPUT,
     rows=harvest(model, metadata.hook_name, tokens("train", 128), special_token_ids=special),
     held_out=harvest(model, metadata.hook_name, held_out, special_token_ids=special),
-    # "thresholds" leaves every direction as it is, bit for bit; "all" loses least.
-    settings=RefitSettings(train="all", steps=STEPS, batch_tokens=1024),
+    settings=settings,
     model=model,
     tokens=held_out[:16],
     say=print,
