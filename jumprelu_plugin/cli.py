@@ -139,6 +139,85 @@ def check(
         raise typer.Exit(2)
 
 
+@app.command(
+    "continue",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def continue_training(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Folder of an SAE, or Gemma Scope's params.npz.")],
+    save_buffer: Annotated[
+        bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
+    ] = True,
+) -> None:
+    """Train a released SAE further: jumprelu continue SOURCE, then the flags of jumprelu train.
+
+    Widths, hook and model are the SAE's own where its files say them. Without --target_l0 and
+    --l0_coefficient the L0 it has is held.
+    """
+    from jumprelu_plugin.continued import ContinuedTrainingRunner, flags
+    from jumprelu_plugin.flags import parse_flags
+
+    if source.startswith("-"):
+        if source == "--help":
+            parse_flags([source])
+        raise ValueError(f"give the SAE first: jumprelu continue SOURCE, then {source} and others")
+    given = context.args
+    cfg = parse_flags(["--architecture", "jumprelu", *flags(source, given), *given])
+    ContinuedTrainingRunner(source, cfg, save_buffer=save_buffer, say=console.print).run()
+
+
+@app.command()
+def ladder(
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
+    l0: Annotated[str, typer.Option(help="L0s to refit to, such as 10,20,40.")],
+    output: Annotated[Path, typer.Option(help="Folder for l0_10, l0_20, … and a record.")],
+    train: Annotated[str, typer.Option(help="thresholds, decoder or all.")] = "thresholds",
+    steps: Annotated[int, typer.Option(help="Training steps for each.")] = 300,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to fit on.")] = 2048,
+    held_out: Annotated[int, typer.Option(help="Held-out sequences to judge on.")] = 256,
+    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the order of the tokens.")] = 0,
+) -> None:
+    """Refit a trained SAE's thresholds to several L0s, each saved and judged."""
+    import torch
+
+    from jumprelu_plugin import ladder as ladders
+    from jumprelu_plugin.refit import RefitSettings
+    from jumprelu_plugin.text import tokenized_dataset
+
+    targets = ladders.numbers(l0)
+    settings = RefitSettings(train, steps, batch_tokens, lr, seed)
+    dictionary, language_model = _load(sae, model)
+    tokenizer, hook = language_model.tokenizer, dictionary.cfg.metadata.hook_name
+    text = tokenized_dataset(tokenizer, context_size, "train").shuffle(seed)
+    to_fit = torch.tensor(text[:sequences]["tokens"])
+    to_judge = torch.tensor(
+        tokenized_dataset(tokenizer, context_size, "test").shuffle(seed)[:held_out]["tokens"]
+    )
+    special = tokenizer.all_special_ids
+    found = ladders.ladder(
+        sae,
+        targets,
+        output,
+        rows=ladders.harvest(language_model, hook, to_fit, special_token_ids=special, seed=seed),
+        held_out=ladders.harvest(language_model, hook, to_judge, special_token_ids=special),
+        settings=settings,
+        model=language_model,
+        tokens=to_judge,
+        say=console.print,
+    )
+    console.print(ladders.table(found))
+    console.print(f"written: {output}", highlight=False)
+
+
 @app.command()
 def train_transcoders(
     model: Annotated[str, typer.Option(help="tiny-gemma-2, a folder, or a hub name.")],

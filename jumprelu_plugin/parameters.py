@@ -132,17 +132,22 @@ class Parameters:
         return self._with(b_enc=b_enc, subtracts_b_dec=False)
 
     def fold_decoder_norms(self) -> Parameters:
-        """The same function with unit decoder rows: each latent in units of its row's norm.
+        """The same function with unit decoder rows: each latent in units of its row's norm."""
+        return self.with_decoder_norms(torch.ones_like(self.threshold))
 
-        A zero row stays as it is. W_enc's column, b_enc and θ are multiplied by the norm.
+    def with_decoder_norms(self, norms: Float[Tensor, " d_sae"]) -> Parameters:
+        """The same function with decoder rows of these norms: each latent in other units.
+
+        W_enc's column, b_enc and θ are multiplied by what the row is divided by. A latent whose row
+        is zero, or is to be, stays as it is.
         """
-        norms = self.W_dec.double().norm(dim=1)
-        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        now, norms = self.W_dec.double().norm(dim=1), norms.double()
+        factor = torch.where((now > 0) & (norms > 0), now / norms, 1.0)
         return self._with(
-            W_enc=(self.W_enc.double() * norms).to(self.W_enc.dtype),
-            b_enc=(self.b_enc.double() * norms).to(self.b_enc.dtype),
-            threshold=(self.threshold.double() * norms).to(self.threshold.dtype),
-            W_dec=(self.W_dec.double() / norms[:, None]).to(self.W_dec.dtype),
+            W_enc=(self.W_enc.double() * factor).to(self.W_enc.dtype),
+            b_enc=(self.b_enc.double() * factor).to(self.b_enc.dtype),
+            threshold=(self.threshold.double() * factor).to(self.threshold.dtype),
+            W_dec=(self.W_dec.double() / factor[:, None]).to(self.W_dec.dtype),
         )
 
     def fold_scales(self, input_scale: float, output_scale: float | None = None) -> Parameters:

@@ -29,6 +29,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.load_model import load_model as load_hub_model
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
@@ -150,13 +151,18 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             save_checkpoint_fn=trainer.save_checkpoint_fn,
         )
         self.trainer.metrics_path = self.metrics_path
-        if isinstance(self.sae, JumpReLUTrainingTranscoder):
-            self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+        self.trainer.activation_scaler = self.activation_scaler()
         if self.cfg.resume_from_checkpoint is not None:
             self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
         elif self.metrics_path is not None:
             self.metrics_path.unlink(missing_ok=True)
         return self.trainer.fit()
+
+    def activation_scaler(self) -> ActivationScaler:
+        """What the training starts to scale activations with; it estimates a scale it lacks."""
+        if isinstance(self.sae, JumpReLUTrainingTranscoder):
+            return PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+        return ActivationScaler()
 
     @override
     def save_final_sae(

@@ -1,0 +1,98 @@
+"""An L0 ladder beside a training from scratch at each L0: what does a refit cost, and what lose?
+
+    python -m benchmarks.ladder
+
+Layer 2's residual stream of the embedded Gemma 2, harvested as in `language_model.py`. One SAE is
+trained at L0 40 and refitted to the other L0s in three ways, each rung from the one before; another
+is trained from scratch at every L0. Both are judged on held-out text.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from sae_lens import SAE
+
+from benchmarks.language_model import BATCH, D_SAE, RESULTS, TARGETS, harvest, judge
+from benchmarks.quality import ARCHITECTURES, OURS, as_saved, table, train
+from jumprelu_plugin.export.saelens import of
+from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin.records import append_jsonl, provenance
+from jumprelu_plugin.refit import TRAINED, RefitSettings, rungs, shifted
+
+SITE, OWN_L0 = "blocks.2.hook_resid_post", 40
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Training steps from scratch.")] = 1000,
+    rung_steps: Annotated[int, typer.Option(help="Training steps of a rung.")] = 200,
+    saes: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what is trained from scratch.")
+    ] = None,
+) -> None:
+    """Train, refit, judge; records go to benchmarks/results/ladder.jsonl."""
+    model = load_model(EMBEDDED_MODEL)
+    rows = harvest(model, (SITE,), "train", 4_000)[SITE]
+    held_out = harvest(model, (SITE,), "test", 300)[SITE]
+    origin = provenance(seed=0, model_digest=model_digest(model))
+    partial = RESULTS / "ladder.partial"
+    partial.unlink(missing_ok=True)
+    records: list[dict[str, Any]] = []
+
+    def record(how: str, l0: float, sae: Any, steps: int, seconds: float) -> None:
+        found = {"site": SITE, "how": how, "l0_asked": l0, "steps": steps, "batch": BATCH}
+        found |= {"seconds": seconds, **judge(sae, held_out)}
+        found["off_by"] = abs(found["l0"] / l0 - 1)
+        records.append(found)
+        append_jsonl(partial, {**found, "provenance": origin})
+
+    saved: dict[float, Any] = {}
+    for l0 in TARGETS:
+        kept = None if saes is None else saes / f"scratch-{l0}"
+        started = time.perf_counter()
+        saved[l0] = from_scratch(rows, l0, steps, kept)
+        record("from scratch", l0, saved[l0], steps, time.perf_counter() - started)
+    dictionary = of(saved[OWN_L0])
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    others = [l0 for l0 in TARGETS if l0 != OWN_L0]
+    for l0 in others:
+        started = time.perf_counter()
+        at = shifted(dictionary.parameters, l0, rows)
+        seconds = time.perf_counter() - started
+        record("one shift", l0, replace(dictionary, parameters=at).as_sae(), 0, seconds)
+    for way in TRAINED:
+        settings = RefitSettings(train=way, steps=rung_steps, batch_tokens=BATCH)
+        started = time.perf_counter()
+        for l0, at in rungs(dictionary.parameters, others, rows, settings):
+            seconds = time.perf_counter() - started
+            sae = replace(dictionary, parameters=at).as_sae()
+            record(f"refit {way}", l0, sae, rung_steps, seconds)
+            started = time.perf_counter()
+    partial.replace(RESULTS / "ladder.jsonl")
+    for l0 in others:
+        at_l0 = [record for record in records if record["l0_asked"] == l0]
+        Console().print(table(f"L0 {l0}", at_l0, "how", ("l0", "fvu", "dead_share", "seconds")))
+
+
+def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> Any:
+    """A stock SAE trained to this L0, read from `kept` where it is there."""
+    if kept is not None and (kept / "cfg.json").is_file():
+        return SAE.load_from_disk(kept)
+    torch.manual_seed(0)
+    sae = ARCHITECTURES[OURS](rows.shape[1], D_SAE, l0)
+    train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
+    saved = as_saved(sae)
+    if kept is not None:
+        saved.save_model(kept)
+    return saved
+
+
+if __name__ == "__main__":
+    typer.run(main)

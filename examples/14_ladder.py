@@ -1,0 +1,56 @@
+"""One SAE at several L0s: its thresholds refitted, each rung a stock SAELens folder.
+
+On the command line: jumprelu ladder output/01_train --l0 16,24,48 --output output/ladder
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich import print
+from sae_lens import SAE
+
+from jumprelu_plugin.ladder import harvest, ladder, table
+from jumprelu_plugin.models import load_model
+from jumprelu_plugin.refit import RefitSettings
+from jumprelu_plugin.text import corpus, tokenized_dataset
+
+SAE_FOLDER = Path("output/01_train")
+OUTPUT = Path("output/14_ladder")
+STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
+
+if not (SAE_FOLDER / "cfg.json").exists():
+    subprocess.run([sys.executable, Path(__file__).with_name("01_train.py")], check=True)
+shutil.rmtree(OUTPUT, ignore_errors=True)
+
+metadata = SAE.load_from_disk(SAE_FOLDER).cfg.metadata
+model = load_model(metadata.model_name)
+special = model.tokenizer.all_special_ids
+
+
+documents = corpus()[::4]
+
+
+def tokens(split: str, sequences: int) -> torch.Tensor:
+    text = tokenized_dataset(model.tokenizer, 128, split, documents).shuffle(0)
+    return torch.tensor(text[:sequences]["tokens"])
+
+
+held_out = tokens("test", 48)
+# "thresholds" leaves every direction as it is, bit for bit; "all" loses least.
+settings = RefitSettings(train="all", steps=STEPS, batch_tokens=1024)
+rungs = ladder(
+    SAE_FOLDER,
+    [16, 48],
+    OUTPUT,
+    rows=harvest(model, metadata.hook_name, tokens("train", 128), special_token_ids=special),
+    held_out=harvest(model, metadata.hook_name, held_out, special_token_ids=special),
+    settings=settings,
+    model=model,
+    tokens=held_out[:16],
+    say=print,
+)
+print(table(rungs))
