@@ -19,14 +19,17 @@ import typer
 from rich.console import Console
 from sae_lens import SAE
 
-from benchmarks.language_model import BATCH, D_SAE, RESULTS, TARGETS, harvest, judge
-from benchmarks.quality import ARCHITECTURES, OURS, as_saved, table, train
+from benchmarks.architectures import ARCHITECTURES, OURS
+from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, judge
+from benchmarks.quality import as_saved, table, train
+from benchmarks.subjects import SUBJECTS
 from jumprelu_plugin.export.saelens import of
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.refit import TRAINED, RefitSettings, rungs, shifted
 
+SUBJECT = SUBJECTS[EMBEDDED_MODEL]
 SITE, OWN_L0 = "blocks.2.hook_resid_post", 40
 
 
@@ -38,10 +41,9 @@ def main(
     ] = None,
 ) -> None:
     """Train, refit, judge; records go to benchmarks/results/ladder.jsonl."""
-    model = load_model(EMBEDDED_MODEL)
-    rows = harvest(model, (SITE,), "train", 4_000)[SITE]
-    held_out = harvest(model, (SITE,), "test", 300)[SITE]
-    origin = provenance(seed=0, model_digest=model_digest(model))
+    rows = SUBJECT.activations((SITE,), "train", SUBJECT.sequences)[SITE]
+    held_out = SUBJECT.activations((SITE,), "test", HELD_OUT_SEQUENCES)[SITE]
+    origin = provenance(seed=0, model_digest=SUBJECT.digest)
     partial = RESULTS / "ladder.partial"
     partial.unlink(missing_ok=True)
     records: list[dict[str, Any]] = []
@@ -86,7 +88,7 @@ def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> 
     if kept is not None and (kept / "cfg.json").is_file():
         return SAE.load_from_disk(kept)
     torch.manual_seed(0)
-    sae = ARCHITECTURES[OURS](rows.shape[1], D_SAE, l0)
+    sae = ARCHITECTURES[OURS](rows.shape[1], SUBJECT.d_sae, l0)
     train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
     saved = as_saved(sae)
     if kept is not None:

@@ -109,9 +109,15 @@ def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
 FEATURES, WIDTH, LATENTS, TARGET = 199, 41, 211, 4.0
 
 
+# Each term is tested without what a steered training adds by itself.
+ALONE: dict[str, Any] = {"frequency_ceiling": 1.0, "matryoshka_weight": 0.0, "step_path": "sparse"}
+
+
 def steered(**fields: Any) -> JumpReLUTrainingSAEConfig:
+    if "matryoshka_widths" in fields:
+        fields = {"matryoshka_weight": None, **fields}
     return JumpReLUTrainingSAEConfig(
-        **{"d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, "step_path": "sparse", **fields}
+        **{**ALONE, "d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, **fields}
     )
 
 
@@ -271,7 +277,7 @@ def test_the_pre_activation_loss_takes_dead_latents_or_all() -> None:
 def test_nested_dictionaries_survive_json_flags_and_saving(tmp_path: Path) -> None:
     cfg = steered(matryoshka_widths=[23, 97], frequency_scale=0.02, aux_loss_coefficient=1 / 32)
     again = JumpReLUTrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert again.prefix_widths == cfg.prefix_widths == [23, 97, LATENTS]
+    assert again.inner_widths == cfg.inner_widths == [23, 97]
     assert again.to_dict() == cfg.to_dict()
     flags = "--architecture jumprelu --d_in 41 --d_sae 211 --target_l0 4 --matryoshka_widths 23 97"
     assert parse_flags(flags.split()).sae.matryoshka_widths == [23, 97]  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ DEFAULT = Recipe(
     source="this package; measurements in docs/results.md",
     about="Give target_l0. Thresholds and bandwidth come from the data's own pre-activations, the "
     "coefficient is measured as the multiplier of the target L0, gradient reaches the encoder too, "
+    "inner dictionaries rebuild the input too, firings of very frequent latents cost more, "
     "decoder rows are unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when "
     "only target_l0 is given.",
     sae={},

@@ -22,6 +22,10 @@ from jumprelu_plugin.training.units import INPUT_UNITS
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
+# docs/results.md: more of either makes latents match true features better and rebuild less.
+INNER_WEIGHT = 0.7
+FREQUENCY_CEILING = 0.09
+
 
 @dataclass
 class JumpReLUTrainingSAEConfig(StockConfig):
@@ -41,9 +45,16 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         frequency_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
+        frequency_ceiling: where a latent's firings start to cost more (`objective.WithCeiling`), as
+            a share of tokens. None means 0.09 in a steered training, or twice the mean frequency
+            if that is more; no ceiling otherwise, and none at 1.
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
-            m here (arXiv 2503.17547); the error that is minimised is the mean over these and the
-            whole dictionary, which need not be listed. None: the whole dictionary alone.
+            m here (arXiv 2503.17547); the whole dictionary need not be listed. None means a
+            sixteenth, an eighth, a quarter and a half of it in a steered training, and the whole
+            dictionary alone otherwise.
+        matryoshka_weight: what the mean of the inner dictionaries' errors weighs beside the whole
+            one's. None means 0.7, or the number of `matryoshka_widths` if they are given, which
+            makes the error the published mean. 0 leaves the inner dictionaries out.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
         pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
@@ -75,7 +86,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     l0_coefficient: float | None = None  # type: ignore[assignment]
     jumprelu_ste_to_input: bool = True
     frequency_scale: float | None = None
+    frequency_ceiling: float | None = None
     matryoshka_widths: list[int] | None = None
+    matryoshka_weight: float | None = None
     aux_loss_coefficient: float | None = None
     pre_act_loss_over: Literal["dead", "all"] = "dead"
     initialization: Literal["saelens", "uniform"] = "saelens"
@@ -94,10 +107,35 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         return self.l0_coefficient is None
 
     @property
-    def prefix_widths(self) -> list[int]:
-        """Widths of the nested dictionaries, the whole one last."""
-        given = self.matryoshka_widths or []
-        return [*given, self.d_sae] if given[-1:] != [self.d_sae] else given
+    def shapes_features(self) -> bool:
+        """Whether inner dictionaries and a frequency ceiling are there without being asked for."""
+        return self.steers_l0
+
+    @property
+    def inner_widths(self) -> list[int]:
+        """Widths of the nested dictionaries but the whole one; empty where there are none."""
+        if self.matryoshka_weight == 0:
+            return []
+        if self.matryoshka_widths is not None:
+            return [width for width in self.matryoshka_widths if width < self.d_sae]
+        if not self.shapes_features:
+            return []
+        return sorted({self.d_sae // part for part in (16, 8, 4, 2)} - {0})
+
+    @property
+    def inner_weight(self) -> float:
+        """What the mean of the inner dictionaries' errors weighs beside the whole one's."""
+        if self.matryoshka_weight is not None:
+            return self.matryoshka_weight
+        given = self.matryoshka_widths is not None
+        return float(len(self.inner_widths)) if given else INNER_WEIGHT
+
+    @property
+    def ceiling(self) -> float | None:
+        """Frequency above which firings cost more, or None."""
+        if self.frequency_ceiling is None and self.shapes_features:
+            return max(FREQUENCY_CEILING, 2 * (self.target_l0 or 0) / self.d_sae)
+        return self.frequency_ceiling
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -159,6 +197,10 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
             f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
             "(0.01 as published), or None for no frequency penalty"
         )
+    for field in ("frequency_ceiling", "matryoshka_weight"):
+        value = getattr(cfg, field)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{field} is {value}; it must be a finite number, 0 or more, or None")
     widths = cfg.matryoshka_widths
     if widths is not None and (
         not widths

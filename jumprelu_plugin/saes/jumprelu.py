@@ -102,6 +102,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             target_l0=_quadratic_centre(cfg),
             tanh_scale=cfg.jumprelu_tanh_scale,
             frequency_scale=cfg.frequency_scale,
+            frequency_ceiling=cfg.ceiling,
         )
         self.controller = (
             L0Controller(cfg.target_l0, cfg.start_l0_ratio, cfg.l0_settle_steps)
@@ -205,11 +206,11 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             activations = self.hook_sae_acts_post(activations)
         offset = self._decoder_offset(x, b_dec)
         inner: list[Tensor] = []
-        if self.cfg.matryoshka_widths is None:
+        if not (widths := self.cfg.inner_widths):
             x_hat = self._output(entries.decode(activations, W_dec).add_(offset))
         else:
             *parts, whole = prefix_reconstructions(
-                entries, activations, W_dec, offset, self.cfg.prefix_widths
+                entries, activations, W_dec, offset, [*widths, self.cfg.d_sae]
             )
             x_hat, inner = self._output(whole), [self._outside(part) for part in parts]
 
@@ -250,10 +251,11 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         cfg = self.cfg
         losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
         if inner:
-            # The mean, not the sum: λ keeps the meaning it has without nested dictionaries.
-            share = 1 / (1 + len(inner))
-            losses["mse_loss"] = share * losses["mse_loss"]
-            for width, part in zip(cfg.prefix_widths, inner, strict=False):
+            # Weights that sum to 1: λ keeps the meaning it has without nested dictionaries.
+            whole = 1 / (1 + cfg.inner_weight)
+            share = whole * cfg.inner_weight / len(inner)
+            losses["mse_loss"] = whole * losses["mse_loss"]
+            for width, part in zip(cfg.inner_widths, inner, strict=True):
                 losses[f"inner_mse_loss_{width}"] = share * reconstruction(part, target)
         if cfg.pre_act_loss_coefficient is not None:
             pre_act = PreActivationLoss(cfg.pre_act_loss_over)(step)

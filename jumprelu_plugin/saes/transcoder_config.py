@@ -43,6 +43,12 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
         super().__post_init__()
 
     @property
+    @override
+    def shapes_features(self) -> bool:
+        # Measured on SAEs only.
+        return False
+
+    @property
     def width_out(self) -> int:
         """d_out, which construction has filled in."""
         assert self.d_out is not None
