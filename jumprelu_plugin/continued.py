@@ -225,7 +225,7 @@ def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConf
         )
     parameters = dictionary.parameters
     cfg = with_our_fields(cfg)
-    # A released dictionary's first latents are its first by accident, and its frequent ones its own.
+    # The first latents of a released dictionary mean nothing, and its frequent ones are its own.
     nested = cfg.matryoshka_widths is not None or cfg.matryoshka_weight is not None
     return dataclasses.replace(
         cfg,
