@@ -3,11 +3,11 @@
     pip install --no-deps eai-sparsify natsort schedulefree
     python benchmarks/transcoders_vs_sparsify.py --output sparsify.json
 
-Same model, hooks, width, tokens and number of tokens in a step. Ours goes first, at its target L0;
-sparsify, through its own unmodified Trainer with its defaults, then gets k = the largest L0 any of
-ours came out with on held-out text, rounded up, so that it never has fewer latents. Both are judged
-on the same held-out tokens. sparsify's k is an upper bound: a latent among the k that is not
-positive counts for nothing, so its measured L0 can lie below.
+Same model, hooks, width, tokens and number of tokens in a step; both are judged on the same
+held-out tokens. sparsify goes first, through its own unmodified Trainer with its defaults. Its k is
+an upper bound: a latent among the k that is not positive counts for nothing, so its measured L0 can
+lie below. Ours, on every layer, is then asked for the smallest L0 that sparsify came out with on
+any of them.
 
 The CPU is asked for one thread unless --threads says more.
 """
@@ -15,7 +15,6 @@ The CPU is asked for one thread unless --threads says more.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
 
 from jumprelu_plugin.evaluation import StreamingMetrics
+from jumprelu_plugin.evaluation.splice import evaluate_spliced
 from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.text import tokenized_dataset
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("transcoders_vs_sparsify.json"))
     parser.add_argument("--sequences", type=int, default=3200, help="training text")
     parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--target-l0", type=float, default=24.0)
+    parser.add_argument("--k", type=int, default=24, help="of sparsify")
     parser.add_argument("--held-out", type=int, default=128, help="sequences to judge on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -66,37 +66,44 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        ours = train_ours(model, text, given, Path(folder, "ours"))
-        seconds = time.perf_counter() - started
-        found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
-        k = math.ceil(max(layer["l0"] for layer in found))
-        started = time.perf_counter()
-        theirs = train_sparsify(model, pairs, text, special, k, given, Path(folder, "sparsify"))
+        theirs = train_sparsify(model, pairs, text, special, given, Path(folder, "sparsify"))
         their_seconds = time.perf_counter() - started
         their_found = judge(model, pairs, held_out, special, theirs)
+        target_l0 = min(layer["l0"] for layer in their_found)
+        started = time.perf_counter()
+        ours = train_ours(model, text, target_l0, given, Path(folder, "ours"))
+        seconds = time.perf_counter() - started
+        found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
+        spliced = evaluate_spliced(model, ours, held_out)
 
     print("layer       ours FVU, L0, dead       sparsify FVU, L0, dead")
     for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):
         print(f"{layer:>5}  {in_words(a)}  {in_words(b)}")
+    delta = spliced.loss_spliced - spliced.loss_clean
+    print(
+        f"all of ours spliced in: delta LM loss {delta:.3f} on a loss of {spliced.loss_clean:.3f}"
+    )
     print(f"seconds: {seconds:.0f} and {their_seconds:.0f}")
     write_json(
         given.output,
         {
             "kind": "transcoders_vs_sparsify",
             "settings": vars(given),
-            "k": k,
-            "ours": {"seconds": seconds, "layers": found},
+            "target_l0": target_l0,
+            "ours": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
             "sparsify": {"seconds": their_seconds, "layers": their_found},
             "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
         },
     )
 
 
-def train_ours(model: Any, text: Any, given: argparse.Namespace, folder: Path) -> list[Any]:
+def train_ours(
+    model: Any, text: Any, target_l0: float, given: argparse.Namespace, folder: Path
+) -> list[Any]:
     batch = SEQUENCES_A_STEP * (CONTEXT - 1)
     settings = TranscoderSettings(
         d_sae=given.d_sae,
-        target_l0=given.target_l0,
+        target_l0=target_l0,
         training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
         batch_tokens=batch,
         context_size=CONTEXT,
@@ -158,14 +165,13 @@ def train_sparsify(
     pairs: list[tuple[str, str]],
     text: Any,
     special: list[int],
-    k: int,
     given: argparse.Namespace,
     folder: Path,
 ) -> list[Any]:
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     cfg = TrainConfig(
-        SparseCoderConfig(num_latents=given.d_sae, k=k, transcode=True),
+        SparseCoderConfig(num_latents=given.d_sae, k=given.k, transcode=True),
         batch_size=SEQUENCES_A_STEP,
         hookpoints=["points.*"],
         init_seeds=[given.seed],
