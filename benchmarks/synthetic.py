@@ -117,7 +117,7 @@ def main(
     widths: Annotated[list[int] | None, typer.Option(help="Dictionary widths.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, …")] = 3,
     l0: Annotated[float, typer.Option(help="L0 that is asked for.")] = 8.0,
-    generator: Annotated[int, typer.Option(help="Seed of the generator.")] = 42,
+    generator: Annotated[int, typer.Option(help="Seed of the generator.")] = 11,
     only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
     output: Annotated[Path, typer.Option(help="Records, one JSON line a run.")] = RESULTS,
     quick: Annotated[bool, typer.Option(help="Few samples: to see that it runs.")] = False,

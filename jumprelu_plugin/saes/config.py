@@ -23,7 +23,7 @@ from jumprelu_plugin.training.units import INPUT_UNITS
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
 # docs/results.md: more of either makes latents match true features better and rebuild less.
-INNER_WEIGHT = 0.7
+INNER_WEIGHT = 0.5
 FREQUENCY_CEILING = 0.09
 
 
@@ -53,7 +53,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             sixteenth, an eighth, a quarter and a half of it in a steered training, and the whole
             dictionary alone otherwise.
         matryoshka_weight: what the mean of the inner dictionaries' errors weighs beside the whole
-            one's. None means 0.7, or the number of `matryoshka_widths` if they are given, which
+            one's. None means 0.5, or the number of `matryoshka_widths` if they are given, which
             makes the error the published mean. 0 leaves the inner dictionaries out.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
