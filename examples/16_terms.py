@@ -1,9 +1,9 @@
 """Terms of the loss, each a field of the config: nested dictionaries, a price on frequent latents.
 
-Trains three SAEs on the same activations at the same L0: plain; with `matryoshka_widths`, after
-which the first latents rebuild much of the input on their own, by firing on much of the text; and
-with `frequency_scale` as well, after which they no longer do. Then Anthropic's recipe of January
-2025, whose decoder is free while it trains and normalised at the end. Writes ./output/16_terms.
+Trains four SAEs on the same activations at the same L0: plain; with `matryoshka_widths`, after
+which the first latents rebuild much of the input on their own, by firing on much of the text; with
+`frequency_scale` as well, after which they no longer do; and with what a target L0 alone gives,
+inner dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder is free while it trains and normalised at the end. Writes ./output/16_terms.
 """
 
 import os
@@ -59,13 +59,14 @@ def fvu(sae: JumpReLUTrainingSAE, latents: int) -> float:
     return float((activations - x_hat).square().sum() / variance)
 
 
-plain = {"d_in": D_IN, "d_sae": D_SAE, "target_l0": 24}
+asked = {"d_in": D_IN, "d_sae": D_SAE, "target_l0": 24}
+plain = {**asked, "frequency_ceiling": 1.0}
+nested = {**plain, "matryoshka_widths": [FIRST, 512]}
 configs = {
-    "plain": JumpReLUTrainingSAEConfig(**plain),
-    "nested": JumpReLUTrainingSAEConfig(**plain, matryoshka_widths=[FIRST, 512]),
-    "both": JumpReLUTrainingSAEConfig(
-        **plain, matryoshka_widths=[FIRST, 512], frequency_scale=0.01
-    ),
+    "plain": JumpReLUTrainingSAEConfig(**plain, matryoshka_weight=0.0),
+    "nested": JumpReLUTrainingSAEConfig(**nested),
+    "both": JumpReLUTrainingSAEConfig(**nested, frequency_scale=0.01),
+    "default": JumpReLUTrainingSAEConfig(**asked),
 }
 for name, cfg in configs.items():
     sae = train(cfg, lr=3e-3, decay=STEPS // 5)
