@@ -6,7 +6,8 @@
 Same model, hooks, width, tokens and number of tokens in a step; both are judged on the same
 held-out tokens. sparsify goes first, through its own unmodified Trainer with its defaults. Its k is
 an upper bound: a latent among the k that is not positive counts for nothing, so its measured L0 can
-lie below. Ours is then asked, layer by layer, for the L0 that sparsify came out with there.
+lie below. Ours, on every layer, is then asked for the smallest L0 that sparsify came out with on
+any of them.
 
 The CPU is asked for one thread unless --threads says more.
 """
@@ -68,11 +69,9 @@ def main() -> None:
         theirs = train_sparsify(model, pairs, text, special, given, Path(folder, "sparsify"))
         their_seconds = time.perf_counter() - started
         their_found = judge(model, pairs, held_out, special, theirs)
+        target_l0 = min(layer["l0"] for layer in their_found)
         started = time.perf_counter()
-        ours = [
-            train_ours(model, text, layer, found["l0"], given, Path(folder, f"ours_{layer}"))
-            for layer, found in enumerate(their_found)
-        ]
+        ours = train_ours(model, text, target_l0, given, Path(folder, "ours"))
         seconds = time.perf_counter() - started
         found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
         spliced = evaluate_spliced(model, ours, held_out)
@@ -90,6 +89,7 @@ def main() -> None:
         {
             "kind": "transcoders_vs_sparsify",
             "settings": vars(given),
+            "target_l0": target_l0,
             "ours": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
             "sparsify": {"seconds": their_seconds, "layers": their_found},
             "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
@@ -98,13 +98,12 @@ def main() -> None:
 
 
 def train_ours(
-    model: Any, text: Any, layer: int, target_l0: float, given: argparse.Namespace, folder: Path
-) -> Any:
+    model: Any, text: Any, target_l0: float, given: argparse.Namespace, folder: Path
+) -> list[Any]:
     batch = SEQUENCES_A_STEP * (CONTEXT - 1)
     settings = TranscoderSettings(
         d_sae=given.d_sae,
         target_l0=target_l0,
-        layers=(layer,),
         training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
         batch_tokens=batch,
         context_size=CONTEXT,
@@ -114,7 +113,7 @@ def train_ours(
         seed=given.seed,
     )
     train_transcoders(folder, settings, model=model, dataset=text)
-    return SAE.load_from_disk(folder / f"layer_{layer}")
+    return [SAE.load_from_disk(folder / f"layer_{i}") for i in range(model.cfg.n_layers)]
 
 
 def in_words(layer: dict[str, float]) -> str:
