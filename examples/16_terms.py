@@ -3,7 +3,8 @@
 Trains four SAEs on the same activations at the same L0: plain; with `matryoshka_widths`, after
 which the first latents rebuild much of the input on their own, by firing on much of the text; with
 `frequency_scale` as well, after which they no longer do; and with what a target L0 alone gives,
-inner dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder is free while it trains and normalised at the end. Writes ./output/16_terms.
+inner dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder
+is free while it trains and normalised at the end. Writes ./output/16_terms.
 """
 
 import os
