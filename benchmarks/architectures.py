@@ -1,5 +1,7 @@
 """The contenders of the quality benchmarks: ours, and SAELens' own, each asked for one L0.
 
+Ours comes as the bare config and, for text, as the recipe `default`.
+
 SAELens' `gated` takes no L0, so its coefficient is made to follow the measured one, which is more
 than SAELens does for it. Stock `jumprelu` is given the target in its quadratic mode, and misses it.
 """
@@ -29,8 +31,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.recipes import DEFAULT
 
-OURS = "ours"
+OURS, OURS_ON_TEXT = "ours", "ours (recipe default)"
 Build = Callable[[int, int, float], Any]
 
 # Of log(L0/target), added to the log of the coefficient at every step. Ten times more oscillates:
@@ -63,6 +66,10 @@ def _common(d_in: int, d_sae: int) -> dict[str, Any]:
 
 def _ours(d_in: int, d_sae: int, l0: float) -> Any:
     return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, target_l0=l0))
+
+
+def _recipe(d_in: int, d_sae: int, l0: float) -> Any:
+    return JumpReLUTrainingSAE(DEFAULT.sae_config(d_in, d_sae, target_l0=l0))
 
 
 def _batchtopk(d_in: int, d_sae: int, l0: float) -> Any:
@@ -101,6 +108,7 @@ def _pursuit(d_in: int, d_sae: int, l0: float) -> Any:
 
 ARCHITECTURES: dict[str, Build] = {
     OURS: _ours,
+    OURS_ON_TEXT: _recipe,
     "batchtopk": _batchtopk,
     "matryoshka_batchtopk": _matryoshka,
     "topk": _topk,

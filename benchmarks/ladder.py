@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from sae_lens import SAE
 
-from benchmarks.architectures import ARCHITECTURES, OURS
+from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, judge
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
@@ -88,7 +88,7 @@ def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> 
     if kept is not None and (kept / "cfg.json").is_file():
         return SAE.load_from_disk(kept)
     torch.manual_seed(0)
-    sae = ARCHITECTURES[OURS](rows.shape[1], SUBJECT.d_sae, l0)
+    sae = ARCHITECTURES[OURS_ON_TEXT](rows.shape[1], SUBJECT.d_sae, l0)
     train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
     saved = as_saved(sae)
     if kept is not None:

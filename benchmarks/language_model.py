@@ -21,7 +21,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.architectures import ARCHITECTURES, OURS
+from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.quality import Ledger, Record, as_saved, table, train
 from benchmarks.subjects import SUBJECTS
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
@@ -32,7 +32,7 @@ from jumprelu_plugin.text import Split
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)
-COMPARED = (OURS, "batchtopk", "topk", "gated (steered)", "jumprelu (stock, quadratic)")
+COMPARED = (OURS_ON_TEXT, "batchtopk", "topk", "gated (steered)", "jumprelu (stock, quadratic)")
 COMPARED_L0 = (20, 40, 80)
 BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
@@ -122,7 +122,7 @@ def targets(
 ) -> None:
     """Ours, at five targets on every site, with no setting that depends on the case."""
     chosen = tuple(sites or SUBJECTS[model].sites)
-    cases = [(OURS, l0, 0) for l0 in TARGETS]
+    cases = [(OURS_ON_TEXT, l0, 0) for l0 in TARGETS]
     records = run(output, model, chosen, cases, steps, splice=False, cache=cache)
     show(records, "l0_asked", ("l0", "off_by", "fvu", "dead_share", "share_above_10_percent"))
 

@@ -35,7 +35,7 @@ from sae_lens.synthetic.evals import (
 )
 from torch import Tensor
 
-from benchmarks.architectures import ARCHITECTURES
+from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.quality import Ledger, as_saved, table, train
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.recipes import DEFAULT
@@ -43,7 +43,9 @@ from jumprelu_plugin.records import provenance
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
 D_IN = 256
-CONTENDERS = [name for name in ARCHITECTURES if not name.startswith("gated")]
+CONTENDERS = [
+    name for name in ARCHITECTURES if name != OURS_ON_TEXT and not name.startswith("gated")
+]
 SHOWN = ("mcc", "f1", "explained_variance", "l0", "dead_share")
 
 

@@ -2,8 +2,8 @@
 
 Trains four SAEs on the same activations at the same L0: plain; with `matryoshka_widths`, after
 which the first latents rebuild much of the input on their own, by firing on much of the text; with
-`frequency_scale` as well, after which they no longer do; and with what a target L0 alone gives,
-inner dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder
+`frequency_scale` as well, after which they no longer do; and by the recipe `default`, with inner
+dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder
 is free while it trains and normalised at the end. Writes ./output/16_terms.
 """
 
@@ -16,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.models import load_model
-from jumprelu_plugin.recipes import ANTHROPIC_2025
+from jumprelu_plugin.recipes import ANTHROPIC_2025, DEFAULT
 from jumprelu_plugin.text import tokenized_dataset
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "150"))
@@ -61,13 +61,12 @@ def fvu(sae: JumpReLUTrainingSAE, latents: int) -> float:
 
 
 asked = {"d_in": D_IN, "d_sae": D_SAE, "target_l0": 24}
-plain = {**asked, "frequency_ceiling": 1.0}
-nested = {**plain, "matryoshka_widths": [FIRST, 512]}
+nested = {**asked, "matryoshka_widths": [FIRST, 512]}
 configs = {
-    "plain": JumpReLUTrainingSAEConfig(**plain, matryoshka_weight=0.0),
+    "plain": JumpReLUTrainingSAEConfig(**asked, matryoshka_weight=0.0),
     "nested": JumpReLUTrainingSAEConfig(**nested),
     "both": JumpReLUTrainingSAEConfig(**nested, frequency_scale=0.01),
-    "default": JumpReLUTrainingSAEConfig(**asked),
+    "default": DEFAULT.sae_config(**asked),
 }
 for name, cfg in configs.items():
     sae = train(cfg, lr=3e-3, decay=STEPS // 5)

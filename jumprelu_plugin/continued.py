@@ -225,12 +225,11 @@ def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConf
         )
     parameters = dictionary.parameters
     cfg = with_our_fields(cfg)
-    # The first latents of a released dictionary mean nothing, and its frequent ones are its own.
+    # Which latents of a released dictionary come first means nothing.
     nested = cfg.matryoshka_widths is not None or cfg.matryoshka_weight is not None
     return dataclasses.replace(
         cfg,
         matryoshka_weight=cfg.matryoshka_weight if nested else 0.0,
-        frequency_ceiling=1.0 if cfg.frequency_ceiling is None else cfg.frequency_ceiling,
         d_in=parameters.d_in,
         d_sae=parameters.d_sae,
         apply_b_dec_to_input=parameters.subtracts_b_dec,

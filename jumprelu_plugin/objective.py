@@ -227,7 +227,7 @@ def sparsity_term(
         )
     if frequency_scale is not None:
         term = WithFrequency(term, frequency_scale)
-    if frequency_ceiling is not None and frequency_ceiling < 1:
+    if frequency_ceiling is not None:
         term = WithCeiling(term, frequency_ceiling)
     return term
 

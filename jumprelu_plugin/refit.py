@@ -268,7 +268,6 @@ def _training_sae(
         # Every rung is the same dictionary: latent i means the same on all of them.
         restart_dead_latents=False,
         matryoshka_weight=0.0,
-        frequency_ceiling=1.0,
         device=settings.device,
     )
     sae = JumpReLUTrainingSAE(cfg)

@@ -27,6 +27,7 @@ from jumprelu_plugin.objective import (
     QuadraticL0,
     Step,
     Term,
+    WithCeiling,
     WithFrequency,
     prefix_reconstructions,
     reconstruction,
@@ -98,6 +99,32 @@ def test_the_frequency_penaltys_gradient_reaches_the_encoder_where_it_may() -> N
     torch.testing.assert_close(z.grad.sum(0), -step.threshold.grad)
 
 
+def test_the_ceiling_charges_what_is_above_it() -> None:
+    """On frequencies that are counted, 0/5, 1/5, 3/5 and 5/5, with a ceiling of 0.3."""
+    z = torch.full((5, 4), 0.2)
+    z[:1, 1] = z[:3, 2] = z[:, 3] = 2.3
+    threshold = torch.full((4,), 0.7)
+    step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
+    expected = 0.2 + 0.6 + 1.0 + 7 * (0.3 + 0.7)
+    assert float(WithCeiling(L0(), 0.3, 7.0)(step)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ceilings_threshold_gradient_is_the_densitys() -> None:
+    """-(1 + price) p(θ) above the ceiling, -p(θ) below."""
+    step, mean, spread, _ = gaussian_step()
+    WithCeiling(L0(), 0.2, 7.0)(step).backward()
+    assert step.threshold.grad is not None
+    above = 0
+    for i in range(D_SAE):
+        distance = float((step.threshold[i] - mean[i]) / spread[i])
+        over = 0.5 * math.erfc(distance / math.sqrt(2)) > 0.2
+        density = math.exp(-(distance**2) / 2) / (float(spread[i]) * math.sqrt(2 * math.pi))
+        expected = -(8 if over else 1) * density
+        assert float(step.threshold.grad[i]) == pytest.approx(expected, rel=0.05), i
+        above += over
+    assert 0 < above < D_SAE
+
+
 def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
     for mode in ("step", "tanh", "quadratic"):
         sae = JumpReLUTrainingSAE(steered(jumprelu_sparsity_loss_mode=mode, frequency_scale=0.01))
@@ -110,7 +137,7 @@ FEATURES, WIDTH, LATENTS, TARGET = 199, 41, 211, 4.0
 
 
 # Each term is tested without what a steered training adds by itself.
-ALONE: dict[str, Any] = {"frequency_ceiling": 1.0, "matryoshka_weight": 0.0, "step_path": "sparse"}
+ALONE: dict[str, Any] = {"matryoshka_weight": 0.0, "step_path": "sparse"}
 
 
 def steered(**fields: Any) -> JumpReLUTrainingSAEConfig:
@@ -174,7 +201,24 @@ def test_the_frequency_penalty_removes_frequent_latents_at_the_l0_asked_for(
         assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
 
 
+def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
+    found = frequencies(trained(steered(frequency_ceiling=0.08)))
+    assert (found > 0.1).sum() == 0
+    assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
+
+
 # ---------------------------------------------------------------- nested dictionaries, dead latents
+
+
+def test_a_steered_training_nests_and_weighs_as_its_config_says() -> None:
+    plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
+    assert plain.inner_widths == [13, 26, 52, 105] and plain.inner_weight == 0.5
+    assert replace(plain, matryoshka_weight=0.0).inner_widths == []
+    published = replace(plain, matryoshka_widths=[23, 97])
+    assert published.inner_widths == [23, 97] and published.inner_weight == 2
+    fixed = replace(plain, l0_coefficient=0.3)
+    assert fixed.inner_widths == []
+
 
 WIDTHS = [5, 6, 41, 100, 101]  # of test_step's 101 latents, one block of a single latent
 

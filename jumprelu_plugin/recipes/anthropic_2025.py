@@ -24,10 +24,9 @@ ANTHROPIC_2025 = Recipe(
         "decoder_rows": "free",
         "initialization": "uniform",  # W_dec, W_enc, and b_enc from the first batch
         "apply_b_dec_to_input": False,  # f = JumpReLU(W_enc x + b_enc)
-        # With target_l0, nothing that `default` adds.
+        # With target_l0, nothing that our own config adds.
         "restart_dead_latents": False,
         "matryoshka_weight": 0.0,
-        "frequency_ceiling": 1.0,
     },
     runner={
         "lr": 2e-4,

@@ -22,9 +22,8 @@ from jumprelu_plugin.training.units import INPUT_UNITS
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
-# docs/results.md: more of either makes latents match true features better and rebuild less.
+# More of it makes latents match true features better and rebuild less (docs/results.md).
 INNER_WEIGHT = 0.5
-FREQUENCY_CEILING = 0.09
 
 
 @dataclass
@@ -46,8 +45,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
         frequency_ceiling: where a latent's firings start to cost more (`objective.WithCeiling`), as
-            a share of tokens. None means 0.09 in a steered training, or twice the mean frequency
-            if that is more; no ceiling otherwise, and none at 1.
+            a share of tokens; a steered training takes twice the mean frequency if that is more.
+            None is no ceiling. The recipe `default`, made for text, has one.
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
             m here (arXiv 2503.17547); the whole dictionary need not be listed. None means a
             sixteenth, an eighth, a quarter and a half of it in a steered training, and the whole
@@ -107,8 +106,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         return self.l0_coefficient is None
 
     @property
-    def shapes_features(self) -> bool:
-        """Whether inner dictionaries and a frequency ceiling are there without being asked for."""
+    def nests_by_default(self) -> bool:
+        """Whether there are inner dictionaries without being asked for."""
         return self.steers_l0
 
     @property
@@ -118,7 +117,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             return []
         if self.matryoshka_widths is not None:
             return [width for width in self.matryoshka_widths if width < self.d_sae]
-        if not self.shapes_features:
+        if not self.nests_by_default:
             return []
         return sorted({self.d_sae // part for part in (16, 8, 4, 2)} - {0})
 
@@ -133,9 +132,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     @property
     def ceiling(self) -> float | None:
         """Frequency above which firings cost more, or None."""
-        if self.frequency_ceiling is None and self.shapes_features:
-            return max(FREQUENCY_CEILING, 2 * (self.target_l0 or 0) / self.d_sae)
-        return self.frequency_ceiling
+        if self.frequency_ceiling is None or not self.steers_l0:
+            return self.frequency_ceiling
+        return max(self.frequency_ceiling, 2 * (self.target_l0 or 0) / self.d_sae)
 
     @property
     def unit_norm_decoder(self) -> bool:

@@ -44,7 +44,7 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
 
     @property
     @override
-    def shapes_features(self) -> bool:
+    def nests_by_default(self) -> bool:
         # Measured on SAEs only.
         return False
 
