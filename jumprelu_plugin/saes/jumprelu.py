@@ -205,14 +205,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         offset = self._decoder_offset(x, b_dec)
-        inner: list[Tensor] = []
-        if not (widths := self.cfg.inner_widths):
-            x_hat = self._output(entries.decode(activations, W_dec).add_(offset))
-        else:
+        if widths := self.cfg.inner_widths:
             *parts, whole = prefix_reconstructions(
                 entries, activations, W_dec, offset, [*widths, self.cfg.d_sae]
             )
-            x_hat, inner = self._output(whole), [self._outside(part) for part in parts]
+        else:
+            parts, whole = [], entries.decode(activations, W_dec).add_(offset)
+        x_hat, *inner = self._as_target([self.hook_sae_recons(whole), *parts])
 
         step = Step(
             entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
@@ -238,12 +237,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             metrics={"steered_l0_coefficient": coefficient} if self.controller else {},
         )
 
-    def _output(self, decoded: Tensor) -> Tensor:
-        return self._outside(self.hook_sae_recons(decoded))
-
-    def _outside(self, decoded: Tensor) -> Tensor:
-        """A reconstruction as the target is: input normalisation undone, heads apart."""
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(decoded), self.d_head)
+    def _as_target(self, decoded: list[Tensor]) -> list[Tensor]:
+        """Reconstructions as the target is: input normalisation undone, heads apart."""
+        if self.cfg.normalize_activations == "layer_norm":
+            # All at once: SAELens drops the statistics of the input when they have been used.
+            decoded = list(self.run_time_activation_norm_fn_out(torch.stack(decoded)))
+        else:
+            decoded = [self.run_time_activation_norm_fn_out(part) for part in decoded]
+        return [self.reshape_fn_out(part, self.d_head) for part in decoded]
 
     def _losses(
         self, step: Step, x_hat: Tensor, inner: list[Tensor], target: Tensor, sparsity: Tensor
