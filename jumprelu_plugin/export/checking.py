@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -167,6 +167,21 @@ def compare(
         )
     f = exact.encode(x.double())
     outputs = {"activations": (encode(x), f), "outputs": (forward(x), exact.decode(f, x.double()))}
+    return agreement(loader, outputs, len(x), f, tolerance)
+
+
+def agreement(
+    loader: str,
+    outputs: Mapping[str, tuple[Tensor, Tensor]],
+    inputs: int,
+    f: Float[Tensor, "*n d_sae"],
+    tolerance: float,
+) -> Check:
+    """The check that (loaded, expected) pairs of outputs pass; f, the expected latents.
+
+    Raises:
+        ValueError: outputs differ by more than `tolerance`, relative.
+    """
     errors = {name: relative_error(got.double(), want) for name, (got, want) in outputs.items()}
     for name, error in errors.items():
         if not error <= tolerance:
@@ -175,7 +190,7 @@ def compare(
                 f"{tolerance:.0e}: nothing was written"
             )
     active = float((f > 0).sum(-1).double().mean())
-    return Check(loader, len(x), active, max(errors.values()))
+    return Check(loader, inputs, active, max(errors.values()))
 
 
 def random_inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_in"]:

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
 
 from jumprelu_plugin.cross_layer import folder as folders
 from jumprelu_plugin.cross_layer.config import CrossLayerConfig
@@ -26,9 +24,9 @@ from jumprelu_plugin.export.checking import (
     FEWEST_INPUTS,
     TOLERANCE,
     Check,
+    agreement,
     far_from_thresholds,
     random_inputs,
-    relative_error,
 )
 
 _BLOCK = "blocks.{layer}."
@@ -103,19 +101,11 @@ def compare(
             "are the scales of W_enc and threshold what they should be?"
         )
     f = exact.encode(x.double())
-    expected: dict[str, tuple[Tensor, Float[Tensor, "layers n d"]]] = {
+    outputs = {
         "activations": (loaded.encode(x), f),
         "outputs": (loaded(x), exact.decode(f)),
     }
-    errors = {name: relative_error(got.double(), want) for name, (got, want) in expected.items()}
-    for name, error in errors.items():
-        if not error <= tolerance:
-            raise ValueError(
-                f"read back with {loader}, the {name} differ by {error:.1e} (relative), more than "
-                f"{tolerance:.0e}: nothing was written"
-            )
-    active = float((f > 0).sum(-1).double().mean())
-    return Check(loader, x.shape[1], active, max(errors.values()))
+    return agreement(loader, outputs, x.shape[1], f, tolerance)
 
 
 def _check_fit(cfg: CrossLayerConfig, n_layers: int) -> None:
