@@ -6,26 +6,18 @@ unchanged model, and spliced in, latents read the model as the layers below have
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder
-from jumprelu_plugin.evaluation.loss import (
-    _checked,
-    _evaluation_mode,
-    _finite,
-    _loss,
-    evaluated_positions,
-)
+from jumprelu_plugin.evaluation.loss import _finite
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.evaluation.report import _special_token_ids
-from jumprelu_plugin.evaluation.splice import LayerFidelity, SplicedSet, _ablated, _keep
+from jumprelu_plugin.evaluation.splice import SplicedSet, _keep, spliced_set
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import attached, flat_heads
 
@@ -50,35 +42,18 @@ def evaluate_cross_layer(
     `delta_lm_loss` refuses.
     """
     refuse_widths(model, transcoder)
-    special = _special_token_ids(model, special_token_ids)
-    tokens = _checked(model, tokens, batch_size).to(model.cfg.device)
-    evaluated = evaluated_positions(tokens, special)
-    counted = evaluated[:, :-1] & evaluated[:, 1:]
-    n_predictions = int(counted.sum())
-    if n_predictions < 1:
-        raise ValueError(f"No prediction counts: special ids {special} leave no two tokens.")
-    batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     sites = [(pair.hook_in, pair.hook_out) for pair in transcoder.cfg.pairs]
-    metrics = [StreamingMetrics() for _ in sites]
-    clean = spliced = ablated = 0.0
-    with _evaluation_mode(model, transcoder):
-        for rows in tqdm(batches, desc="clean and spliced", disable=not progress):
-            text, here, scored = tokens[rows], evaluated[rows], counted[rows]
-            clean += _loss(_observed(model, text, here, transcoder, metrics), text, scored)
-            spliced += _loss(_spliced(model, text, here, transcoder), text, scored)
-        means = [found.mean for found in metrics]
-        for rows in tqdm(batches, desc="mean-ablated", disable=not progress):
-            logits = _ablated(model, tokens[rows], evaluated[rows], sites, means)
-            ablated += _loss(logits, tokens[rows], counted[rows])
-    return SplicedSet(
-        n_predictions=n_predictions,
-        loss_clean=clean / n_predictions,
-        loss_spliced=spliced / n_predictions,
-        loss_mean_ablated=ablated / n_predictions,
-        layers=tuple(
-            LayerFidelity(*site, transcoder.cfg.d_sae, found.fvu, found.l0, found.dead_share)
-            for site, found in zip(sites, (m.compute() for m in metrics), strict=True)
-        ),
+    return spliced_set(
+        model,
+        [transcoder],
+        tokens,
+        sites,
+        [transcoder.cfg.d_sae] * len(sites),
+        lambda text, here, metrics: _observed(model, text, here, transcoder, metrics),
+        lambda text, here: _spliced(model, text, here, transcoder),
+        batch_size=batch_size,
+        special_token_ids=special_token_ids,
+        progress=progress,
     )
 
 
@@ -100,7 +75,7 @@ def _observed(
     text: Tensor,
     here: Bool[Tensor, "rows positions"],
     transcoder: CrossLayerTranscoder,
-    metrics: list[StreamingMetrics],
+    metrics: Sequence[StreamingMetrics],
 ) -> Float[Tensor, "rows positions vocabulary"]:
     """Logits of the unchanged model; the errors at each output go into its metrics."""
     pairs = transcoder.cfg.pairs

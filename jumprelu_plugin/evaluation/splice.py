@@ -7,7 +7,7 @@ by its own error and not by those below it. Which tokens count is as in `loss.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,42 @@ def evaluate_spliced(
     """
     sites = [sae_sites(transcoder) for transcoder in transcoders]
     _refuse_set(transcoders, sites)
+    return spliced_set(
+        model,
+        transcoders,
+        tokens,
+        sites,
+        [transcoder.cfg.d_sae for transcoder in transcoders],
+        lambda text, here, metrics: _observed(model, text, here, transcoders, sites, metrics),
+        lambda text, here: _spliced(model, text, here, transcoders, sites),
+        batch_size=batch_size,
+        special_token_ids=special_token_ids,
+        progress=progress,
+    )
+
+
+def spliced_set(
+    model: Any,
+    transcoders: Sequence[Any],
+    tokens: Int[Tensor, "sequences positions"],
+    sites: Sequence[tuple[str, str]],
+    widths: Sequence[int],
+    observed: Callable[[Tensor, Tensor, Sequence[StreamingMetrics]], Tensor],
+    spliced_in: Callable[[Tensor, Tensor], Tensor],
+    *,
+    batch_size: int,
+    special_token_ids: Iterable[int] | None,
+    progress: bool,
+) -> SplicedSet:
+    """The losses and fidelities of whatever writes to the output hooks of `sites`.
+
+    Args:
+        transcoders: the modules to evaluate, in evaluation mode meanwhile.
+        sites, widths: (input hook, output hook) and latents, one each for every output.
+        observed: logits of the unchanged model on a batch's text and evaluated positions; what it
+            finds goes into the metrics, one for every output.
+        spliced_in: logits with every output replaced.
+    """
     special = _special_token_ids(model, special_token_ids)
     tokens = _checked(model, tokens, batch_size).to(model.cfg.device)
     evaluated = evaluated_positions(tokens, special)
@@ -122,14 +158,13 @@ def evaluate_spliced(
     if n_predictions < 1:
         raise ValueError(f"No prediction counts: special ids {special} leave no two tokens.")
     batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
-    metrics = [StreamingMetrics() for _ in transcoders]
+    metrics = [StreamingMetrics() for _ in sites]
     clean = spliced = ablated = 0.0
     with _evaluation_mode(model, *transcoders):
         for rows in tqdm(batches, desc="clean and spliced", disable=not progress):
-            text, here = tokens[rows], evaluated[rows]
-            clean += _loss(_observed(model, text, here, transcoders, sites, metrics),
-                           text, counted[rows])  # fmt: skip
-            spliced += _loss(_spliced(model, text, here, transcoders, sites), text, counted[rows])
+            text, here, scored = tokens[rows], evaluated[rows], counted[rows]
+            clean += _loss(observed(text, here, metrics), text, scored)
+            spliced += _loss(spliced_in(text, here), text, scored)
         means = [found.mean for found in metrics]
         for rows in tqdm(batches, desc="mean-ablated", disable=not progress):
             logits = _ablated(model, tokens[rows], evaluated[rows], sites, means)
@@ -140,9 +175,9 @@ def evaluate_spliced(
         loss_spliced=spliced / n_predictions,
         loss_mean_ablated=ablated / n_predictions,
         layers=tuple(
-            LayerFidelity(*site, transcoder.cfg.d_sae, found.fvu, found.l0, found.dead_share)
-            for site, transcoder, found in zip(
-                sites, transcoders, (m.compute() for m in metrics), strict=True
+            LayerFidelity(*site, width, found.fvu, found.l0, found.dead_share)
+            for site, width, found in zip(
+                sites, widths, (m.compute() for m in metrics), strict=True
             )
         ),
     )
