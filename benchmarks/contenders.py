@@ -159,6 +159,14 @@ def _ours(path: str) -> Callable[[Shape], Contender]:
     return make
 
 
+def _as_it_comes(shape: Shape) -> Contender:
+    """Nothing but the L0 asked for: inner dictionaries, and the control of L0."""
+    sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae}
+    return _SAELens(
+        JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, target_l0=shape.l0)), shape
+    )
+
+
 def _stock_jumprelu(shape: Shape) -> Contender:
     cfg = sae_lens.JumpReLUTrainingSAEConfig(
         **_sizes(shape),
@@ -206,12 +214,14 @@ SPARSE = "this package, sparse"
 SCREENED = "this package, screened"
 DENSE = "this package, dense"
 AUTO = "this package, auto"
+AS_IT_COMES = "this package, auto, as it comes"
 
 CONTENDERS: dict[str, Callable[[Shape], Contender]] = {
     SPARSE: _ours("sparse"),
     SCREENED: _ours("screened"),
     DENSE: _ours("dense"),
     AUTO: _ours("auto"),
+    AS_IT_COMES: _as_it_comes,
     STOCK: _stock_jumprelu,
     "SAELens topk": lambda shape: _topk(shape, sparse=False),
     "SAELens topk, sparse activations": lambda shape: _topk(shape, sparse=True),

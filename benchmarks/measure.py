@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import AUTO, CONTENDERS, Contender, Shape, activations
+from benchmarks.contenders import AS_IT_COMES, AUTO, CONTENDERS, Contender, Shape, activations
 from jumprelu_plugin.step import product
 
-# Enough for `auto` to have timed every path it tries.
-AUTO_WARM_UP = 13
+# Steps that are not timed; 13 are enough for `auto` to have timed every path it tries.
+WARM_UP = dict.fromkeys(CONTENDERS, 1) | dict.fromkeys((AUTO, AS_IT_COMES), 13)
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -35,7 +35,7 @@ def ready(name: str, shape: Shape) -> Contender:
     """A contender that has taken the steps that are not timed."""
     torch.manual_seed(0)
     contender = CONTENDERS[name](shape)
-    for _ in range(AUTO_WARM_UP if name == AUTO else 1):
+    for _ in range(WARM_UP[name]):
         contender.step()
     return contender
 
@@ -81,8 +81,8 @@ def _steps_and_memory(name: str, shape: Shape) -> dict[str, int]:
     contender = CONTENDERS[name](shape)
     gc.collect()
     before = _status("VmRSS")
-    # Twice: Adam's moments come into being at the end of the first step.
-    for _ in range(AUTO_WARM_UP if name == AUTO else 2):
+    # Twice at least: Adam's moments come into being at the end of the first step.
+    for _ in range(max(2, WARM_UP[name])):
         contender.step()
     return {"peak_bytes": _status("VmHWM"), "before_bytes": before}
 

@@ -22,8 +22,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import AUTO, CONTENDERS, SCREENED, SPARSE, STOCK, Shape, absent
-from benchmarks.measure import AUTO_WARM_UP, interleaved, one_product, peak_memory, ready
+from benchmarks.contenders import (
+    AS_IT_COMES,
+    AUTO,
+    CONTENDERS,
+    SCREENED,
+    SPARSE,
+    STOCK,
+    Shape,
+    absent,
+)
+from benchmarks.measure import WARM_UP, interleaved, one_product, peak_memory, ready
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.step import product
 
@@ -35,9 +44,14 @@ WIDTHS = tuple(Shape(768, d_sae, 2048, 70) for d_sae in (4096, 16384, 65536))
 L0S = tuple(Shape(768, 12288, 2048, l0) for l0 in (10, 100, 1000, 3072))
 IN_SWEEPS = (SPARSE, SCREENED, AUTO, STOCK)
 # Dense trainers take over ten seconds a step there, on two cores; everyone is at the small shape.
-AT_THE_LARGE_SHAPE = (SPARSE, SCREENED, AUTO, STOCK, "SAELens batchtopk")
+AT_THE_LARGE_SHAPE = (SPARSE, SCREENED, AUTO, AS_IT_COMES, STOCK, "SAELens batchtopk")
 # A step in units of one product, roughly, for the estimate alone.
-ROUGH_COST = {name: 9.0 for name in CONTENDERS} | {SPARSE: 1.8, SCREENED: 1.2, AUTO: 1.2}
+ROUGH_COST = dict.fromkeys(CONTENDERS, 15.0) | {
+    SPARSE: 1.9,
+    SCREENED: 1.5,
+    AUTO: 1.5,
+    AS_IT_COMES: 2.5,
+}
 
 console = Console()
 
@@ -148,10 +162,9 @@ def estimated_minutes(work: Sequence[Plan]) -> float:
         for shape in plan.shapes:
             one = per_flop * shape.d_in * shape.d_sae * shape.batch
             for name in plan.contenders:
-                warm_up = AUTO_WARM_UP if name == AUTO else 1
-                steps = warm_up + plan.rounds + 2
+                steps = WARM_UP[name] + plan.rounds + 2
                 if plan.memory:
-                    steps += AUTO_WARM_UP if name == AUTO else 2
+                    steps += max(2, WARM_UP[name])
                     seconds += 6  # start of a process
                 seconds += steps * ROUGH_COST[name] * one
     return seconds / 60
