@@ -19,13 +19,22 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
+from jumprelu_plugin.training.restart import (
+    ENCODER_SHARE,
+    THRESHOLD_SHARE,
+    FiringRecord,
+    draw,
+    patience,
+    restart_,
+    unexplained,
+)
 from jumprelu_plugin.training.units import LogParameter, ScaledParameter, stored, units
 
 # ---------------------------------------------------------------- decoder rows
@@ -420,7 +429,7 @@ def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
     before = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec", "threshold", "b_enc")}
     residual = torch.randn(11, 19)
     residual[4:] = 0.0  # tokens rebuilt without an error are never drawn
-    latents, tokens = draw(dead, residual, seed=5)
+    latents, tokens = draw(dead, residual, sae.W_dec, seed=5)
     assert sorted(latents.tolist()) == [3, 17, 80]
     assert len(set(tokens.tolist())) == 3 and tokens.max() < 4
     centre = torch.randn(19)
@@ -428,27 +437,50 @@ def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
     living = before["W_enc"][:, ~dead].norm(dim=0).mean()
     for latent, token in zip(latents.tolist(), tokens.tolist(), strict=True):
         unit = residual[token] / residual[token].norm()
-        torch.testing.assert_close(sae.W_enc[:, latent], living * unit)
+        torch.testing.assert_close(sae.W_enc[:, latent], ENCODER_SHARE * living * unit)
         torch.testing.assert_close(sae.W_dec[latent] / sae.W_dec[latent].norm(), unit)
         z = centre @ sae.W_enc[:, latent] + sae.b_enc[latent]
         assert abs(float(z.detach())) < 1e-4
-        torch.testing.assert_close(sae.threshold[latent], before["threshold"][~dead].median())
+        median = before["threshold"][~dead].median()
+        torch.testing.assert_close(sae.threshold[latent], THRESHOLD_SHARE * median)
     for name, value in before.items():
         axis = 1 if name == "W_enc" else 0
         kept = (~dead).nonzero().flatten()
         found = getattr(sae, name).detach()
         torch.testing.assert_close(found.index_select(axis, kept), value.index_select(axis, kept))
-        moments = optimizer.state[stored(sae, name)]
-        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
-            assert (moment.index_select(axis, latents) == 0).all()
-            assert (moment.index_select(axis, kept) != 0).all()
+        first, second = (
+            optimizer.state[stored(sae, name)][moment] for moment in ("exp_avg", "exp_avg_sq")
+        )
+        assert (first.index_select(axis, latents) == 0).all()
+        assert (first.index_select(axis, kept) != 0).all()
+        usual = second.index_select(axis, kept).mean()
+        new = second.index_select(axis, latents)
+        torch.testing.assert_close(new, usual.expand_as(new))
 
 
 def test_nothing_is_restarted_without_dead_latents_or_errors() -> None:
-    residual = torch.randn(5, 7)
-    assert draw(torch.zeros(11, dtype=torch.bool), residual, 1)[0].numel() == 0
-    assert draw(torch.ones(11, dtype=torch.bool), torch.zeros(5, 7), 1)[0].numel() == 0
-    assert draw(torch.ones(11, dtype=torch.bool), residual, 1)[0].numel() == 5
+    residual, W_dec = torch.randn(5, 7), torch.randn(11, 7)
+    assert draw(torch.zeros(11, dtype=torch.bool), residual, W_dec, 1)[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), torch.zeros(5, 7), W_dec, 1)[0].numel() == 0
+    assert draw(torch.ones(11, dtype=torch.bool), residual, W_dec, 1)[0].numel() == 5
+
+
+def test_what_a_living_latent_points_along_is_not_drawn_again() -> None:
+    random = torch.Generator().manual_seed(3)
+    W_dec = 3.7 * torch.randn(13, 31, generator=random)
+    dead = torch.zeros(13, dtype=torch.bool)
+    dead[[2, 11]] = True
+    known = W_dec[[0, 5, 7, 12, 5, 4]] * torch.tensor([0.3, 1.1, 2.3, 0.7, 5.9, 1.3])[:, None]
+    new = torch.randn(2, 31, generator=random)
+    # Along a dead latent, and against a living one: neither is known.
+    residual = torch.cat((known, new, W_dec[11:12], -W_dec[3:4]))
+    left = unexplained(residual, W_dec, ~dead)
+    cosines = functional.cosine_similarity(residual[:, None], W_dec[None, ~dead], dim=2)
+    torch.testing.assert_close(left, 1 - cosines.clamp_min(0).amax(1).square(), atol=1e-5, rtol=0)
+    residual *= (torch.tensor([7.0] * 6 + [5.0] * 4) / residual.norm(dim=1))[:, None]
+    for seed in range(17):
+        _, tokens = draw(dead, residual, W_dec, seed)
+        assert tokens.min() >= 6, "a known direction was preferred to a new one"
 
 
 def test_the_firing_record_counts_silence() -> None:
@@ -460,8 +492,8 @@ def test_the_firing_record_counts_silence() -> None:
 
 
 def test_patience_gives_rare_latents_more_time() -> None:
-    assert patience(d_sae=16_384, target_l0=64.0, batch=4_096) == 50
-    assert patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 400
+    assert patience(d_sae=16_384, target_l0=64.0, batch=4_096) == 25
+    assert patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 200
 
 
 # ---------------------------------------------------------------- the optimiser seam

@@ -264,7 +264,7 @@ class Learner:
         dead = firing.silent >= self._patience(index)
         # Layers differ in their seed, or all would start from the same tokens.
         seed = firing.steps * self.model.cfg.n_layers + index
-        latents, tokens = draw(dead, residual, seed=seed)
+        latents, tokens = draw(dead, residual, source.W_dec, seed=seed)
         mean = x.mean(0)
         restart_(source, latents, x[tokens] - mean, residual[tokens], mean, ~dead, optimizer)
         firing.silent[latents] = 0

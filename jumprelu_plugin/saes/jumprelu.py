@@ -435,7 +435,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         x, residual = self._latest
         self._latest, firing.checked = None, firing.steps
         dead = firing.silent >= self._patience(len(x))
-        latents, tokens = draw(dead, residual, seed=firing.steps)
+        latents, tokens = draw(dead, residual, self.W_dec, seed=firing.steps)
         encoders, centre = self._restart_encoders(x, residual, tokens)
         restart_(self, latents, encoders, residual[tokens], centre, ~dead, optimizer)
         firing.silent[latents] = 0

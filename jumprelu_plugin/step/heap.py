@@ -11,8 +11,8 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 
-# Blocks of 2**25 bytes and more come straight from the system (glibc's largest M_MMAP_THRESHOLD):
-# they never use what is free in the heap. Up to twice that, there is less to hand back than it costs
+# From 2**25 bytes on, glibc takes a block straight from the system (its largest M_MMAP_THRESHOLD),
+# never from what is free in the heap. Up to twice that, there is less to hand back than it costs
 # (4 % of a step at d_in 768, d_sae 12288).
 LARGE_BYTES = 2**26
 

@@ -3,9 +3,13 @@
 A latent that never fires has no gradient from the reconstruction, and none from the estimators once
 its pre-activations stay below its window. It is given a new direction: the residual of a token the
 dictionary rebuilds badly, drawn in proportion to the squared error (as in Anthropic, "Towards
-Monosemanticity", 2023, appendix on neuron resampling). Its encoder points the same way with the
-length that living encoders have, its threshold is their median, and the optimiser forgets what it
-had gathered about it.
+Monosemanticity", 2023, appendix on neuron resampling). Its encoder points the same way.
+
+How it starts decides whether it lives (docs/results.md has the measurements). An encoder as long as
+the living ones' gives activations that overshoot the residual; a threshold as high as theirs leaves
+it firing too rarely to learn. And Adam divides a step by the root of its second moment: with that
+set to zero, the first steps are several times the learning rate whatever the gradient, and throw
+the new direction away. It is set to what the living latents have.
 """
 
 from __future__ import annotations
@@ -19,15 +23,23 @@ from torch.nn import functional
 
 from jumprelu_plugin.training.units import set_value, stored
 
-# A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-200.
-PATIENCE_IN_FIRINGS = 200
+# A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-100.
+PATIENCE_IN_FIRINGS = 100
 # Shorter than this, and a latent has not had the time to learn.
-SHORTEST_PATIENCE = 50
+SHORTEST_PATIENCE = 25
+# Tokens looked at for each that is taken, and the exponent of `unexplained` in the choice.
+CANDIDATES = 4
+PREFERENCE_FOR_NEW = 6
+# Of `unexplained`'s product, at one time.
+PRODUCT_BYTES = 2**23
+# Of the living encoders' mean length, and of the living latents' median threshold.
+ENCODER_SHARE = 0.5
+THRESHOLD_SHARE = 0.75
 
 
 def patience(d_sae: int, target_l0: float, batch: int) -> int:
     """Steps without firing after which a latent counts as dead: at the mean rate it would have
-    fired 200 times, and at least 50 steps."""
+    fired 100 times, and at least 25 steps."""
     return max(SHORTEST_PATIENCE, round(PATIENCE_IN_FIRINGS * d_sae / (target_l0 * batch)))
 
 
@@ -70,9 +82,16 @@ class FiringRecord:
 
 @torch.no_grad()
 def draw(
-    dead: Bool[Tensor, " d_sae"], residual: Float[Tensor, "batch d_out"], seed: int
+    dead: Bool[Tensor, " d_sae"],
+    residual: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    seed: int,
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Dead latents and, for each, the token it is to start from.
+
+    Tokens are drawn in proportion to their squared error, several for each latent, and among these
+    the ones whose residual no living latent points along: what a known latent left out because it
+    stayed below its threshold needs no second latent.
 
     No more latents are drawn than the batch has tokens with an error, and no token twice. `seed`
     alone decides, on every device: a resumed run draws what the uninterrupted one draws.
@@ -80,10 +99,34 @@ def draw(
     random = torch.Generator().manual_seed(seed)
     latents = dead.nonzero().flatten()
     error = residual.square().sum(1).cpu()
-    count = min(len(latents), int((error > 0).sum()))
+    wrong = int((error > 0).sum())
+    count = min(len(latents), wrong)
     chosen = torch.randperm(len(latents), generator=random)[:count]
-    tokens = torch.multinomial(error, count, generator=random) if count else chosen
+    if not count:
+        return latents[:0], latents[:0]
+    tokens = torch.multinomial(error, min(CANDIDATES * count, wrong), generator=random)
+    new = unexplained(residual[tokens.to(residual.device)], W_dec, ~dead).cpu()
+    # Nothing is ruled out: a residual along a living latent is drawn when there is no other.
+    weight = new.pow(PREFERENCE_FOR_NEW).clamp_min(1e-30)
+    tokens = tokens[torch.multinomial(weight, count, generator=random)]
     return latents[chosen.to(latents.device)], tokens.to(latents.device)
+
+
+def unexplained(
+    vectors: Float[Tensor, "n d_out"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    living: Bool[Tensor, " d_sae"],
+) -> Float[Tensor, " n"]:
+    """The share of each vector's squared length that its best living latent would leave."""
+    unit = functional.normalize(vectors, dim=1)
+    best = unit.new_zeros(len(unit))
+    rows = max(1, PRODUCT_BYTES // (4 * len(unit)))
+    for start in range(0, len(W_dec), rows):
+        piece = slice(start, start + rows)
+        directions = functional.normalize(W_dec[piece][living[piece]].to(unit.dtype), dim=1)
+        if len(directions):
+            best = torch.maximum(best, (unit @ directions.t()).amax(1))
+    return 1 - best.clamp(0, 1).square()
 
 
 @torch.no_grad()
@@ -96,13 +139,15 @@ def restart_(
     living: Bool[Tensor, " d_sae"],
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Give latents new directions (of any length), and all else as the living latents have it.
+    """Give latents new directions (of any length), and a start that the living latents measure.
 
     Args:
         sae: has W_enc, b_enc, W_dec and threshold, plain or parametrized (`training.units`).
         centre: the encoder's input that gives the restarted latents z = 0.
-        living: latents to take norms and the threshold from; all of them if none is alive.
-        optimizer: Adam's moments for these latents are set to 0. None: there is none yet.
+        living: latents to measure norms, threshold and Adam's second moment on; all of them if
+            none is alive.
+        optimizer: Adam's first moment for these latents is set to 0, the second to the living
+            latents' mean. None: there is none yet.
     """
     if not len(latents):
         return
@@ -110,12 +155,12 @@ def restart_(
         living = torch.ones_like(living)
     W_enc, W_dec = (getattr(sae, name).data for name in ("W_enc", "W_dec"))
     threshold, b_enc = (getattr(sae, name).detach().clone() for name in ("threshold", "b_enc"))
-    encoder_norm = W_enc[:, living].norm(dim=0).mean()
-    decoder_norm = W_dec[living].norm(dim=1).mean()
+    encoder_norm = ENCODER_SHARE * W_enc.norm(dim=0)[living].mean()
+    decoder_norm = W_dec.norm(dim=1)[living].mean()
     encoders = (encoder_norm * functional.normalize(encoders, dim=1)).to(W_enc.dtype)
     W_enc[:, latents] = encoders.t()
     W_dec[latents] = (decoder_norm * functional.normalize(decoders, dim=1)).to(W_dec.dtype)
-    threshold[latents] = threshold[living].median()
+    threshold[latents] = THRESHOLD_SHARE * threshold[living].median()
     b_enc[latents] = -(encoders @ centre.to(W_enc.dtype)).to(b_enc.dtype)
     set_value(sae, "threshold", threshold)
     set_value(sae, "b_enc", b_enc)
@@ -123,6 +168,9 @@ def restart_(
         return
     for name, axis in (("W_enc", 1), ("W_dec", 0), ("threshold", 0), ("b_enc", 0)):
         moments = optimizer.state.get(stored(sae, name), {})
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in moments:
-                moments[moment].index_fill_(axis, latents, 0.0)
+        if "exp_avg" in moments:
+            moments["exp_avg"].index_fill_(axis, latents, 0.0)
+        if "exp_avg_sq" in moments:
+            squares = moments["exp_avg_sq"]
+            of_each = squares if squares.ndim == 1 else squares.mean(dim=1 - axis)
+            squares.index_fill_(axis, latents, of_each[living].mean())
