@@ -84,7 +84,7 @@ class SparseJumpReLUSAE(JumpReLUSAE):
         if self._wants_all(feature_acts):
             return super().decode(feature_acts)
         acts = feature_acts.reshape(-1, feature_acts.shape[-1])
-        pattern = Pattern(acts.nonzero().t(), *acts.shape)
+        pattern = Pattern(acts.nonzero().t(), len(acts), acts.shape[1])
         values = acts[pattern.rows, pattern.cols]
         return self._reconstruct(pattern, values, feature_acts.shape[:-1])
 

@@ -7,7 +7,6 @@ on the same loss. Coefficients multiply outside: they change during training, te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,21 +70,6 @@ def reconstruction(
     """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9)."""
     # Fused: half the passes over [batch, d_out], forward and backward, of subtract, square and sum.
     return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
-
-
-def prefix_reconstructions(
-    entries: Entries,
-    activations: Float[Tensor, "*entries"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    offset: Float[Tensor, "*batch d_out"],
-    widths: Sequence[int],
-) -> list[Float[Tensor, "batch d_out"]]:
-    """What the first m latents rebuild, for each width m of a Matryoshka SAE (arXiv 2503.17547)."""
-    rebuilt, x_hat = [], offset
-    for block in entries.decode_blocks(activations, W_dec, widths):
-        x_hat = x_hat + block
-        rebuilt.append(x_hat)
-    return rebuilt
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_a_slab_is_contiguous_and_lies_where_the_last_one_lay() -> None:
     x = torch.randn(7, 131)
     centre = torch.randn(131)
     seen = []
-    for columns, slab in module._slabs(x, 64, centre):
+    for columns, slab in module.slabs(x, 64, centre):
         assert slab.is_contiguous() and torch.equal(slab, (x - centre)[:, columns])
         seen.append((columns.start, columns.stop, slab.data_ptr()))
     assert [s[:2] for s in seen] == [(0, 64), (64, 128), (128, 131)]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sae_lens
@@ -29,7 +29,6 @@ from jumprelu_plugin.objective import (
     Term,
     WithCeiling,
     WithFrequency,
-    prefix_reconstructions,
     reconstruction,
 )
 from jumprelu_plugin.step.entries import Entries
@@ -229,9 +228,16 @@ def more_terms(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tenso
     acts = jumprelu(entries.z, entries.per_latent(theta), p.bandwidth, p.to_input)
     step = Step(entries, acts, theta, p.bandwidth, p.to_input, leaves["W_dec"], p.dead)
     offset = 0.3 * p.target.mean(0)
-    parts = prefix_reconstructions(entries, acts, leaves["W_dec"], offset, WIDTHS)
-    nested = torch.stack([reconstruction(part, p.target) for part in parts]).mean()
-    return nested + 0.7 * AuxiliaryLoss()(step, p.target - parts[-1])
+    x_hat, errors = entries.nested(
+        acts, leaves["W_dec"], offset, p.target, worth_of(p), WIDTHS[:-1]
+    )
+    nested = (errors.sum() + reconstruction(x_hat, p.target)) / len(WIDTHS)
+    return nested + 0.7 * AuxiliaryLoss()(step, p.target - x_hat)
+
+
+def worth_of(p: Problem) -> Tensor:
+    """Unequal weights of the tokens' inner errors."""
+    return torch.linspace(0.3, 1.9, len(p.target), dtype=p.target.dtype)
 
 
 def written_out(p: Problem, leaves: dict[str, Tensor]) -> Tensor:
@@ -253,7 +259,8 @@ def written_out(p: Problem, leaves: dict[str, Tensor]) -> Tensor:
         for start, width in zip([0, *WIDTHS], WIDTHS, strict=False):
             for i in range(start, width):
                 x_hat = x_hat + f[b, i] * leaves["W_dec"][i]
-            loss = loss + (x_hat - p.target[b]).square().sum() / (len(WIDTHS) * batch)
+            worth = 1.0 if width == WIDTHS[-1] else float(worth_of(p)[b])
+            loss = loss + worth * (x_hat - p.target[b]).square().sum() / (len(WIDTHS) * batch)
         if dead:
             largest = sorted(dead, key=lambda i: -float(z[b, i]))[:k]
             found = sum((z[b, i].relu() * leaves["W_dec"][i] for i in largest), torch.zeros(d_out))
@@ -333,15 +340,22 @@ def test_nested_dictionaries_survive_json_flags_and_saving(tmp_path: Path) -> No
     torch.testing.assert_close(stock(x), sae(x), rtol=1e-4, atol=1e-4)
 
 
-def test_losses_of_nested_dictionaries_are_shares_of_a_mean() -> None:
-    """One loss for each width, summing to the mean error, at the whole dictionary's output."""
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("normalisation", ["none", "layer_norm", "constant_norm_rescale"])
+def test_losses_of_nested_dictionaries_are_shares_of_a_mean(
+    normalisation: str, path: Literal["sparse", "dense"]
+) -> None:
+    """One loss for each width, summing to the mean error, at the whole dictionary's output, in the
+    input's own units."""
     cfg = steered(
         matryoshka_widths=[23, 97], l0_coefficient=0.1, jumprelu_init_threshold=0.4,
-        jumprelu_bandwidth=0.3,
+        jumprelu_bandwidth=0.3, normalize_activations=normalisation, step_path=path,
     )  # fmt: skip
     torch.manual_seed(1)
     sae = JumpReLUTrainingSAE(cfg).train()
     x = next(tokens_with_frequent_features())
+    if normalisation == "constant_norm_rescale":
+        x = x[x.norm(dim=1) > 0]  # SAELens divides by the norm
     output = sae.training_forward_pass(
         TrainStepInput(
             sae_in=x,
@@ -351,11 +365,17 @@ def test_losses_of_nested_dictionaries_are_shares_of_a_mean() -> None:
             is_logging_step=False,
         )
     )
-    acts = output.feature_acts.to_dense()
-    errors = {
-        width: (acts[:, :width] @ sae.W_dec[:width] + sae.b_dec - x).square().sum(1).mean()
-        for width in (23, 97, LATENTS)
-    }
+    acts = output.feature_acts
+    acts = acts.to_dense() if acts.is_sparse else acts
+    scale, shift = torch.ones(len(x), 1), torch.zeros(len(x), 1)
+    if normalisation == "layer_norm":
+        scale, shift = x.std(1, keepdim=True), x.mean(1, keepdim=True)
+    elif normalisation == "constant_norm_rescale":
+        scale = x.norm(dim=1, keepdim=True) / WIDTH**0.5
+    errors = {}
+    for width in (23, 97, LATENTS):
+        x_hat = scale * (acts[:, :width] @ sae.W_dec[:width] + sae.b_dec) + shift
+        errors[width] = (x_hat - x).square().sum(1).mean()
     for name, width in (("inner_mse_loss_23", 23), ("inner_mse_loss_97", 97), ("mse_loss", 211)):
         assert float(output.losses[name]) == pytest.approx(float(errors[width]) / 3, rel=1e-4)
     whole = (output.sae_out - x).square().sum(1).mean()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,6 @@ from jumprelu_plugin.objective import (
     AuxiliaryLoss,
     PreActivationLoss,
     Step,
-    prefix_reconstructions,
     reconstruction,
     sparsity_term,
     threshold_slopes,
@@ -205,18 +204,19 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         offset = self._decoder_offset(x, b_dec)
+        target = _full_precision(target)
+        inner = None
         if widths := self.cfg.inner_widths:
-            *parts, whole = prefix_reconstructions(
-                entries, activations, W_dec, offset, [*widths, self.cfg.d_sae]
-            )
+            sought, worth = self._as_decoded(target)
+            decoded, inner = entries.nested(activations, W_dec, offset, sought, worth, widths)
         else:
-            parts, whole = [], entries.decode(activations, W_dec).add_(offset)
-        x_hat, *inner = self._as_target([self.hook_sae_recons(whole), *parts])
+            decoded = entries.decode(activations, W_dec).add_(offset)
+        x_hat = self.run_time_activation_norm_fn_out(self.hook_sae_recons(decoded))
+        x_hat = self.reshape_fn_out(x_hat, self.d_head)
 
         step = Step(
             entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
         )
-        target = _full_precision(target)
         coefficient = self._coefficient(step_input)
         penalty = self.sparsity(step)
         losses = self._losses(step, x_hat, inner, target, coefficient * penalty)
@@ -237,27 +237,34 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             metrics={"steered_l0_coefficient": coefficient} if self.controller else {},
         )
 
-    def _as_target(self, decoded: list[Tensor]) -> list[Tensor]:
-        """Reconstructions as the target is: input normalisation undone, heads apart."""
-        if self.cfg.normalize_activations == "layer_norm":
-            # All at once: SAELens drops the statistics of the input when they have been used.
-            decoded = list(self.run_time_activation_norm_fn_out(torch.stack(decoded)))
-        else:
-            decoded = [self.run_time_activation_norm_fn_out(part) for part in decoded]
-        return [self.reshape_fn_out(part, self.d_head) for part in decoded]
+    def _as_decoded(
+        self, target: Tensor
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " batch"]]:
+        """The target where the decoder is to meet it, before input normalisation is undone; and
+        what a squared error there is worth in the target's own units, for each token."""
+        flat = target.flatten(1)
+        match self.cfg.normalize_activations:
+            case "layer_norm":
+                mean, std = cast("Tensor", self.ln_mu), cast("Tensor", self.ln_std)
+                scale = std.clamp_min(torch.finfo(flat.dtype).tiny)  # a constant token's std is 0
+                return (flat - mean) / scale, scale.flatten().square()
+            case "constant_norm_rescale":
+                factor = cast("Tensor", self.x_norm_coeff)
+                return flat * factor, factor.flatten().pow(-2)
+        return flat, flat.new_ones(len(flat))
 
     def _losses(
-        self, step: Step, x_hat: Tensor, inner: list[Tensor], target: Tensor, sparsity: Tensor
+        self, step: Step, x_hat: Tensor, inner: Tensor | None, target: Tensor, sparsity: Tensor
     ) -> dict[str, Tensor]:
         cfg = self.cfg
         losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
-        if inner:
+        if inner is not None:
             # Weights that sum to 1: λ keeps the meaning it has without nested dictionaries.
             whole = 1 / (1 + cfg.inner_weight)
             share = whole * cfg.inner_weight / len(inner)
             losses["mse_loss"] = whole * losses["mse_loss"]
-            for width, part in zip(cfg.inner_widths, inner, strict=True):
-                losses[f"inner_mse_loss_{width}"] = share * reconstruction(part, target)
+            for width, error in zip(cfg.inner_widths, inner.unbind(), strict=True):
+                losses[f"inner_mse_loss_{width}"] = share * error
         if cfg.pre_act_loss_coefficient is not None:
             pre_act = PreActivationLoss(cfg.pre_act_loss_over)(step)
             losses["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act

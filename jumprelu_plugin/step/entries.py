@@ -49,15 +49,19 @@ class Entries(ABC):
         """activations @ W_dec, differentiable in both."""
 
     @abstractmethod
-    def decode_blocks(
+    def nested(
         self,
         activations: Float[Tensor, "*entries"],
         W_dec: Float[Tensor, "d_sae d_out"],
-        ends: Sequence[int],
-    ) -> list[Float[Tensor, "batch d_out"]]:
-        """What each block of latents decodes to, block k from ends[k - 1] (or 0) to ends[k].
+        offset: Float[Tensor, "*batch d_out"],
+        target: Float[Tensor, "batch d_out"],
+        worth: Float[Tensor, " batch"],
+        widths: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
+        """offset + activations @ W_dec, and the error of the first m latents for each width m.
 
-        The blocks' sum is `decode`, and costs what it costs: no pair is in two blocks.
+        The error is the mean over tokens of worth · ‖offset + activations[:m] @ W_dec[:m] -
+        target‖². Differentiable in activations, W_dec and offset.
         """
 
     @abstractmethod

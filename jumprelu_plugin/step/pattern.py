@@ -9,7 +9,7 @@ product 73 ms, against 200 and 222 ms for PyTorch's CSR operators on whole rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -19,17 +19,21 @@ from torch import Tensor
 from torch.nn import functional
 
 # Columns at a time on a CPU. A GPU hides the latency of memory and takes all of them.
-_SUM_COLUMNS = 64
-_SAMPLE_COLUMNS = 128
+SUM_COLUMNS = 64
+SAMPLE_COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which (token, latent) pairs are represented: rows ascending, columns ascending in each."""
+    """Which (token, latent) pairs are represented: rows ascending, columns ascending in each.
+
+    `latent_order` is what sorts the entries by latent, and where each latent's end, if known.
+    """
 
     pairs: Int[Tensor, "2 nnz"]
     batch: int
     d_sae: int
+    latent_order: tuple[Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]] | None = None
 
     @property
     def rows(self) -> Int[Tensor, " nnz"]:
@@ -49,19 +53,31 @@ class Pattern:
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
         """The order that sorts entries by latent, their tokens in that order, and its ends."""
-        latents, order = torch.sort(self.cols, stable=True)
-        return order, self.rows[order], _ends(latents, self.d_sae)
+        if self.latent_order is None:
+            latents, order = torch.sort(self.cols, stable=True)
+            ends = _ends(latents, self.d_sae)
+        else:
+            order, ends = self.latent_order
+        return order, self.rows[order], ends
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> tuple[Pattern, Int[Tensor, " kept"]]:
         """The pattern of the kept pairs, and their places in this one."""
         places = kept.nonzero().squeeze(1)
         return Pattern(self.pairs[:, places], self.batch, self.d_sae), places
 
-    def block(self, start: int, end: int) -> tuple[Pattern, Int[Tensor, " kept"]]:
-        """The pairs of latents start to end, counted from start, and their places in this one."""
-        kept, places = self.where((self.cols >= start) & (self.cols < end))
-        pairs = torch.stack((kept.rows, kept.cols - start))
-        return Pattern(pairs, self.batch, end - start), places
+    def in_blocks(self, ends: Sequence[int]) -> Pattern:
+        """The same entries, each token's row cut into one row for each block of latents.
+
+        Row t·len(ends) + k has the entries of token t and block k, latents ends[k - 1] (or 0) to
+        ends[k].
+        """
+        latents = torch.arange(self.d_sae, device=self.cols.device)
+        block = torch.bucketize(latents, latents.new_tensor(ends), right=True)
+        rows = self.rows * len(ends) + block[self.cols]
+        # The order by latent is the same: not sorted again.
+        order, _, latent_ends = self.by_latent
+        pairs = torch.stack((rows, self.cols))
+        return Pattern(pairs, self.batch * len(ends), self.d_sae, (order, latent_ends))
 
     def times(
         self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "d_sae k"]
@@ -79,6 +95,14 @@ class Pattern:
         order, tokens, ends = self.by_latent
         return _weighted_sums(tokens, ends, values[order], matrix, centre)
 
+    def nothing_by_latent(self, like: Float[Tensor, " nnz"]) -> Float[Tensor, "d_sae batch"]:
+        """A sparse CSR matrix of zeros at the represented pairs, for products to be added to."""
+        _, tokens, ends = self.by_latent
+        _say_nothing_of_beta()
+        shape = (self.d_sae, self.batch)
+        zeros = torch.zeros_like(like)
+        return torch.sparse_csr_tensor(ends, tokens, zeros, shape, check_invariants=False)
+
     def sampled_product(
         self,
         left: Float[Tensor, "batch k"],
@@ -94,11 +118,10 @@ class Pattern:
             return found
         # By latent, because there are fewer tokens in a batch than latents: `left` is what is
         # walked through out of order, and the smaller matrix stays in cache.
-        order, tokens, ends = self.by_latent
-        shape = (self.d_sae, self.batch)
-        products = _csr(ends, tokens, torch.zeros_like(found), shape)
-        of_left = _slabs(left, _SAMPLE_COLUMNS, centre)
-        of_right = _slabs(right, _SAMPLE_COLUMNS)
+        order = self.by_latent[0]
+        products = self.nothing_by_latent(found)
+        of_left = slabs(left, SAMPLE_COLUMNS, centre)
+        of_right = slabs(right, SAMPLE_COLUMNS)
         for (_, a), (_, w) in zip(of_left, of_right, strict=True):
             products = torch.sparse.sampled_addmm(products, w, a.t())
         found[order] = products.values()
@@ -119,21 +142,26 @@ def _weighted_sums(
     matrix: Float[Tensor, "rows k"],
     centre: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, "sums k"]:
-    """Sum weights · (matrix - centre)[index] between consecutive ends: PyTorch's embedding bag."""
+    """Sum weights · (matrix - centre)[index] between consecutive ends."""
     sums = matrix.new_empty(len(ends) - 1, matrix.shape[1])
-    for columns, slab in _slabs(matrix, _SUM_COLUMNS, centre):
-        sums[:, columns] = functional.embedding_bag(
-            index,
-            slab,
-            ends,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
-        )
+    for columns, slab in slabs(matrix, SUM_COLUMNS, centre):
+        sums[:, columns] = row_sums(index, ends, weights, slab)
     return sums
 
 
-def _slabs(
+def row_sums(
+    index: Int[Tensor, " nnz"],
+    ends: Int[Tensor, " sums+1"],
+    weights: Float[Tensor, " nnz"],
+    matrix: Float[Tensor, "rows k"],
+) -> Float[Tensor, "sums k"]:
+    """Sum weights · matrix[index] between consecutive ends: PyTorch's embedding bag."""
+    return functional.embedding_bag(
+        index, matrix, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def slabs(
     matrix: Float[Tensor, "rows k"], columns: int, centre: Float[Tensor, " k"] | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
     """A few columns of matrix - centre at a time, contiguous, on a CPU; and which.
@@ -162,11 +190,6 @@ def _slabs(
 def _ends(ascending: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
     """For indices in ascending order, how many are below 0, 1, …, size."""
     return torch.searchsorted(ascending, torch.arange(size + 1, device=ascending.device))
-
-
-def _csr(ends: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    _say_nothing_of_beta()
-    return torch.sparse_csr_tensor(ends, columns, values, shape, check_invariants=False)
 
 
 @cache

@@ -36,14 +36,21 @@ class DenseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return activations @ W_dec
 
-    def decode_blocks(
+    def nested(
         self,
         activations: Float[Tensor, "batch d_sae"],
         W_dec: Float[Tensor, "d_sae d_out"],
-        ends: Sequence[int],
-    ) -> list[Float[Tensor, "batch d_out"]]:
-        starts = [0, *ends[:-1]]
-        return [activations[:, a:b] @ W_dec[a:b] for a, b in zip(starts, ends, strict=True)]
+        offset: Float[Tensor, "*batch d_out"],
+        target: Float[Tensor, "batch d_out"],
+        worth: Float[Tensor, " batch"],
+        widths: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
+        x_hat, start, errors = offset, 0, []
+        for width in widths:
+            x_hat = x_hat + activations[:, start:width] @ W_dec[start:width]
+            errors.append((worth * (x_hat - target).square().sum(1)).mean())
+            start = width
+        return x_hat + activations[:, start:] @ W_dec[start:], torch.stack(errors)
 
     def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
         return self.z.index_select(1, latents)

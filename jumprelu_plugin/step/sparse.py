@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.heap import make_room
+from jumprelu_plugin.step.nested import NestedDecode
 from jumprelu_plugin.step.pattern import Pattern, less
 from jumprelu_plugin.step.select import select
 
@@ -91,39 +92,6 @@ class _SparseDecode(torch.autograd.Function):
         return to_activations, to_W_dec, None
 
 
-class _SparseDecodeBlocks(torch.autograd.Function):
-    """activations @ W_dec of each block of latents apart; one gradient of W_dec for all of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, activations: Tensor, W_dec: Tensor, pattern: Pattern, ends: Sequence[int]
-    ) -> tuple[Tensor, ...]:
-        blocks = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        parts = [pattern.block(block.start, block.stop) for block in blocks]
-        ctx.save_for_backward(activations, W_dec)
-        ctx.blocks, ctx.parts = blocks, parts
-        return tuple(
-            part.times(activations[places], W_dec[block])
-            for block, (part, places) in zip(blocks, parts, strict=True)
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        activations, W_dec = ctx.saved_tensors
-        to_activations = torch.zeros_like(activations) if ctx.needs_input_grad[0] else None
-        to_W_dec = torch.zeros_like(W_dec) if ctx.needs_input_grad[1] else None
-        for block, (part, places), grad in zip(ctx.blocks, ctx.parts, grads, strict=True):
-            grad = grad.contiguous()
-            if to_activations is not None:
-                to_activations[places] = part.sampled_product(grad, W_dec[block])
-            if to_W_dec is not None:
-                to_W_dec[block] = part.transposed_times(activations[places], grad)
-        return to_activations, to_W_dec, None, None
-
-
 class SparseEntries(Entries):
     """The pre-activations above the estimator's lower window edge, z [nnz]."""
 
@@ -154,13 +122,19 @@ class SparseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return _SparseDecode.apply(activations, W_dec, self.pattern)  # type: ignore[return-value]
 
-    def decode_blocks(
+    def nested(
         self,
         activations: Float[Tensor, " nnz"],
         W_dec: Float[Tensor, "d_sae d_out"],
-        ends: Sequence[int],
-    ) -> list[Float[Tensor, "batch d_out"]]:
-        return list(_SparseDecodeBlocks.apply(activations, W_dec, self.pattern, ends))  # type: ignore[arg-type]
+        offset: Float[Tensor, "*batch d_out"],
+        target: Float[Tensor, "batch d_out"],
+        worth: Float[Tensor, " batch"],
+        widths: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
+        blocks = self.pattern.in_blocks([*widths, self.d_sae])
+        return NestedDecode.apply(  # type: ignore[return-value]
+            activations, W_dec, offset, target, worth, blocks, len(widths) + 1
+        )
 
     def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
         return self._encode_columns(latents)

@@ -10,18 +10,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+PIECE_BYTES = 2**21
+
 
 @torch.no_grad()
 def remove_parallel_gradient_(
     gradient: Float[Tensor, "d_sae d_out"], W_dec: Float[Tensor, "d_sae d_out"]
 ) -> None:
     """In place, take from each row of `gradient` its projection on the row of `W_dec` (unit)."""
-    parallel = torch.linalg.vecdot(gradient, W_dec)
-    gradient.addcmul_(parallel.unsqueeze(1), W_dec, value=-1.0)
+    for piece, rows in zip(_in_pieces(gradient), _in_pieces(W_dec), strict=True):
+        parallel = torch.linalg.vecdot(piece, rows)
+        piece.addcmul_(parallel.unsqueeze(1), rows, value=-1.0)
 
 
 @torch.no_grad()
 def normalise_rows_(W_dec: Float[Tensor, "d_sae d_out"]) -> None:
     """In place, give every row unit norm; a row of zeros stays zero."""
-    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_dec.div_(norms.clamp_min(torch.finfo(W_dec.dtype).tiny))
+    for piece in _in_pieces(W_dec):
+        norms = torch.linalg.vector_norm(piece, dim=1, keepdim=True)
+        piece.div_(norms.clamp_min(torch.finfo(W_dec.dtype).tiny))
+
+
+def _in_pieces(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Rows that stay in a CPU's cache between two passes over them; all of them on a GPU."""
+    if matrix.device.type != "cpu":
+        return (matrix,)
+    return matrix.split(max(1, PIECE_BYTES // (matrix.element_size() * matrix.shape[1])))
