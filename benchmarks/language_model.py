@@ -32,7 +32,14 @@ from jumprelu_plugin.text import Split
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)
-COMPARED = (OURS_ON_TEXT, "batchtopk", "topk", "gated (steered)", "jumprelu (stock, quadratic)")
+COMPARED = (
+    OURS_ON_TEXT,
+    "batchtopk",
+    "topk",
+    "gated (steered)",
+    "jumprelu (stock, quadratic)",
+    "jumprelu (stock, steered)",
+)
 COMPARED_L0 = (20, 40, 80)
 BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
