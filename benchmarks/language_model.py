@@ -32,19 +32,14 @@ from jumprelu_plugin.text import Split
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)
-COMPARED = (
-    OURS_ON_TEXT,
-    "batchtopk",
-    "topk",
-    "gated (steered)",
-    "jumprelu (stock, quadratic)",
-    "jumprelu (stock, steered)",
-)
+COMPARED = (OURS_ON_TEXT, "batchtopk", "topk", "gated (steered)", "jumprelu (stock, quadratic)")
 COMPARED_L0 = (20, 40, 80)
 BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console()
+if not console.is_terminal:
+    console.width = 140  # a log has no width of its own
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(SUBJECTS)}.")]
 Steps = Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]

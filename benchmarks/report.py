@@ -8,8 +8,7 @@ the newest records say.
 
 from __future__ import annotations
 
-import json
-import re
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,23 +17,12 @@ import typer
 
 from benchmarks.contenders import AUTO, SCREENED, SPARSE, STOCK
 from benchmarks.speed import IN_SWEEPS, PRODUCT, RESULTS, megabytes
+from benchmarks.tables import Records, fill, read, table
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
 FIGURE = DOCUMENT.with_suffix(".png")
-Records = list[dict[str, Any]]
 
 COLOURS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
-
-
-def read(path: Path) -> Records:
-    """The records of a run.
-
-    Raises:
-        FileNotFoundError: there is none yet.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there are no records at {path}; run python -m benchmarks.speed")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def shapes(records: Records) -> str:
@@ -54,7 +42,7 @@ def shapes(records: Records) -> str:
             for r in sorted(group, key=lambda r: r["median_seconds"])
         ]
         header = ("", "s/step", "× stock", "tokens/s", "of one product", "peak MB (of stock's)")
-        parts.append(f"{title}\n\n{_table(header, rows)}")
+        parts.append(f"{title}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -68,7 +56,7 @@ def passes(records: Records) -> str:
             seconds = r["forward_backward_seconds"]
             share = f"{r['product_share_of_passes']:.0%}"
             rows.append((title, name, _seconds(seconds), f"{stock / seconds:.1f}", share))
-    return _table(("", "", "forward + backward, s", "× stock", "one product's share"), rows)
+    return table(("", "", "forward + backward, s", "× stock", "one product's share"), rows)
 
 
 def sweep(name: str) -> Callable[[Records], str]:
@@ -85,7 +73,7 @@ def sweep(name: str) -> Callable[[Records], str]:
                 seconds = _one(group, contender)["median_seconds"]
                 cells.append(f"{_seconds(seconds)} ({stock / seconds:.1f}×)")
             rows.append(tuple(cells))
-        return _table((name, *IN_SWEEPS), rows)
+        return table((name, *IN_SWEEPS), rows)
 
     return draw
 
@@ -110,19 +98,6 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "d_sae": sweep("d_sae"),
     "l0": sweep("l0"),
 }
-
-
-def fill(text: str, records: Records) -> str:
-    """The document with every block drawn anew.
-
-    Raises:
-        KeyError: the document has a block that nothing draws.
-    """
-
-    def block(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{BLOCKS[match[2]](records)}\n{match[3]}"
-
-    return re.sub(r"(<!-- speed:(\w+) -->)\n.*?(<!-- /speed -->)", block, text, flags=re.DOTALL)
 
 
 def draw(records: Records, path: Path) -> None:
@@ -184,12 +159,6 @@ def _megabytes(record: dict[str, Any], stock: dict[str, Any]) -> str:
     return f"{own:,.0f} ({own / of_stock:.2f})"
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    line = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
-    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
 def main(
     records: Annotated[Path, typer.Option(help="Records of benchmarks.speed.")] = RESULTS,
     document: Annotated[Path, typer.Option(help="The document to fill.")] = DOCUMENT,
@@ -197,7 +166,8 @@ def main(
 ) -> None:
     """Fill the document and draw the figure."""
     found = read(records)
-    filled = fill(document.read_text(encoding="utf-8"), found)
+    blocks = {name: functools.partial(block, found) for name, block in BLOCKS.items()}
+    filled = fill(document.read_text(encoding="utf-8"), "speed", blocks)
     draw(found, figure)
     document.write_text(filled, encoding="utf-8")
     print(f"{document} and {figure} drawn from {records}")

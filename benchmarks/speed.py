@@ -54,6 +54,8 @@ ROUGH_COST = dict.fromkeys(CONTENDERS, 15.0) | {
 }
 
 console = Console()
+if not console.is_terminal:
+    console.width = 140  # a log has no width of its own
 
 
 @dataclass(frozen=True)

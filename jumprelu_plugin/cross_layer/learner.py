@@ -23,10 +23,14 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
+from jumprelu_plugin.training.restart import (
+    RESTART_ABOVE_RATE,
+    FiringRecord,
+    draw,
+    patience,
+    restart_,
+)
 
-# As for an SAE: a latent started later could no longer learn.
-RESTART_ABOVE_RATE = 0.5
 # The L0 that calibration aims at where none was asked for, as a share of the latents.
 _START_SHARE = 0.05
 

@@ -44,7 +44,13 @@ from jumprelu_plugin.training.calibration import calibrate, raise_to_fire
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import FiringRecord, draw, patience, restart_
+from jumprelu_plugin.training.restart import (
+    RESTART_ABOVE_RATE,
+    FiringRecord,
+    draw,
+    patience,
+    restart_,
+)
 from jumprelu_plugin.training.units import (
     LogParameter,
     ScaledParameter,
@@ -56,11 +62,6 @@ from jumprelu_plugin.training.units import (
 
 TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
 STORED_PARAMETERS_FILENAME = "jumprelu_stored_parameters.safetensors"
-
-# A dead latent is started again only while the learning rate is at least this share of its peak:
-# later it could no longer learn.
-RESTART_ABOVE_RATE = 0.5
-
 
 # Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
 UNIFORM_START_L0 = 10_000
