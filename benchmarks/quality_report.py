@@ -80,7 +80,7 @@ def targets() -> str:
             f"{r['dead_share']:.1%}",
             f"{r['share_above_10_percent']:.2%}",
         )
-        for r in read(TARGETS)
+        for r in sorted(read(TARGETS), key=lambda r: (r["model"], r["site"], r["l0_asked"]))
     ]
     header = ("", "asked", "L0", "off by", "FVU", "dead", "above 10 % of tokens")
     return table(header, rows)
