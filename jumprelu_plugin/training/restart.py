@@ -27,8 +27,8 @@ from jumprelu_plugin.training.units import set_value, stored
 PATIENCE_IN_FIRINGS = 100
 # Shorter than this, and a latent has not had the time to learn.
 SHORTEST_PATIENCE = 25
-# No restart below this share of the highest learning rate: the latent could no longer learn, and its
-# firings count against the L0 that the others need (docs/results.md).
+# No restart below this share of the highest learning rate: the latent could no longer learn, and
+# its firings count against the L0 that the others need (docs/results.md).
 RESTART_ABOVE_RATE = 0.5
 # Tokens looked at for each that is taken, and the exponent of `unexplained` in the choice.
 CANDIDATES = 4
