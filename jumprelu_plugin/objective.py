@@ -65,11 +65,32 @@ class Term(Protocol):
 
 
 def reconstruction(
-    x_hat: Float[Tensor, "batch d_out"], target: Float[Tensor, "batch d_out"]
+    x_hat: Float[Tensor, "batch d_out"],
+    target: Float[Tensor, "batch d_out"],
+    worth: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9)."""
+    """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9), each times its worth if given."""
     # Fused: half the passes over [batch, d_out], forward and backward, of subtract, square and sum.
-    return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
+    if worth is None:
+        return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
+    squares = functional.mse_loss(x_hat, target, reduction="none").flatten(1).sum(1)
+    return worth @ squares / len(x_hat)
+
+
+@torch.no_grad()
+def worth_of_tokens(
+    target: Float[Tensor, "batch d_out"], outlier_norm: float
+) -> Float[Tensor, " batch"]:
+    """What each token's squared error counts: 1, and less for a token whose norm is more than
+    `outlier_norm` times the batch's median, as if it were no longer than that.
+
+    Language models put norms a hundred times the others' on a few tokens ("massive activations",
+    arXiv 2402.17762). Unweighted, one such token in a thousand is most of a batch's gradient.
+    """
+    norm = target.flatten(1).norm(dim=1)
+    longest = outlier_norm * norm.median()
+    worth = (longest / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0).square()
+    return torch.where(longest > 0, worth, torch.ones_like(worth))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from jumprelu_plugin.objective import (
     WithCeiling,
     WithFrequency,
     reconstruction,
+    worth_of_tokens,
 )
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
@@ -211,12 +212,41 @@ def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
 
 def test_a_steered_training_nests_and_weighs_as_its_config_says() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.inner_widths == [13, 26, 52, 105] and plain.inner_weight == 0.5
+    assert plain.inner_widths == [LATENTS // part for part in (32, 16, 8)]
+    sparse = replace(plain, target_l0=LATENTS / 97)
+    assert sparse.inner_weight == 0.5
+    denser, twice = (replace(plain, target_l0=LATENTS / part).inner_weight for part in (20, 10))
+    assert 0.5 > denser == pytest.approx(4 * twice)
     assert replace(plain, matryoshka_weight=0.0).inner_widths == []
     published = replace(plain, matryoshka_widths=[23, 97])
     assert published.inner_widths == [23, 97] and published.inner_weight == 2
     fixed = replace(plain, l0_coefficient=0.3)
     assert fixed.inner_widths == []
+
+
+def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
+    target = torch.randn(67, 13, generator=torch.Generator().manual_seed(3))
+    target[11] *= 150
+    norm = target.norm(dim=1)
+    worth = worth_of_tokens(target, 5.0)
+    assert (worth[norm <= 5 * norm.median()] == 1).all()
+    assert float(worth[11].sqrt() * norm[11]) == pytest.approx(float(5 * norm.median()), rel=1e-5)
+    x_hat = 0.9 * target
+    expected = (worth[:, None] * (x_hat - target).square()).sum() / 67
+    torch.testing.assert_close(reconstruction(x_hat, target, worth), expected)
+    silent = torch.zeros(5, 13)
+    silent[2] = 1.7  # the median norm is 0, and says nothing
+    assert (worth_of_tokens(silent, 5.0) == 1).all()
+
+
+def test_only_a_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
+    plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
+    assert plain.longest_token == 5
+    assert replace(plain, outlier_norm=0.0).longest_token is None
+    assert replace(plain, l0_coefficient=0.3).longest_token is None
+    assert replace(plain, l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7
+    with pytest.raises(ValueError, match="outlier_norm is -1"):
+        JumpReLUTrainingSAE(replace(plain, outlier_norm=-1.0))
 
 
 WIDTHS = [5, 6, 41, 100, 101]  # of test_step's 101 latents, one block of a single latent

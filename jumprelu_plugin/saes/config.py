@@ -24,6 +24,12 @@ StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
 # More of it makes latents match true features better and rebuild less (docs/results.md).
 INNER_WEIGHT = 0.5
+# Above this L0/d_sae the weight falls with its square. What inner dictionaries cost grows with it.
+DENSITY_OF_FULL_WEIGHT = 1 / 64
+# Inner dictionaries' shares of the latents. Larger ones cost more and find less.
+INNER_PARTS = (32, 16, 8)
+# Times the median norm. Massive activations have a hundred; 10 does almost as well.
+OUTLIER_NORM = 5.0
 
 
 @dataclass
@@ -48,12 +54,15 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             a share of tokens; a steered training takes twice the mean frequency if that is more.
             None is no ceiling. The recipe `default`, made for text, has one.
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
-            m here (arXiv 2503.17547); the whole dictionary need not be listed. None means a
-            sixteenth, an eighth, a quarter and a half of it in a steered training, and the whole
-            dictionary alone otherwise.
+            m here (arXiv 2503.17547); the whole dictionary need not be listed. None means 1/32,
+            1/16 and 1/8 of it in a steered training, and the whole dictionary alone otherwise.
         matryoshka_weight: what the mean of the inner dictionaries' errors weighs beside the whole
-            one's. None means 0.5, or the number of `matryoshka_widths` if they are given, which
-            makes the error the published mean. 0 leaves the inner dictionaries out.
+            one's. None means 0.5, less where L0 is more than 1/64 of the dictionary; or, if
+            `matryoshka_widths` are given, their number, which makes the error the published mean.
+            0 leaves the inner dictionaries out.
+        outlier_norm: the squared error of a token longer than this many times the batch's median
+            norm counts as if it were that long (`objective.worth_of_tokens`). None means 5 in a
+            steered training, and no limit otherwise. 0 is no limit.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
         pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
@@ -88,6 +97,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     frequency_ceiling: float | None = None
     matryoshka_widths: list[int] | None = None
     matryoshka_weight: float | None = None
+    outlier_norm: float | None = None
     aux_loss_coefficient: float | None = None
     pre_act_loss_over: Literal["dead", "all"] = "dead"
     initialization: Literal["saelens", "uniform"] = "saelens"
@@ -119,15 +129,24 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             return [width for width in self.matryoshka_widths if width < self.d_sae]
         if not self.nests_by_default:
             return []
-        return sorted({self.d_sae // part for part in (16, 8, 4, 2)} - {0})
+        return sorted({self.d_sae // part for part in INNER_PARTS} - {0})
 
     @property
     def inner_weight(self) -> float:
         """What the mean of the inner dictionaries' errors weighs beside the whole one's."""
         if self.matryoshka_weight is not None:
             return self.matryoshka_weight
-        given = self.matryoshka_widths is not None
-        return float(len(self.inner_widths)) if given else INNER_WEIGHT
+        if self.matryoshka_widths is not None:
+            return float(len(self.inner_widths))
+        density = (self.target_l0 or 0) / self.d_sae
+        return INNER_WEIGHT * min(1.0, DENSITY_OF_FULL_WEIGHT / max(density, 1e-12)) ** 2
+
+    @property
+    def longest_token(self) -> float | None:
+        """Times the median norm: longer tokens' errors count as if they were that long, or None."""
+        if self.outlier_norm is None:
+            return OUTLIER_NORM if self.steers_l0 else None
+        return self.outlier_norm or None
 
     @property
     def ceiling(self) -> float | None:
@@ -196,7 +215,7 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
             f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
             "(0.01 as published), or None for no frequency penalty"
         )
-    for field in ("frequency_ceiling", "matryoshka_weight"):
+    for field in ("frequency_ceiling", "matryoshka_weight", "outlier_norm"):
         value = getattr(cfg, field)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number, 0 or more, or None")

@@ -28,6 +28,7 @@ from jumprelu_plugin.objective import (
     reconstruction,
     sparsity_term,
     threshold_slopes,
+    worth_of_tokens,
 )
 from jumprelu_plugin.saes.config import (
     JumpReLUTrainingSAEConfig,
@@ -206,10 +207,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             activations = self.hook_sae_acts_post(activations)
         offset = self._decoder_offset(x, b_dec)
         target = _full_precision(target)
+        limit = self.cfg.longest_token
+        worth = None if limit is None else worth_of_tokens(target, limit)
         inner = None
         if widths := self.cfg.inner_widths:
-            sought, worth = self._as_decoded(target)
-            decoded, inner = entries.nested(activations, W_dec, offset, sought, worth, widths)
+            sought, unit = self._as_decoded(target)
+            unit = unit if worth is None else unit * worth
+            decoded, inner = entries.nested(activations, W_dec, offset, sought, unit, widths)
         else:
             decoded = entries.decode(activations, W_dec).add_(offset)
         x_hat = self.run_time_activation_norm_fn_out(self.hook_sae_recons(decoded))
@@ -220,14 +224,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         )
         coefficient = self._coefficient(step_input)
         penalty = self.sparsity(step)
-        losses = self._losses(step, x_hat, inner, target, coefficient * penalty)
+        losses = self._losses(step, x_hat, inner, target, worth, coefficient * penalty)
         feature_acts = entries.as_matrix(activations, where=activations > 0)
         l0 = self._measure_l0(feature_acts)
         loss = torch.stack(list(losses.values())).sum()
         self._refuse_non_finite(loss, rows, step_input.n_training_steps)
         if self.training and loss.requires_grad:
             self._steer(step, penalty, coefficient, l0)
-            self._watch_firing(feature_acts, x, target, x_hat)
+            self._watch_firing(feature_acts, x, target, x_hat, worth)
         return TrainStepOutput(
             sae_in=target,
             sae_out=x_hat,
@@ -255,10 +259,16 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         return flat, flat.new_ones(len(flat))
 
     def _losses(
-        self, step: Step, x_hat: Tensor, inner: Tensor | None, target: Tensor, sparsity: Tensor
+        self,
+        step: Step,
+        x_hat: Tensor,
+        inner: Tensor | None,
+        target: Tensor,
+        worth: Tensor | None,
+        sparsity: Tensor,
     ) -> dict[str, Tensor]:
         cfg = self.cfg
-        losses = {"mse_loss": reconstruction(x_hat, target), "l0_loss": sparsity}
+        losses = {"mse_loss": reconstruction(x_hat, target, worth), "l0_loss": sparsity}
         if inner is not None:
             # Weights that sum to 1: λ keeps the meaning it has without nested dictionaries.
             whole = 1 / (1 + cfg.inner_weight)
@@ -294,14 +304,24 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
         step.threshold.register_hook(price)
 
-    def _watch_firing(self, feature_acts: Tensor, x: Tensor, target: Tensor, x_hat: Tensor) -> None:
+    def _watch_firing(
+        self,
+        feature_acts: Tensor,
+        x: Tensor,
+        target: Tensor,
+        x_hat: Tensor,
+        worth: Tensor | None,
+    ) -> None:
         firing = self._firing
         if firing is None:
             return
         firing.update(feature_acts)
         self._latest = None
         if firing.due(self._patience(len(x))):
-            self._latest = x.detach(), (target - x_hat).detach().flatten(1)
+            residual = (target - x_hat).detach().flatten(1)
+            if worth is not None:
+                residual *= worth.sqrt()[:, None]
+            self._latest = x.detach(), residual
 
     def _patience(self, batch: int) -> int:
         mean_l0 = max(1.0, self._density * self.cfg.d_sae)

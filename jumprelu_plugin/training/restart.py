@@ -29,7 +29,7 @@ PATIENCE_IN_FIRINGS = 100
 SHORTEST_PATIENCE = 25
 # No restart below this share of the highest learning rate: the latent could no longer learn, and
 # its firings count against the L0 that the others need (docs/results.md).
-RESTART_ABOVE_RATE = 0.5
+RESTART_ABOVE_RATE = 0.1
 # Tokens looked at for each that is taken, and the exponent of `unexplained` in the choice.
 CANDIDATES = 4
 PREFERENCE_FOR_NEW = 6
