@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +85,15 @@ def plans(quick: bool) -> list[Plan]:
         Plan("shapes", SHAPES[1:], AT_THE_LARGE_SHAPE, 3, True),
         Plan("d_sae", WIDTHS, IN_SWEEPS, 3, False),
         Plan("l0", L0S, IN_SWEEPS, 3, False),
+    ]
+
+
+def narrowed(work: Sequence[Plan], only: Sequence[str]) -> list[Plan]:
+    """The two shapes alone, with stock and the contenders named."""
+    return [
+        replace(plan, contenders=[name for name in plan.contenders if name in (STOCK, *only)])
+        for plan in work
+        if plan.sweep == "shapes"
     ]
 
 
@@ -176,13 +185,14 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small shapes: to see that it runs.")] = False,
     output: Annotated[Path | None, typer.Option(help="Records; replaced if there.")] = None,
     threads: Annotated[int | None, typer.Option(help="PyTorch threads.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Beside stock, on two shapes.")] = None,
 ) -> None:
     """Time every contender and print the tables; records go to benchmarks/results."""
     if threads is not None:
         torch.set_num_threads(threads)
     if output is None:
         output = RESULTS.with_name("speed_quick.jsonl") if quick else RESULTS
-    work = plans(quick)
+    work = plans(quick) if only is None else narrowed(plans(quick), only)
     for name, why in absent().items():
         console.print(f"left out: {name} ({why})")
     console.print(

@@ -249,6 +249,38 @@ def test_only_a_steered_training_limits_outliers_unless_it_is_asked_to() -> None
         JumpReLUTrainingSAE(replace(plain, outlier_norm=-1.0))
 
 
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_an_outlier_weighs_less_in_every_dictionary(path: Literal["sparse", "dense"]) -> None:
+    torch.manual_seed(5)
+    sae = JumpReLUTrainingSAE(
+        steered(matryoshka_widths=[23, 97], matryoshka_weight=0.7, step_path=path)
+    )
+    x = next(tokens_with_frequent_features())[:307]
+    x[41] *= 150
+    out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
+    acts, worth = out.feature_acts.to_dense(), worth_of_tokens(x, 5.0)
+    assert float(worth.min()) < 0.01
+    for m, name, share in (
+        (23, "inner_mse_loss_23", 0.35),
+        (97, "inner_mse_loss_97", 0.35),
+        (LATENTS, "mse_loss", 1.0),
+    ):
+        squares = (acts[:, :m] @ sae.W_dec[:m] + sae.b_dec - x).square().sum(1)
+        torch.testing.assert_close(out.losses[name], share / 1.7 * (worth @ squares) / len(x))
+
+
+def test_an_outlier_in_the_first_batch_does_not_widen_the_bandwidth() -> None:
+    x = next(tokens_with_frequent_features())[:307]
+    with_outlier = torch.cat([x, 150 * x[41:42]])
+    found = []
+    for batch in (x, with_outlier):
+        torch.manual_seed(5)
+        sae = JumpReLUTrainingSAE(steered())
+        sae.training_forward_pass(TrainStepInput(batch, {"l0": 1.0}, None, 0, False))
+        found.append((sae.bandwidth, float(sae.threshold.mean()), float(sae.b_dec.sum())))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 WIDTHS = [5, 6, 41, 100, 101]  # of test_step's 101 latents, one block of a single latent
 
 

@@ -410,6 +410,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         sample = _full_precision(self._normalised_input(x))
         if not torch.isfinite(sample).all():
             self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
+        if (limit := self.cfg.longest_token) is not None:
+            # One outlier in the batch would widen every latent's spread, and with it ε.
+            sample = sample[worth_of_tokens(sample, limit) == 1]
         if self.cfg.apply_b_dec_to_input:
             if not self._has_loaded_weights:
                 set_value(self, "b_dec", sample.mean(0))
