@@ -207,6 +207,14 @@ def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
     assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
 
 
+def test_a_ceiling_that_would_hold_most_latents_down_is_left_out() -> None:
+    sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, frequency_ceiling=0.09)
+    dense = replace(sparse, target_l0=10.0)
+    assert sparse.ceiling == 0.09 and dense.ceiling is None
+    # At a fixed penalty the frequencies are not known beforehand.
+    assert replace(dense, l0_coefficient=0.3).ceiling == 0.09
+
+
 # ---------------------------------------------------------------- nested dictionaries, dead latents
 
 
@@ -241,7 +249,7 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
 
 def test_only_a_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.longest_token == 5
+    assert plain.longest_token == 10
     assert replace(plain, outlier_norm=0.0).longest_token is None
     assert replace(plain, l0_coefficient=0.3).longest_token is None
     assert replace(plain, l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7
@@ -258,7 +266,9 @@ def test_an_outlier_weighs_less_in_every_dictionary(path: Literal["sparse", "den
     x = next(tokens_with_frequent_features())[:307]
     x[41] *= 150
     out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
-    acts, worth = out.feature_acts.to_dense(), worth_of_tokens(x, 5.0)
+    limit = sae.cfg.longest_token
+    assert limit is not None
+    acts, worth = out.feature_acts.to_dense(), worth_of_tokens(x, limit)
     assert float(worth.min()) < 0.01
     for m, name, share in (
         (23, "inner_mse_loss_23", 0.35),

@@ -31,8 +31,10 @@ from jumprelu_plugin.training.restart import (
     THRESHOLD_SHARE,
     FiringRecord,
     draw,
+    longest_patience,
     patience,
     restart_,
+    restart_dead_,
     unexplained,
 )
 from jumprelu_plugin.training.units import LogParameter, ScaledParameter, stored, units
@@ -489,11 +491,51 @@ def test_the_firing_record_counts_silence() -> None:
     record.update(dense)
     record.update(torch.tensor([[0.0, 3.0, 0, 0, 0]]).to_sparse())
     assert record.silent.tolist() == [2, 0, 1, 2, 2] and record.steps == 2
+    assert record.lived.tolist() == [2] * 5
+
+
+def test_a_latent_that_fired_for_long_may_be_silent_for_longer() -> None:
+    record = FiringRecord(6)
+    record.lived = torch.tensor([13, 60, 300, 300, 7000, 7000])
+    record.silent = torch.tensor([13, 19, 29, 30, 67, 68])
+    # 17 for the first two, a tenth of 300, and never more than four times 17.
+    assert record.dead(17).tolist() == [False, True, False, True, False, True]
 
 
 def test_patience_gives_rare_latents_more_time() -> None:
-    assert patience(d_sae=16_384, target_l0=64.0, batch=4_096) == 25
-    assert patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 200
+    assert patience(d_sae=16_384, target_l0=64.0, batch=4_096) == 12
+    assert patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 100
+    assert longest_patience(d_sae=65_536, target_l0=16.0, batch=2_048) == 400
+
+
+def test_restarted_latents_are_new_and_the_others_are_not() -> None:
+    cfg = JumpReLUTrainingSAEConfig(d_in=19, d_sae=83, target_l0=5.0)
+    torch.manual_seed(11)
+    sae = JumpReLUTrainingSAE(cfg)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    record = FiringRecord(83)
+    record.steps = 301
+    record.lived += 300
+    record.silent[[5, 71]] = torch.tensor([30, 31])
+    record.silent[9] = 29
+    x, residual = torch.randn(23, 19), torch.randn(23, 19)
+    before = sae.W_dec.detach().clone()
+
+    def aim(inputs: Any, left: Any, tokens: Any) -> Any:
+        assert inputs is x and left is residual and len(tokens) == 2
+        return left[tokens], torch.zeros(19)
+
+    restart_dead_(sae, record, 17, x, residual, aim, optimizer, seed=3)
+    moved = (sae.W_dec.detach() != before).any(1).nonzero().flatten().tolist()
+    assert moved == [5, 71] and record.checked == 301
+    assert record.silent[[5, 9, 71]].tolist() == [0, 29, 0]
+    assert record.lived[[5, 9, 71]].tolist() == [0, 300, 0]
+
+
+def test_no_latent_restarts_once_the_learning_rate_is_low() -> None:
+    record, weight = FiringRecord(5), torch.nn.Parameter(torch.zeros(3))
+    for rate, may in ((1e-4, True), (3e-3, True), (3.1e-4, True), (2.9e-4, False), (3e-3, True)):
+        assert record.may_restart(torch.optim.Adam([weight], lr=rate)) is may
 
 
 # ---------------------------------------------------------------- the optimiser seam

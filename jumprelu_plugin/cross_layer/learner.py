@@ -23,13 +23,7 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import (
-    RESTART_ABOVE_RATE,
-    FiringRecord,
-    draw,
-    patience,
-    restart_,
-)
+from jumprelu_plugin.training.restart import FiringRecord, patience, restart_dead_
 
 # The L0 that calibration aims at where none was asked for, as a share of the latents.
 _START_SHARE = 0.05
@@ -259,24 +253,18 @@ class Learner:
     def _restart(self, index: int, source: SourceLayer) -> None:
         firing, optimizer = self.firing[index], self._seam.optimizer
         assert optimizer is not None
-        rate = max(group["lr"] for group in optimizer.param_groups)
-        firing.peak_rate = max(firing.peak_rate, rate)
-        if index not in self._latest or rate < RESTART_ABOVE_RATE * firing.peak_rate:
+        if not firing.may_restart(optimizer) or index not in self._latest:
             return
         x, residual = self._latest.pop(index)
-        firing.checked = firing.steps
-        dead = firing.silent >= self._patience(index)
-        # Layers differ in their seed, or all would start from the same tokens.
         seed = firing.steps * self.model.cfg.n_layers + index
-        latents, tokens = draw(dead, residual, source.W_dec, seed=seed)
-        mean = x.mean(0)
-        restart_(source, latents, x[tokens] - mean, residual[tokens], mean, ~dead, optimizer)
-        firing.silent[latents] = 0
+        restart_dead_(
+            source, firing, self._patience(index), x, residual, _where_inputs_lie, optimizer, seed
+        )
 
     def dead_share(self) -> float:
         """Share of all latents silent for so long that they count as dead; 0 if not watched."""
         shares = [
-            float((record.silent >= self._patience(index)).float().mean())
+            float(record.dead(self._patience(index)).float().mean())
             for index, record in enumerate(self.firing)
         ]
         return sum(shares) / max(1, len(shares))
@@ -297,18 +285,29 @@ class Learner:
             "firing": [record.state() for record in self.firing],
         }
 
-    def silent(self) -> dict[str, Tensor]:
-        """How long each latent has been silent, by layer."""
-        return {f"silent_{index}": record.silent for index, record in enumerate(self.firing)}
+    def firing_tensors(self) -> dict[str, Tensor]:
+        """How long each latent has lived and been silent, by layer."""
+        return {
+            f"{name}_{index}": tensor
+            for index, record in enumerate(self.firing)
+            for name, tensor in record.tensors().items()
+        }
 
-    def load_state(self, state: dict[str, Any], silent: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.steps, self.bandwidths = state["steps"], list(state["bandwidths"])
         self._l0 = list(state["l0"])
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state(saved)
         for index, (record, saved) in enumerate(zip(self.firing, state["firing"], strict=True)):
-            record.load_state(saved)
-            record.silent = silent[f"silent_{index}"]
+            record.load_state(
+                saved, {name: tensors[f"{name}_{index}"] for name in record.tensors()}
+            )
+
+
+def _where_inputs_lie(x: Tensor, residual: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    # The residual lies in the output's space: look for what is unusual in these inputs.
+    mean = x.mean(0)
+    return x[tokens] - mean, mean
 
 
 def _make_tangential(W_dec: Tensor) -> None:

@@ -198,7 +198,7 @@ class Trainer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file({**weights, **self.learner.silent()}, partial / _TENSORS)
+        save_file({**weights, **self.learner.firing_tensors()}, partial / _TENSORS)
         moving = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -17,7 +17,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
-from jumprelu_plugin.training.restart import patience
+from jumprelu_plugin.training.restart import longest_patience
 from jumprelu_plugin.training.units import stored
 
 EVERY = 100
@@ -163,7 +163,7 @@ class Watch:
 
     def _dead(self, silent: Tensor, l0: float, step: int, batch: int) -> Alarm | None:
         cfg = self._sae.cfg
-        wait = patience(cfg.d_sae, getattr(cfg, "target_l0", None) or max(1.0, l0), batch)
+        wait = longest_patience(cfg.d_sae, getattr(cfg, "target_l0", None) or max(1.0, l0), batch)
         if step < wait:
             return None
         before = self.gauges.get("health/dead_share", 0.0)

@@ -10,10 +10,12 @@ import copy
 from typing import Any
 
 from jumprelu_plugin.health.finding import Finding
-from jumprelu_plugin.training.restart import PATIENCE_IN_FIRINGS, patience
+from jumprelu_plugin.training.restart import patience
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
 REPAIRED_SHARE = 0.5
+# A latent that fires less often in the whole run has hardly learnt anything.
+FEWEST_FIRINGS = 100
 
 
 def total_steps(cfg: Any) -> int:
@@ -111,8 +113,8 @@ def _length_findings(sae: Any, steps: int, batch: int) -> list[Finding]:
         return []
     findings = []
     wait, firings = patience(sae.d_sae, target, batch), target * steps * batch / sae.d_sae
-    if firings < PATIENCE_IN_FIRINGS:
-        enough = PATIENCE_IN_FIRINGS * sae.d_sae / target
+    if firings < FEWEST_FIRINGS:
+        enough = FEWEST_FIRINGS * sae.d_sae / target
         dead = f"; dead latents restart after {wait:,} steps of {steps:,}"
         restarts = getattr(sae, "restarts_dead_latents", False) and wait >= steps
         findings.append(

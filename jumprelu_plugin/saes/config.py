@@ -28,8 +28,9 @@ INNER_WEIGHT = 0.5
 DENSITY_OF_FULL_WEIGHT = 1 / 64
 # Inner dictionaries' shares of the latents. Larger ones cost more and find less.
 INNER_PARTS = (32, 16, 8)
-# Times the median norm. Massive activations have a hundred; 10 does almost as well.
-OUTLIER_NORM = 5.0
+# Times the median norm. Massive activations have a hundred. With less, they are rebuilt badly where
+# L0 is low (docs/results.md).
+OUTLIER_NORM = 10.0
 
 
 @dataclass
@@ -51,8 +52,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
         frequency_ceiling: where a latent's firings start to cost more (`objective.WithCeiling`), as
-            a share of tokens; a steered training takes twice the mean frequency if that is more.
-            None is no ceiling. The recipe `default`, made for text, has one.
+            a share of tokens. The recipe `default`, made for text, has one. None is no ceiling, and
+            a steered training has none where twice the mean frequency is more: it would hold most
+            latents down (docs/results.md).
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
             m here (arXiv 2503.17547); the whole dictionary need not be listed. None means 1/32,
             1/16 and 1/8 of it in a steered training, and the whole dictionary alone otherwise.
@@ -61,7 +63,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             `matryoshka_widths` are given, their number, which makes the error the published mean.
             0 leaves the inner dictionaries out.
         outlier_norm: the squared error of a token longer than this many times the batch's median
-            norm counts as if it were that long (`objective.worth_of_tokens`). None means 5 in a
+            norm counts as if it were that long (`objective.worth_of_tokens`). None means 10 in a
             steered training, and no limit otherwise. 0 is no limit.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
@@ -151,9 +153,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     @property
     def ceiling(self) -> float | None:
         """Frequency above which firings cost more, or None."""
-        if self.frequency_ceiling is None or not self.steers_l0:
-            return self.frequency_ceiling
-        return max(self.frequency_ceiling, 2 * (self.target_l0 or 0) / self.d_sae)
+        ceiling, mean = self.frequency_ceiling, (self.target_l0 or 0) / self.d_sae
+        return None if ceiling is None or (self.steers_l0 and 2 * mean > ceiling) else ceiling
 
     @property
     def unit_norm_decoder(self) -> bool:

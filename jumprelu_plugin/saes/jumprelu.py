@@ -46,11 +46,9 @@ from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
 from jumprelu_plugin.training.restart import (
-    RESTART_ABOVE_RATE,
     FiringRecord,
-    draw,
     patience,
-    restart_,
+    restart_dead_,
 )
 from jumprelu_plugin.training.units import (
     LogParameter,
@@ -457,19 +455,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     def _restart_dead_latents(self, firing: FiringRecord) -> None:
         optimizer = None if self._seam is None else self._seam.optimizer
-        if optimizer is None:
-            return
-        rate = max(group["lr"] for group in optimizer.param_groups)
-        firing.peak_rate = max(firing.peak_rate, rate)
-        if self._latest is None or rate < RESTART_ABOVE_RATE * firing.peak_rate:
+        if optimizer is None or not firing.may_restart(optimizer) or self._latest is None:
             return
         x, residual = self._latest
-        self._latest, firing.checked = None, firing.steps
-        dead = firing.silent >= self._patience(len(x))
-        latents, tokens = draw(dead, residual, self.W_dec, seed=firing.steps)
-        encoders, centre = self._restart_encoders(x, residual, tokens)
-        restart_(self, latents, encoders, residual[tokens], centre, ~dead, optimizer)
-        firing.silent[latents] = 0
+        self._latest = None
+        wait = self._patience(len(x))
+        restart_dead_(
+            self, firing, wait, x, residual, self._restart_encoders, optimizer, seed=firing.steps
+        )
 
     def _restart_encoders(
         self, x: Tensor, residual: Tensor, tokens: Tensor
@@ -535,7 +528,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         # θ = exp(log θ) and back is not exact to the last bit; a resumed run should be.
         as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}
         if self._firing is not None:
-            as_stored["silent"] = self._firing.silent
+            as_stored.update(self._firing.tensors())
         if as_stored:
             save_file(as_stored, Path(path, STORED_PARAMETERS_FILENAME))
         state = {
@@ -551,13 +544,10 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         super().load_weights_from_checkpoint(checkpoint_path)
         self._calibrated = self.bandwidth is not None
         stored_file = Path(checkpoint_path, STORED_PARAMETERS_FILENAME)
-        if stored_file.exists():
-            for name, value in load_file(stored_file).items():
-                if name == "silent":
-                    if self._firing is not None:
-                        self._firing.silent = value
-                elif parametrized(self, name) is not None:
-                    stored(self, name).data.copy_(value)
+        as_stored = load_file(stored_file) if stored_file.exists() else {}
+        for name in self._parametrized():
+            if name in as_stored:
+                stored(self, name).data.copy_(as_stored[name])
         state_file = Path(checkpoint_path, TRAINING_STATE_FILENAME)
         if not state_file.exists():  # a stock checkpoint
             return
@@ -567,7 +557,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state(state["controller"])
         if self._firing is not None and state.get("firing") is not None:
-            self._firing.load_state(state["firing"])
+            self._firing.load_state(state["firing"], as_stored)
 
 
 def _quadratic_centre(cfg: JumpReLUTrainingSAEConfig) -> float | None:

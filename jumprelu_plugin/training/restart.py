@@ -14,6 +14,7 @@ the new direction away. It is set to what the living latents have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from torch.nn import functional
 
 from jumprelu_plugin.training.units import set_value, stored
 
-# A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-100.
-PATIENCE_IN_FIRINGS = 100
-# Shorter than this, and a latent has not had the time to learn.
-SHORTEST_PATIENCE = 25
+# A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-50.
+PATIENCE_IN_FIRINGS = 50
+# In steps. Shorter, and a latent has not had the time to learn.
+SHORTEST_PATIENCE = 12
+# A latent that fails does so soon. One that has fired for long and falls silent is rare and rests:
+# it may be silent for a tenth of its life, up to four times the patience with a new one.
+REST = 0.1
+LONGEST_REST = 4
 # No restart below this share of the highest learning rate: the latent could no longer learn, and
 # its firings count against the L0 that the others need (docs/results.md).
 RESTART_ABOVE_RATE = 0.1
@@ -36,21 +41,34 @@ PREFERENCE_FOR_NEW = 6
 # Of `unexplained`'s product, at one time.
 PRODUCT_BYTES = 2**23
 # Of the living encoders' mean length, and of the living latents' median threshold.
-ENCODER_SHARE = 0.5
+ENCODER_SHARE = 0.6
 THRESHOLD_SHARE = 0.75
 
 
 def patience(d_sae: int, target_l0: float, batch: int) -> int:
-    """Steps without firing after which a latent counts as dead: at the mean rate it would have
-    fired 100 times, and at least 25 steps."""
+    """Steps without firing after which a new latent counts as dead: at the mean rate it would have
+    fired 50 times, and at least 12 steps."""
     return max(SHORTEST_PATIENCE, round(PATIENCE_IN_FIRINGS * d_sae / (target_l0 * batch)))
 
 
+def longest_patience(d_sae: int, target_l0: float, batch: int) -> int:
+    """Steps without firing after which any latent counts as dead, however long it has lived."""
+    return LONGEST_REST * patience(d_sae, target_l0, batch)
+
+
+# (inputs, residual, tokens) -> (new encoders, the input that gives them z = 0)
+Aim = Callable[
+    [Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"], Int[Tensor, " n"]],
+    tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]],
+]
+
+
 class FiringRecord:
-    """How long each latent has been silent.
+    """How long each latent has been silent, and whether that is long for it.
 
     Attributes:
         silent: steps since each latent fired, [d_sae].
+        lived: steps since each latent started, or started again, [d_sae].
         steps: steps seen.
         checked: the step at which dead latents were last looked for.
         peak_rate: the highest learning rate seen.
@@ -58,6 +76,7 @@ class FiringRecord:
 
     def __init__(self, d_sae: int):
         self.silent: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.long)
+        self.lived: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.long)
         self.steps = self.checked = 0
         self.peak_rate = 0.0
 
@@ -69,18 +88,34 @@ class FiringRecord:
         """Take in one batch's activations, dense or sparse COO of the active ones."""
         self.steps += 1
         self.silent = self.silent.to(feature_acts.device) + 1
+        self.lived = self.lived.to(feature_acts.device) + 1
         if feature_acts.is_sparse:
             self.silent.index_fill_(0, feature_acts._indices()[1], 0)
         else:
             self.silent.masked_fill_((feature_acts > 0).any(0), 0)
 
+    def dead(self, patience: int) -> Bool[Tensor, " d_sae"]:
+        """Latents silent for too long, where a new one is given `patience` steps."""
+        allowed = (REST * self.lived).clamp(patience, LONGEST_REST * patience)
+        return self.silent >= allowed
+
+    def may_restart(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the learning rate is still high enough for a latent to learn anything."""
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        self.peak_rate = max(self.peak_rate, rate)
+        return rate >= RESTART_ABOVE_RATE * self.peak_rate
+
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside `silent`."""
+        """What a resumed run needs beside `tensors`."""
         return {"steps": self.steps, "checked": self.checked, "peak_rate": self.peak_rate}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, Int[Tensor, " d_sae"]]:
+        return {"silent": self.silent, "lived": self.lived}
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.steps, self.checked = state["steps"], state["checked"]
         self.peak_rate = state["peak_rate"]
+        self.silent, self.lived = tensors["silent"], tensors["lived"]
 
 
 @torch.no_grad()
@@ -130,6 +165,34 @@ def unexplained(
         if len(directions):
             best = torch.maximum(best, (unit @ directions.t()).amax(1))
     return 1 - best.clamp(0, 1).square()
+
+
+@torch.no_grad()
+def restart_dead_(
+    sae: nn.Module,
+    firing: FiringRecord,
+    patience: int,
+    inputs: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    aim: Aim,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+) -> None:
+    """Look for dead latents and start each again where the residual of a batch is large.
+
+    Args:
+        sae: as for `restart_`.
+        patience: steps of silence that a new latent is allowed.
+        inputs, residual: of one batch.
+        aim: given inputs, residual and the tokens drawn, the new encoders and their centre.
+        seed: of the draw; another for each layer, or all would start from the same tokens.
+    """
+    firing.checked = firing.steps
+    dead = firing.dead(patience)
+    latents, tokens = draw(dead, residual, sae.W_dec, seed)  # type: ignore[arg-type]
+    encoders, centre = aim(inputs, residual, tokens)
+    restart_(sae, latents, encoders, residual[tokens], centre, ~dead, optimizer)
+    firing.silent[latents] = firing.lived[latents] = 0
 
 
 @torch.no_grad()
