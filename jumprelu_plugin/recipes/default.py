@@ -7,9 +7,9 @@ DEFAULT = Recipe(
     source="this package; measurements in docs/results.md",
     about="Give target_l0. Thresholds and bandwidth come from the data's own pre-activations, the "
     "coefficient is measured as the multiplier of the target L0, gradient reaches the encoder too, "
-    "inner dictionaries rebuild the input too, tokens of huge norm count less, decoder rows are unit "
-    "vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when only target_l0 is given; "
-    "for text, the recipe adds a price on latents that fire very often.",
+    "inner dictionaries rebuild the input too, tokens of huge norm count less, decoder rows are "
+    "unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when only target_l0 "
+    "is given; for text, the recipe adds a price on latents that fire very often.",
     sae={
         "frequency_ceiling": 0.09,  # docs/results.md
     },

@@ -8,7 +8,6 @@ the L0 control of `training/`, and is saved as a stock `jumprelu` folder.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,6 @@ import torch
 from jaxtyping import Float
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
@@ -30,6 +28,7 @@ from jumprelu_plugin.objective import (
     threshold_slopes,
     worth_of_tokens,
 )
+from jumprelu_plugin.saes import checkpoint
 from jumprelu_plugin.saes.config import (
     JumpReLUTrainingSAEConfig,
     StockConfig,
@@ -58,9 +57,6 @@ from jumprelu_plugin.training.units import (
     stored,
     units,
 )
-
-TRAINING_STATE_FILENAME = "jumprelu_training_state.json"
-STORED_PARAMETERS_FILENAME = "jumprelu_stored_parameters.safetensors"
 
 # Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
 UNIFORM_START_L0 = 10_000
@@ -525,39 +521,20 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if self._seam is not None:  # the optimiser's step may have been interrupted
             self._seam.settle()
         saved = super().save_model(path)
-        # θ = exp(log θ) and back is not exact to the last bit; a resumed run should be.
         as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}
-        if self._firing is not None:
-            as_stored.update(self._firing.tensors())
-        if as_stored:
-            save_file(as_stored, Path(path, STORED_PARAMETERS_FILENAME))
-        state = {
-            "bandwidth": self.bandwidth,
-            "controller": None if self.controller is None else self.controller.state(),
-            "firing": None if self._firing is None else self._firing.state(),
-        }
-        Path(path, TRAINING_STATE_FILENAME).write_text(json.dumps(state))
+        checkpoint.write(Path(path), self.bandwidth, as_stored, self.controller, self._firing)
         return saved
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         super().load_weights_from_checkpoint(checkpoint_path)
+        saved = checkpoint.read(Path(checkpoint_path))
+        if saved is not None:
+            for name in self._parametrized():
+                stored(self, name).data.copy_(saved.tensors[name])
+            self.bandwidth = saved.bandwidth
+            saved.restore(self.controller, self._firing)
         self._calibrated = self.bandwidth is not None
-        stored_file = Path(checkpoint_path, STORED_PARAMETERS_FILENAME)
-        as_stored = load_file(stored_file) if stored_file.exists() else {}
-        for name in self._parametrized():
-            if name in as_stored:
-                stored(self, name).data.copy_(as_stored[name])
-        state_file = Path(checkpoint_path, TRAINING_STATE_FILENAME)
-        if not state_file.exists():  # a stock checkpoint
-            return
-        state = json.loads(state_file.read_text())
-        self.bandwidth = state["bandwidth"]
-        self._calibrated = self.bandwidth is not None
-        if self.controller is not None and state["controller"] is not None:
-            self.controller.load_state(state["controller"])
-        if self._firing is not None and state.get("firing") is not None:
-            self._firing.load_state(state["firing"], as_stored)
 
 
 def _quadratic_centre(cfg: JumpReLUTrainingSAEConfig) -> float | None:
