@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from sae_lens import SAE
 
 from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, judge
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
+from benchmarks.tables import terminal
 from jumprelu_plugin.export.saelens import of
 from jumprelu_plugin.models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
@@ -80,7 +80,7 @@ def main(
     partial.replace(RESULTS / "ladder.jsonl")
     for l0 in others:
         at_l0 = [record for record in records if record["l0_asked"] == l0]
-        Console().print(table(f"L0 {l0}", at_l0, "how", ("l0", "fvu", "dead_share", "seconds")))
+        terminal().print(table(f"L0 {l0}", at_l0, "how", ("l0", "fvu", "dead_share", "seconds")))
 
 
 def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> Any:

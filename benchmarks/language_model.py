@@ -18,12 +18,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.quality import Ledger, Record, as_saved, table, train
 from benchmarks.subjects import SUBJECTS
+from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
@@ -37,9 +37,7 @@ COMPARED_L0 = (20, 40, 80)
 BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
 app = typer.Typer(add_completion=False, help=__doc__)
-console = Console()
-if not console.is_terminal:
-    console.width = 140  # a log has no width of its own
+console = terminal()
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(SUBJECTS)}.")]
 Steps = Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]

@@ -20,11 +20,11 @@ from unittest import mock
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import CONTENDERS, Shape
 from benchmarks.measure import one_product
+from benchmarks.tables import terminal
 from jumprelu_plugin.saes import jumprelu
 from jumprelu_plugin.step import product, select, sparse
 from jumprelu_plugin.step.pattern import Pattern
@@ -125,7 +125,7 @@ def main(
         table.add_row(part, f"{1e3 * seconds:.0f}", f"{seconds / whole:.0%}")
     table.add_row("forward and backward", f"{1e3 * whole:.0f}", "100%", end_section=True)
     table.add_row(ALONE, f"{1e3 * alone:.0f}", f"{alone / whole:.0%}")
-    Console().print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

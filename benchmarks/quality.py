@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from benchmarks.tables import read
 from jumprelu_plugin.records import append_jsonl
 
 Record = dict[str, Any]
@@ -33,8 +33,7 @@ class Ledger:
 
     def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._known: list[Record] = [json.loads(line) for line in lines]
+        self._known: list[Record] = read(path) if path.exists() else []
 
     def record(self, case: Record, measure: Callable[[], Record], origin: Record) -> Record:
         """The record of `case`: from the file, or measured now."""

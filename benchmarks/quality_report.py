@@ -1,4 +1,4 @@
-"""Draw the tables of docs/results.md from the records, and nothing else.
+"""Draw the tables of docs/results.md and docs/ladder.md from the records, and nothing else.
 
 python -m benchmarks.quality_report
 """
@@ -6,17 +6,20 @@ python -m benchmarks.quality_report
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.ladder import OWN_L0 as LADDER_OWN_L0
 from benchmarks.synthetic import RESULTS as SYNTHETIC
 from benchmarks.tables import Records, fill, read, table
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "results.md"
-COMPARE, TARGETS = (SYNTHETIC.with_name(name) for name in ("compare.jsonl", "targets.jsonl"))
+DOCUMENTS = tuple(Path(__file__).parents[1] / "docs" / name for name in ("results.md", "ladder.md"))
+COMPARE, TARGETS, LADDER = (
+    SYNTHETIC.with_name(f"{name}.jsonl") for name in ("compare", "targets", "ladder")
+)
 
 
 def known_features(d_sae: int) -> str:
@@ -86,12 +89,30 @@ def targets() -> str:
     return table(header, rows)
 
 
+def ladder() -> str:
+    """FVU at each L0, a row for each way to get there, and the L0 where it is 1 % off or more."""
+    records = [r for r in read(LADDER) if r["l0_asked"] != LADDER_OWN_L0]
+    asked = sorted({r["l0_asked"] for r in records})
+    rows = []
+    for how in dict.fromkeys(r["how"] for r in sorted(records, key=lambda r: r["steps"])):
+        at = {r["l0_asked"]: r for r in records if r["how"] == how}
+        steps = str(at[asked[0]]["steps"])
+        rows.append((how, steps, *(_at_l0(at[l0]) for l0 in asked)))
+    return table(("", "steps", *(f"L0 {l0:g}: FVU" for l0 in asked)), rows)
+
+
 BLOCKS = {
+    "ladder": ladder,
     "features_512": lambda: known_features(512),
     "features_2048": lambda: known_features(2048),
     "compared": compared,
     "targets": targets,
 }
+
+
+def _at_l0(record: Mapping[str, float]) -> str:
+    off = f" (L0 {record['l0']:.1f})" if record["off_by"] >= 0.01 else ""
+    return f"{record['fvu']:.3f}{off}"
 
 
 def _values(records: Iterable[dict], name: str) -> Sequence[float]:
@@ -109,12 +130,13 @@ def _spread(records: Records, name: str, digits: int) -> str:
 
 
 def main(
-    document: Annotated[Path, typer.Option(help="The document to fill.")] = DOCUMENT,
+    documents: Annotated[list[Path] | None, typer.Argument(help="What to fill; all.")] = None,
 ) -> None:
-    """Fill the document."""
-    filled = fill(document.read_text(encoding="utf-8"), "results", BLOCKS)
-    document.write_text(filled, encoding="utf-8")
-    print(f"{document} drawn from {SYNTHETIC.parent}")
+    """Fill the documents."""
+    for document in documents or DOCUMENTS:
+        filled = fill(document.read_text(encoding="utf-8"), "results", BLOCKS)
+        document.write_text(filled, encoding="utf-8")
+        print(f"{document} drawn from {SYNTHETIC.parent}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import (
@@ -33,6 +32,7 @@ from benchmarks.contenders import (
     absent,
 )
 from benchmarks.measure import WARM_UP, interleaved, one_product, peak_memory, ready
+from benchmarks.tables import terminal
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.step import product
 
@@ -53,9 +53,7 @@ ROUGH_COST = dict.fromkeys(CONTENDERS, 15.0) | {
     AS_IT_COMES: 2.5,
 }
 
-console = Console()
-if not console.is_terminal:
-    console.width = 140  # a log has no width of its own
+console = terminal()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from jaxtyping import Bool, Float
-from rich.console import Console
 from sae_lens.synthetic import (
     FoldedNormalMagnitudeConfig,
     HierarchyConfig,
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
 from benchmarks.quality import Ledger, as_saved, table, train
+from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance
@@ -128,7 +128,7 @@ def main(
     if quick:
         samples, seeds, widths = 40_000, 1, [512]
     batch, lr = 1024, DEFAULT.runner["lr"]
-    console = Console()
+    console = terminal()
     data = Samples(generator, samples)
     settings = {
         "samples": samples,

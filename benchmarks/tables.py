@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 Records = list[dict[str, Any]]
+
+
+def terminal() -> Console:
+    """The terminal, or a log wide enough for a table: a log has no width of its own."""
+    shown = Console()
+    if not shown.is_terminal:
+        shown.width = 140
+    return shown
 
 
 def read(path: Path) -> Records:
