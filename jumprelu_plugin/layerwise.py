@@ -2,8 +2,8 @@
 
 `MultiSAETrainingRunner` gives every SAE its own optimiser, schedules and statistics and reads the
 model once for all. On top of it: rows [input ‖ output] from `PairStore`, a scale for each side, a
-telling progress bar, checkpoints that are whole or absent, and a stop that waits for the end of a
-step, so that a resumed run is the uninterrupted one.
+telling progress bar, alarms, checkpoints that are whole or absent, and a stop that waits for the
+end of a step, so that a resumed run is the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
+from jumprelu_plugin.health.alarms import Watch
+from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import HookPair, PairStore
@@ -34,20 +37,33 @@ from jumprelu_plugin.records import append_jsonl
 
 
 class LayerwiseTrainer(MultiSAETrainer):
-    """`MultiSAETrainer` over rows [input ‖ output], one transcoder a name.
+    """`MultiSAETrainer` over rows [input ‖ output], one transcoder a name, each of them watched.
 
     Attributes:
         metrics_path: where JSON lines go, one every `cfg.logger.wandb_log_frequency` steps, with
-            SAELens' metrics of every transcoder under its name.
+            SAELens' metrics of every transcoder under its name, and one for each alarm
+            (`health.alarms`).
+        watches: what looks at each transcoder, while it trains.
     """
 
     metrics_path: Path | None = None
+    watches: Mapping[str, Watch] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name, trainer in self.trainers.items():
             cfg: Any = self.saes[name].cfg
             trainer.activation_scaler = PairScaler(cfg.d_in, cfg.width_out)
+
+    @override
+    def fit(self) -> dict[str, Any]:
+        steps = self.cfg.total_training_steps
+        self.watches = {name: Watch(sae, steps) for name, sae in self.saes.items()}
+        try:
+            return super().fit()
+        finally:
+            for watch in self.watches.values():
+                watch.close()
 
     @override
     @torch.no_grad()
@@ -73,11 +89,14 @@ class LayerwiseTrainer(MultiSAETrainer):
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm, update_interval: int = 10
     ) -> None:
+        """The last thing SAELens does in a step: look at it, record it, show it."""
         pbar.update(self.n_training_samples - pbar.n)
+        self._watch(step_outputs)
         if self.metrics_path is not None and self._due():
             lines = {
                 name: _finite(
                     trainer.build_train_step_log_dict(step_outputs[name], self.n_training_samples)
+                    | self.watches[name].gauges
                 )
                 for name, trainer in self.trainers.items()
             }
@@ -93,6 +112,13 @@ class LayerwiseTrainer(MultiSAETrainer):
             FVU=f"{_mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})",
             dead=f"{_mean(dead):.1%}",
         )
+
+    def _watch(self, step_outputs: dict[str, TrainStepOutput]) -> None:
+        step, to_wandb = self.n_training_steps - 1, self.cfg.logger.log_to_wandb
+        for name, watch in self.watches.items():
+            silent = self.trainers[name].n_forward_passes_since_fired
+            for alarm in watch.step(step_outputs[name], silent, step):
+                announce(alarm, self.metrics_path, to_wandb, of=name)
 
     def _due(self) -> bool:
         return self.n_training_steps % self.cfg.logger.wandb_log_frequency == 0

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import wandb
 from sae_lens import logger
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
@@ -27,7 +26,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
 
-from jumprelu_plugin.health.alarms import Alarm, Watch
+from jumprelu_plugin.health.alarms import Watch
+from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.records import append_jsonl
 
 PROGRESS_EVERY = 10
@@ -66,22 +66,13 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         if self.watch is not None:
             silent = self.n_forward_passes_since_fired
             for alarm in self.watch.step(output, silent, self.n_training_steps):
-                self._raise(alarm)
+                announce(alarm, self.metrics_path, self.cfg.logger.log_to_wandb)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
             self._record(self.build_train_step_log_dict(output, self.n_training_samples))
         return output
 
     # ---------------------------------------------------------------- metrics
-
-    def _raise(self, alarm: Alarm) -> None:
-        """Say it on the console, in the JSON lines and to wandb, whose reader may be elsewhere."""
-        logger.warning(str(alarm))
-        if self.metrics_path is not None:
-            words = {"alarm": alarm.name, "says": alarm.says, "change": alarm.change}
-            append_jsonl(self.metrics_path, {"step": alarm.step, **words})
-        if self.cfg.logger.log_to_wandb and wandb.run is not None:
-            wandb.run.alert(title=alarm.name, text=str(alarm))
 
     @override
     def build_train_step_log_dict(

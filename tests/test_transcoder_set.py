@@ -352,6 +352,24 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_every_layer_is_watched_and_its_alarm_names_it(
+    model: Any, exact: None, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    wild = settings(training_tokens=103 * 41, lr=1.0)
+    with caplog.at_level("WARNING"):
+        train_transcoders(tmp_path / "set", wild, model=model, dataset=text())
+    lines = [json.loads(line) for line in (tmp_path / "set/metrics.jsonl").read_text().splitlines()]
+    raised = {line["of"]: line for line in lines if line.get("alarm") == "loss spike"}
+    names = [f"layer_{layer}" for layer in range(N_LAYERS)]
+    assert sorted(raised) == names
+    said = [record.getMessage() for record in caplog.records]
+    for name, line in raised.items():
+        assert line["step"] == 99 and "lower lr" in line["change"]
+        assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
+    measured = [line for line in lines if "layer_0" in line]
+    assert all("health/encoder_growth" in measured[-1][name] for name in names)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_all_layers_stopped_and_resumed_are_the_uninterrupted_run(
     model: Any, skip: bool, exact: None, stop_at: list[int], tmp_path: Path
