@@ -250,6 +250,50 @@ def test_cross_layer_decoders_carry_what_a_layer_s_own_input_cannot() -> None:
     assert cut > 2 * whole
 
 
+def test_an_outlier_counts_less_at_the_output_that_has_it() -> None:
+    inputs, targets = structured(101, 7)
+    targets[1][13] *= 150
+    torch.manual_seed(3)
+    model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+    # A fixed penalty of 0 leaves the error alone.
+    cfg = CrossLayerTrainingConfig(l0_coefficient=0.0, step_path="sparse", outlier_norm=4.0)
+    learner = Learner(model, cfg)
+    outcome = learner.loss(inputs, targets)
+    expected = 0.0
+    for y, y_hat in zip(targets, outcome.output.split(D_OUT, 1), strict=True):
+        norm = y.norm(dim=1)
+        worth = (4 * norm.median() / norm).clamp(max=1).square()
+        expected += float((worth * (y_hat - y).square().sum(1)).sum()) / 101
+    assert float(outcome.loss) == pytest.approx(expected, rel=1e-5)
+    full = float((outcome.output - outcome.target).square().sum()) / 101
+    assert full > 20 * expected
+
+
+def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
+    inputs, targets = structured(211, 7)
+    wild = [y.clone() for y in targets]
+    wild[2][13] *= 150
+    usual = torch.arange(211) != 13
+    found = []
+    for x, y in ((inputs, wild), ([a[usual] for a in inputs], [b[usual] for b in targets])):
+        torch.manual_seed(3)
+        model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+        learner = Learner(model, CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse"))
+        learner.loss(x, y)
+        found.append([*learner.bandwidths, *(float(s.b_dec.sum()) for s in model.sources)])
+        found[-1] += [float(s.W_dec.sum()) for s in model.sources]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_only_steered_training_limits_outliers_unless_asked_to() -> None:
+    assert CrossLayerTrainingConfig(target_l0=5.0).longest_token == 10
+    assert CrossLayerTrainingConfig(target_l0=5.0, outlier_norm=0.0).longest_token is None
+    assert CrossLayerTrainingConfig(l0_coefficient=0.3).longest_token is None
+    assert CrossLayerTrainingConfig(l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7
+    with pytest.raises(ValueError, match="outlier_norm is -1"):
+        CrossLayerTrainingConfig(target_l0=5.0, outlier_norm=-1.0)
+
+
 def test_dead_latents_of_any_layer_start_again() -> None:
     model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
     learner = Learner(model, CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse"))

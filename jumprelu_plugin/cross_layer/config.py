@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jumprelu_plugin.objective import OUTLIER_NORM
 from jumprelu_plugin.pair_store import HookPair
 from jumprelu_plugin.step.choose import PATHS
 
@@ -99,6 +100,9 @@ class CrossLayerTrainingConfig:
         restart_dead_latents: as for an SAE (`training.restart`); None: where it is steered to.
         step_path: how encoding and decoding are computed (`step.choose`).
         bandwidth_in_std: where ε is taken from the data, how many standard deviations.
+        outlier_norm: as for an SAE, at each layer's output apart: the squared error of a token
+            longer than this many times the batch's median norm counts as if it were that long.
+            None: 10 where L0 is steered to, and no limit otherwise. 0 is no limit.
 
     Raises:
         ValueError: naming the field, what it holds, and what to do.
@@ -116,6 +120,7 @@ class CrossLayerTrainingConfig:
     restart_dead_latents: bool | None = None
     step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
     bandwidth_in_std: float = 2.0
+    outlier_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.l0_coefficient is None and self.target_l0 is None:
@@ -133,6 +138,10 @@ class CrossLayerTrainingConfig:
                 raise ValueError(f"{name} is {value}; it must be a finite number greater than 0")
         if self.l0_coefficient is not None and not 0 <= self.l0_coefficient < math.inf:
             raise ValueError(f"l0_coefficient is {self.l0_coefficient}; it must be 0 or more")
+        if self.outlier_norm is not None and not 0 <= self.outlier_norm < math.inf:
+            raise ValueError(
+                f"outlier_norm is {self.outlier_norm}; it must be 0, no limit, or more"
+            )
         choices = {
             "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
             "decoder_rows": (None, "free", "unit_norm"),
@@ -146,6 +155,13 @@ class CrossLayerTrainingConfig:
     @property
     def steers_l0(self) -> bool:
         return self.l0_coefficient is None
+
+    @property
+    def longest_token(self) -> float | None:
+        """Times the median norm: longer tokens' errors count as if they were that long, or None."""
+        if self.outlier_norm is None:
+            return OUTLIER_NORM if self.steers_l0 else None
+        return self.outlier_norm or None
 
     @property
     def unit_norm_decoder(self) -> bool:

@@ -17,7 +17,13 @@ from torch import Tensor
 from jumprelu_plugin.cross_layer.config import CrossLayerTrainingConfig
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder, SourceLayer
 from jumprelu_plugin.cross_layer.step import forward
-from jumprelu_plugin.objective import Step, reconstruction, sparsity_term, threshold_slopes
+from jumprelu_plugin.objective import (
+    Step,
+    reconstruction,
+    sparsity_term,
+    threshold_slopes,
+    worth_of_tokens,
+)
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
 from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
@@ -110,6 +116,7 @@ class Learner:
         if not self.bandwidths:
             self._calibrate(inputs, targets)
         target = torch.cat(list(targets), dim=1)
+        worth = self._worth(targets)
         self._batch = len(target)
         path = self._path.start(target.device, self._sizes(len(target)))
         steps, output = forward(
@@ -121,14 +128,36 @@ class Learner:
         )
         penalties = [self.sparsity(step) for step in steps]
         coefficients = self._coefficients()
-        loss = reconstruction(output, target)
+        loss = self._reconstruction(output, target, worth)
         for coefficient, penalty in zip(coefficients, penalties, strict=True):
             loss = loss + coefficient * penalty
         self._refuse_non_finite(loss, inputs, target)
         if loss.requires_grad:
-            self._watch(steps, penalties, coefficients, inputs, (target - output).detach())
+            residual = (target - output).detach()
+            self._watch(steps, penalties, coefficients, inputs, residual, worth)
             self.steps += 1
         return Outcome(loss, target, output, list(self._l0), coefficients)
+
+    def _worth(
+        self, targets: Sequence[Float[Tensor, "batch d_out"]]
+    ) -> Float[Tensor, "batch layers"] | None:
+        """What a token's squared error counts at each output (`worth_of_tokens`); None: in full."""
+        limit = self.cfg.longest_token
+        if limit is None:
+            return None
+        return torch.stack([worth_of_tokens(target, limit) for target in targets], dim=1)
+
+    def _reconstruction(
+        self,
+        output: Float[Tensor, "batch layers*d_out"],
+        target: Float[Tensor, "batch layers*d_out"],
+        worth: Float[Tensor, "batch layers"] | None,
+    ) -> Float[Tensor, ""]:
+        if worth is None:
+            return reconstruction(output, target)
+        width = self.model.cfg.d_out
+        sides = zip(output.split(width, 1), target.split(width, 1), worth.unbind(1), strict=True)
+        return torch.stack([reconstruction(*side) for side in sides]).sum()
 
     def _sizes(self, batch: int) -> tuple[int, int, int]:
         """(batch, d_in, d_sae) of one dense step that takes as many products as all of these."""
@@ -152,6 +181,7 @@ class Learner:
         coefficients: Sequence[float | Tensor],
         inputs: Sequence[Tensor],
         residual: Tensor,
+        worth: Float[Tensor, "batch layers"] | None,
     ) -> None:
         """Measure what control and restarts need of this batch."""
         self._slopes, self._latest = [], {}
@@ -164,7 +194,10 @@ class Learner:
             if self.firing:
                 self.firing[index].update(active)
                 if self.firing[index].due(self._patience(index)):
-                    later = residual[:, -self.model.sources[index].W_dec.shape[1] :]
+                    later = residual[:, index * self.model.cfg.d_out :]
+                    if worth is not None:
+                        by_output = later.unflatten(1, (-1, self.model.cfg.d_out))
+                        later = (by_output * worth[:, index:, None].sqrt()).flatten(1)
                     self._latest[index] = inputs[index].detach(), later
 
     def _price(self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor) -> None:
@@ -207,7 +240,11 @@ class Learner:
     @torch.no_grad()
     def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """θ₀ and ε from the data, biases at the outputs' means, decoders where latents fire."""
-        cfg = self.cfg
+        cfg, worth = self.cfg, self._worth(targets)
+        if worth is not None:
+            # One outlier would move an output's mean, and the decoder rows of what fires on it.
+            usual = (worth == 1).all(1)
+            inputs, targets = [x[usual] for x in inputs], [y[usual] for y in targets]
         aim = self.controllers[0].aim() if self.controllers else _START_SHARE * self.model.cfg.d_sae
         means = [target.mean(0) for target in targets]
         centred = torch.cat([y - mean for y, mean in zip(targets, means, strict=True)], dim=1)

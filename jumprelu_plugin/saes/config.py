@@ -16,7 +16,7 @@ from typing import Literal
 import sae_lens
 from typing_extensions import override
 
-from jumprelu_plugin.objective import SPARSITY_MODES
+from jumprelu_plugin.objective import OUTLIER_NORM, SPARSITY_MODES
 from jumprelu_plugin.step.choose import PATHS
 from jumprelu_plugin.training.units import INPUT_UNITS
 
@@ -28,9 +28,6 @@ INNER_WEIGHT = 0.5
 DENSITY_OF_FULL_WEIGHT = 1 / 64
 # Inner dictionaries' shares of the latents. Larger ones cost more and find less.
 INNER_PARTS = (32, 16, 8)
-# Times the median norm. Massive activations have a hundred. With less, they are rebuilt badly where
-# L0 is low (docs/results.md).
-OUTLIER_NORM = 10.0
 
 
 @dataclass
