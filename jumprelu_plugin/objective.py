@@ -18,10 +18,6 @@ from torch.nn import functional
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import heaviside
 
-# Times the median norm (`worth_of_tokens`). Massive activations have a hundred. With less than 10
-# they are rebuilt badly where L0 is low (docs/results.md).
-OUTLIER_NORM = 10.0
-
 
 @dataclass(frozen=True)
 class Step:

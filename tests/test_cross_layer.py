@@ -278,20 +278,12 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
     for x, y in ((inputs, wild), ([a[usual] for a in inputs], [b[usual] for b in targets])):
         torch.manual_seed(3)
         model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-        learner = Learner(model, CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse"))
+        cfg = CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse", outlier_norm=10.0)
+        learner = Learner(model, cfg)
         learner.loss(x, y)
         found.append([*learner.bandwidths, *(float(s.b_dec.sum()) for s in model.sources)])
         found[-1] += [float(s.W_dec.sum()) for s in model.sources]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-def test_only_steered_training_limits_outliers_unless_asked_to() -> None:
-    assert CrossLayerTrainingConfig(target_l0=5.0).longest_token == 10
-    assert CrossLayerTrainingConfig(target_l0=5.0, outlier_norm=0.0).longest_token is None
-    assert CrossLayerTrainingConfig(l0_coefficient=0.3).longest_token is None
-    assert CrossLayerTrainingConfig(l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7
-    with pytest.raises(ValueError, match="outlier_norm is -1"):
-        CrossLayerTrainingConfig(target_l0=5.0, outlier_norm=-1.0)
 
 
 def test_dead_latents_of_any_layer_start_again() -> None:

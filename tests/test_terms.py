@@ -32,6 +32,7 @@ from jumprelu_plugin.objective import (
     reconstruction,
     worth_of_tokens,
 )
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries
@@ -247,9 +248,14 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
     assert (worth_of_tokens(silent, 5.0) == 1).all()
 
 
-def test_only_a_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
+def test_only_an_saes_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
     assert plain.longest_token == 10
+    transcoder = JumpReLUTranscoderTrainingConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
+    assert (
+        transcoder.longest_token is None
+        and replace(transcoder, outlier_norm=7.0).longest_token == 7
+    )
     assert replace(plain, outlier_norm=0.0).longest_token is None
     assert replace(plain, l0_coefficient=0.3).longest_token is None
     assert replace(plain, l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7

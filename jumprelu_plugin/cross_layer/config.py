@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jumprelu_plugin.objective import OUTLIER_NORM
 from jumprelu_plugin.pair_store import HookPair
 from jumprelu_plugin.step.choose import PATHS
 
@@ -102,7 +101,8 @@ class CrossLayerTrainingConfig:
         bandwidth_in_std: where ε is taken from the data, how many standard deviations.
         outlier_norm: as for an SAE, at each layer's output apart: the squared error of a token
             longer than this many times the batch's median norm counts as if it were that long.
-            None: 10 where L0 is steered to, and no limit otherwise. 0 is no limit.
+            None is no limit: with one, massive activations are not rebuilt from a normalised
+            input, whose tokens are all of one length (docs/cross_layer.md).
 
     Raises:
         ValueError: naming the field, what it holds, and what to do.
@@ -130,7 +130,7 @@ class CrossLayerTrainingConfig:
             )
         positive = (
             "target_l0", "jumprelu_bandwidth", "jumprelu_init_threshold", "jumprelu_tanh_scale",
-            "bandwidth_in_std",
+            "bandwidth_in_std", "outlier_norm",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -155,13 +155,6 @@ class CrossLayerTrainingConfig:
     @property
     def steers_l0(self) -> bool:
         return self.l0_coefficient is None
-
-    @property
-    def longest_token(self) -> float | None:
-        """Times the median norm: longer tokens' errors count as if they were that long, or None."""
-        if self.outlier_norm is None:
-            return OUTLIER_NORM if self.steers_l0 else None
-        return self.outlier_norm or None
 
     @property
     def unit_norm_decoder(self) -> bool:

@@ -142,7 +142,7 @@ class Learner:
         self, targets: Sequence[Float[Tensor, "batch d_out"]]
     ) -> Float[Tensor, "batch layers"] | None:
         """What a token's squared error counts at each output (`worth_of_tokens`); None: in full."""
-        limit = self.cfg.longest_token
+        limit = self.cfg.outlier_norm
         if limit is None:
             return None
         return torch.stack([worth_of_tokens(target, limit) for target in targets], dim=1)

@@ -55,6 +55,7 @@ class CrossLayerSettings:
         l0_coefficient, l0_warm_up_steps: a fixed penalty, in place of a target.
         sparsity, tanh_scale: `step` or `tanh`, see `CrossLayerTrainingConfig`.
         step_path: see `step.choose`.
+        outlier_norm: see `CrossLayerTrainingConfig`.
         lr: it falls to 0 over the last fifth of the run.
         batch_tokens: tokens in a step.
         chunk_sequences: sequences whose activations are shuffled together.
@@ -77,6 +78,7 @@ class CrossLayerSettings:
     sparsity: Literal["step", "tanh"] = "step"
     tanh_scale: float = 4.0
     step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
+    outlier_norm: float | None = None
     training_tokens: int = 1_000_000
     lr: float = 4e-3
     batch_tokens: int = 2048
@@ -173,6 +175,7 @@ def _training_config(settings: CrossLayerSettings) -> CrossLayerTrainingConfig:
         jumprelu_sparsity_loss_mode=settings.sparsity,
         jumprelu_tanh_scale=settings.tanh_scale,
         step_path=settings.step_path,
+        outlier_norm=settings.outlier_norm,
     )
 
 

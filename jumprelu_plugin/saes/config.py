@@ -16,7 +16,7 @@ from typing import Literal
 import sae_lens
 from typing_extensions import override
 
-from jumprelu_plugin.objective import OUTLIER_NORM, SPARSITY_MODES
+from jumprelu_plugin.objective import SPARSITY_MODES
 from jumprelu_plugin.step.choose import PATHS
 from jumprelu_plugin.training.units import INPUT_UNITS
 
@@ -28,6 +28,9 @@ INNER_WEIGHT = 0.5
 DENSITY_OF_FULL_WEIGHT = 1 / 64
 # Inner dictionaries' shares of the latents. Larger ones cost more and find less.
 INNER_PARTS = (32, 16, 8)
+# Times the median norm. Massive activations have a hundred. With less, they are rebuilt badly where
+# L0 is low (docs/results.md).
+OUTLIER_NORM = 10.0
 
 
 @dataclass
@@ -60,8 +63,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             `matryoshka_widths` are given, their number, which makes the error the published mean.
             0 leaves the inner dictionaries out.
         outlier_norm: the squared error of a token longer than this many times the batch's median
-            norm counts as if it were that long (`objective.worth_of_tokens`). None means 10 in a
-            steered training, and no limit otherwise. 0 is no limit.
+            norm counts as if it were that long (`objective.worth_of_tokens`). None means 10 in an
+            SAE's steered training, and no limit otherwise. 0 is no limit.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
         pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
@@ -120,6 +123,11 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         return self.steers_l0
 
     @property
+    def limits_outliers_by_default(self) -> bool:
+        """Whether there is a limit on what a token counts without being asked for."""
+        return self.steers_l0
+
+    @property
     def inner_widths(self) -> list[int]:
         """Widths of the nested dictionaries but the whole one; empty where there are none."""
         if self.matryoshka_weight == 0:
@@ -144,7 +152,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     def longest_token(self) -> float | None:
         """Times the median norm: longer tokens' errors count as if they were that long, or None."""
         if self.outlier_norm is None:
-            return OUTLIER_NORM if self.steers_l0 else None
+            return OUTLIER_NORM if self.limits_outliers_by_default else None
         return self.outlier_norm or None
 
     @property

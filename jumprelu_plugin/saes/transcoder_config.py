@@ -49,6 +49,12 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
         return False
 
     @property
+    @override
+    def limits_outliers_by_default(self) -> bool:
+        # From a normalised input a long output is not rebuilt with it (docs/transcoders.md).
+        return False
+
+    @property
     def width_out(self) -> int:
         """d_out, which construction has filled in."""
         assert self.d_out is not None
