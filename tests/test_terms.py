@@ -252,10 +252,8 @@ def test_only_an_saes_steered_training_limits_outliers_unless_it_is_asked_to() -
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
     assert plain.longest_token == 10
     transcoder = JumpReLUTranscoderTrainingConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert (
-        transcoder.longest_token is None
-        and replace(transcoder, outlier_norm=7.0).longest_token == 7
-    )
+    assert transcoder.longest_token is None
+    assert replace(transcoder, outlier_norm=7.0).longest_token == 7
     assert replace(plain, outlier_norm=0.0).longest_token is None
     assert replace(plain, l0_coefficient=0.3).longest_token is None
     assert replace(plain, l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7

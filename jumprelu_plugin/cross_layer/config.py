@@ -138,10 +138,6 @@ class CrossLayerTrainingConfig:
                 raise ValueError(f"{name} is {value}; it must be a finite number greater than 0")
         if self.l0_coefficient is not None and not 0 <= self.l0_coefficient < math.inf:
             raise ValueError(f"l0_coefficient is {self.l0_coefficient}; it must be 0 or more")
-        if self.outlier_norm is not None and not 0 <= self.outlier_norm < math.inf:
-            raise ValueError(
-                f"outlier_norm is {self.outlier_norm}; it must be 0, no limit, or more"
-            )
         choices = {
             "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
             "decoder_rows": (None, "free", "unit_norm"),

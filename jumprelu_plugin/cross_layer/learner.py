@@ -29,7 +29,12 @@ from jumprelu_plugin.training.calibration import calibrate
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import FiringRecord, patience, restart_dead_
+from jumprelu_plugin.training.restart import (
+    FiringRecord,
+    patience,
+    restart_dead_,
+    unusual_inputs,
+)
 
 # The L0 that calibration aims at where none was asked for, as a share of the latents.
 _START_SHARE = 0.05
@@ -295,7 +300,7 @@ class Learner:
         x, residual = self._latest.pop(index)
         seed = firing.steps * self.model.cfg.n_layers + index
         restart_dead_(
-            source, firing, self._patience(index), x, residual, _where_inputs_lie, optimizer, seed
+            source, firing, self._patience(index), x, residual, unusual_inputs, optimizer, seed
         )
 
     def dead_share(self) -> float:
@@ -339,12 +344,6 @@ class Learner:
             record.load_state(
                 saved, {name: tensors[f"{name}_{index}"] for name in record.tensors()}
             )
-
-
-def _where_inputs_lie(x: Tensor, residual: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    # The residual lies in the output's space: look for what is unusual in these inputs.
-    mean = x.mean(0)
-    return x[tokens] - mean, mean
 
 
 def _make_tangential(W_dec: Tensor) -> None:

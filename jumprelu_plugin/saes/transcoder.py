@@ -27,6 +27,7 @@ from jumprelu_plugin.saes.transcoder_config import (
     check_transcoder,
 )
 from jumprelu_plugin.training.decoder import normalise_rows_
+from jumprelu_plugin.training.restart import unusual_inputs
 from jumprelu_plugin.training.units import set_value
 
 
@@ -121,9 +122,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
     def _restart_encoders(
         self, x: Tensor, residual: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # The residual lies in the output's space: look for what is unusual in these inputs.
-        mean = x.mean(0)
-        return x[tokens] - mean, mean
+        return unusual_inputs(x, residual, tokens)
 
     # ---------------------------------------------------------------- inference
 

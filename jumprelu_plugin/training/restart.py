@@ -195,6 +195,17 @@ def restart_dead_(
     firing.silent[latents] = firing.lived[latents] = 0
 
 
+def unusual_inputs(
+    inputs: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    tokens: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]]:
+    """A transcoder's `Aim`: its residual lies in the output's space, so its encoders look for what
+    is unusual in these tokens' inputs."""
+    mean = inputs.mean(0)
+    return inputs[tokens] - mean, mean
+
+
 @torch.no_grad()
 def restart_(
     sae: nn.Module,
