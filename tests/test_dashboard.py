@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import HEADS, MLP, RESIDUAL, Tiny, tiny_models, tiny_sae, tiny_tokens
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli import app
@@ -121,6 +122,40 @@ def test_logit_effects_of_all_agree_with_one(tiny) -> None:
         torch.testing.assert_close(effects.lowered_by[latent], -by)
     with pytest.raises(ValueError, match="residual stream"):
         all_logit_effects(tiny.hooked, tiny_sae(HEADS))
+
+
+def with_layer_norm() -> HookedTransformer:
+    """A model whose final norm centres, and has a gain and a bias."""
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=1, d_model=33, n_ctx=19, d_head=11, n_heads=3, d_vocab=53, act_fn="gelu",
+            normalization_type="LN", seed=5,
+        )
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    for parameter in (model.ln_final.w, model.ln_final.b):
+        parameter.data += torch.randn(33, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge", "layer norm"])
+def test_logit_effects_are_the_final_norms_and_unembeddings_own(tiny, kind: str) -> None:
+    """Against their derivative, at a residual that the direction leaves as long as it is."""
+    model = with_layer_norm() if kind == "layer norm" else getattr(tiny, kind)
+    sae = tiny_sae(MLP)
+    for latent in (3, 31):
+        direction = sae.W_dec[latent].detach()
+        changes = direction - direction.mean() if kind == "layer norm" else direction
+        x = torch.randn(33, generator=torch.Generator().manual_seed(latent))
+        x -= x.mean()
+        x -= (x @ changes) / changes.square().sum() * changes
+        _, effect = torch.func.jvp(
+            lambda at: model.unembed(model.ln_final(at[None, None]))[0, 0], (x,), (direction,)
+        )
+        expected = (effect * x.square().mean().sqrt()).topk(5)
+        raised, by = logit_effects(model, sae, latent, count=5)
+        assert torch.equal(raised, expected.indices)
+        torch.testing.assert_close(by, expected.values, rtol=1e-3, atol=1e-5)
 
 
 def test_nearest_decoder_rows() -> None:
