@@ -31,6 +31,8 @@ class Step:
         to_input: whether the estimators also pass gradient to the pre-activations.
         W_dec: [d_sae, d_out].
         dead: latents that have not fired for the trainer's window, [d_sae], or None if not tracked.
+        prices: what a firing of each latent costs beside 1 (`training.frequency`), [d_sae], or None
+            where there is no ceiling.
     """
 
     entries: Entries
@@ -40,6 +42,7 @@ class Step:
     to_input: bool
     W_dec: Float[Tensor, "d_sae d_out"]
     dead: Bool[Tensor, " d_sae"] | None = None
+    prices: Float[Tensor, " d_sae"] | None = None
 
     def gates(self) -> Float[Tensor, "*entries"]:
         """H(z - θ) with its estimator."""
@@ -144,20 +147,21 @@ class WithFrequency:
 
 @dataclass(frozen=True)
 class WithCeiling:
-    """A sparsity term plus price · Σ_i max(0, f_i - ceiling), f_i as in `WithFrequency`.
+    """A sparsity term plus Σ_i μ_i (f_i - ceiling), f_i as in `WithFrequency` and μ_i the step's
+    prices: the Lagrangian of f_i ≤ ceiling.
 
-    A firing costs 1 + price times as much on a latent above the ceiling, and on the others what it
-    always costs: `WithFrequency` with a price that keeps latents under 10 % of tokens also bends
-    the many that fire on a few per cent (docs/results.md).
+    A firing costs 1 + μ_i times as much, and on a latent whose price is 0 what it always costs:
+    `WithFrequency` with a w₀ that keeps latents under 10 % of tokens also bends the many that fire
+    on a few per cent (docs/results.md).
     """
 
     term: Term
     ceiling: float
-    price: float = 10.0
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        excess = (step.frequencies() - self.ceiling).relu().sum()
-        return self.term(step) + self.price * excess
+        if step.prices is None:
+            return self.term(step)
+        return self.term(step) + step.prices @ (step.frequencies() - self.ceiling)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,21 @@ from sae_lens.training.types import DataProvider
 from torch import Tensor
 from typing_extensions import override
 
+from jumprelu_plugin.objective import worth_of_tokens
+from jumprelu_plugin.saes.config import OUTLIER_NORM
+
 
 class PairScaler(ActivationScaler):
-    """Multiplies both sides so that E‖x‖² = E‖y‖² = d_in.
+    """Multiplies both sides so that E‖x‖² = E‖y‖² = d_in, outliers left aside.
 
     Both sides take d_in, whatever d_out is: one unit then serves z, θ, ε, the loss and λ, and a
     recipe's numbers mean what they mean for an SAE. Gemma Scope (arXiv 2408.05147) divides input
     and target each by its own root mean square, which is this up to the common √d_in.
+
+    A token longer than ten times a batch's median counts as ten times that. In some MLPs'
+    outputs one token in a thousand is hundreds of times as long as the others and holds nearly all
+    of the mean square ("massive activations", arXiv 2402.17762); divided by that, the others would
+    be so short that every step of the optimiser overshoots (docs/transcoders.md).
 
     Attributes:
         scaling_factor: (s_in, s_out), or None before it is measured.
@@ -70,7 +78,9 @@ class PairScaler(ActivationScaler):
     def observe(self, rows: Float[Tensor, "batch d_in+d_out"]) -> None:
         """Take a batch into the estimate."""
         for side, part in enumerate(rows.split([self.d_in, self.d_out], dim=-1)):
-            self._squares[side] += part.double().square().sum().item()
+            values = part.double()
+            counted = worth_of_tokens(values, OUTLIER_NORM) @ values.square().sum(1)
+            self._squares[side] += counted.item()
         self._rows += len(rows)
 
     def settle(self) -> None:

@@ -36,6 +36,7 @@ from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingCon
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries
+from jumprelu_plugin.training.frequency import RATE, FrequencyPrices
 
 BATCH, D_SAE = 40_009, 7
 
@@ -100,30 +101,47 @@ def test_the_frequency_penaltys_gradient_reaches_the_encoder_where_it_may() -> N
     torch.testing.assert_close(z.grad.sum(0), -step.threshold.grad)
 
 
-def test_the_ceiling_charges_what_is_above_it() -> None:
+def test_the_ceiling_charges_each_latents_price() -> None:
     """On frequencies that are counted, 0/5, 1/5, 3/5 and 5/5, with a ceiling of 0.3."""
     z = torch.full((5, 4), 0.2)
     z[:1, 1] = z[:3, 2] = z[:, 3] = 2.3
     threshold = torch.full((4,), 0.7)
     step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
-    expected = 0.2 + 0.6 + 1.0 + 7 * (0.3 + 0.7)
-    assert float(WithCeiling(L0(), 0.3, 7.0)(step)) == pytest.approx(expected, rel=1e-6)
+    term = WithCeiling(L0(), 0.3)
+    assert float(term(step)) == pytest.approx(0.2 + 0.6 + 1.0, rel=1e-6)
+    priced = replace(step, prices=torch.tensor([2.0, 3.0, 5.0, 7.0]))
+    excess = 2 * (0.0 - 0.3) + 3 * (0.2 - 0.3) + 5 * (0.6 - 0.3) + 7 * (1.0 - 0.3)
+    assert float(term(priced)) == pytest.approx(1.8 + excess, rel=1e-6)
 
 
 def test_the_ceilings_threshold_gradient_is_the_densitys() -> None:
-    """-(1 + price) p(θ) above the ceiling, -p(θ) below."""
+    """-(1 + μ_i) p(θ_i)."""
     step, mean, spread, _ = gaussian_step()
-    WithCeiling(L0(), 0.2, 7.0)(step).backward()
+    prices = torch.linspace(0.0, 7.0, D_SAE, dtype=torch.float64)
+    WithCeiling(L0(), 0.2)(replace(step, prices=prices)).backward()
     assert step.threshold.grad is not None
-    above = 0
     for i in range(D_SAE):
         distance = float((step.threshold[i] - mean[i]) / spread[i])
-        over = 0.5 * math.erfc(distance / math.sqrt(2)) > 0.2
         density = math.exp(-(distance**2) / 2) / (float(spread[i]) * math.sqrt(2 * math.pi))
-        expected = -(8 if over else 1) * density
+        expected = -(1 + float(prices[i])) * density
         assert float(step.threshold.grad[i]) == pytest.approx(expected, rel=0.05), i
-        above += over
-    assert 0 < above < D_SAE
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_prices_follow_the_frequencies(sparse: bool) -> None:
+    """Up with what is above the ceiling, at most by the rate; down, and not below 0, otherwise."""
+    acts = torch.zeros(50, 3)
+    acts[:12, 1] = acts[:45, 2] = 1.7  # 0, 24 and 90 % of the tokens
+    prices = FrequencyPrices(3, 0.2)
+    for _ in range(7):
+        prices.update(acts.to_sparse() if sparse else acts)
+    torch.testing.assert_close(prices.prices, 7 * RATE * torch.tensor([0.0, 0.2, 1.0]))
+    acts[2:, 1:] = 0
+    prices.update(acts.to_sparse() if sparse else acts)
+    torch.testing.assert_close(prices.prices, RATE * torch.tensor([0.0, 1.4 - 0.8, 7.0 - 0.8]))
+    resumed = FrequencyPrices(3, 0.2)
+    resumed.load(prices.tensors())
+    assert torch.equal(resumed.prices, prices.prices)
 
 
 def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
@@ -210,7 +228,7 @@ def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
 
 def test_a_ceiling_that_would_hold_most_latents_down_is_left_out() -> None:
     sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, frequency_ceiling=0.09)
-    dense = replace(sparse, target_l0=10.0)
+    dense = replace(sparse, target_l0=13.0)
     assert sparse.ceiling == 0.09 and dense.ceiling is None
     # At a fixed penalty the frequencies are not known beforehand.
     assert replace(dense, l0_coefficient=0.3).ceiling == 0.09

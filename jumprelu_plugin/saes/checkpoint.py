@@ -2,7 +2,7 @@
 
 SAELens' own hold the parameters as they are used. Here are the parameters as the optimiser sees
 them (θ = exp(log θ) and back is not exact to the last bit; a resumed run should be), the bandwidth,
-and the state of the L0 controller and of the firing record.
+and the state of the L0 controller, of the firing record and of the frequencies' prices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jumprelu_plugin.training.control import L0Controller
+from jumprelu_plugin.training.frequency import FrequencyPrices
 from jumprelu_plugin.training.restart import FiringRecord
 
 STATE_FILENAME = "jumprelu_training_state.json"
@@ -29,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         bandwidth: ε, or None before the first step.
-        tensors: stored parameters by name, and the firing record's.
+        tensors: stored parameters by name, the firing record's, and the prices.
     """
 
     bandwidth: float | None = None
@@ -37,12 +38,19 @@ class Checkpoint:
     controller: dict[str, Any] | None = None
     firing: dict[str, Any] | None = None
 
-    def restore(self, controller: L0Controller | None, firing: FiringRecord | None) -> None:
+    def restore(
+        self,
+        controller: L0Controller | None,
+        firing: FiringRecord | None,
+        prices: FrequencyPrices | None,
+    ) -> None:
         """Hand their state back to those that there are."""
         if controller is not None and self.controller is not None:
             controller.load_state(self.controller)
         if firing is not None and self.firing is not None:
             firing.load_state(self.firing, self.tensors)
+        if prices is not None:
+            prices.load(self.tensors)
 
 
 def write(
@@ -51,9 +59,14 @@ def write(
     stored: Mapping[str, Tensor],
     controller: L0Controller | None,
     firing: FiringRecord | None,
+    prices: FrequencyPrices | None,
 ) -> None:
     """Add the two files to a checkpoint; the one with tensors only if there are any."""
-    tensors = {**stored, **({} if firing is None else firing.tensors())}
+    tensors = {
+        **stored,
+        **({} if firing is None else firing.tensors()),
+        **({} if prices is None else prices.tensors()),
+    }
     if tensors:
         save_file(tensors, folder / TENSORS_FILENAME)
     state = {

@@ -31,6 +31,8 @@ INNER_PARTS = (32, 16, 8)
 # Times the median norm. Massive activations have a hundred. With less, they are rebuilt badly where
 # L0 is low (docs/results.md).
 OUTLIER_NORM = 10.0
+# Times the mean frequency. A ceiling lower than that holds most latents down.
+ROOM_UNDER_CEILING = 1.5
 
 
 @dataclass
@@ -51,10 +53,11 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         frequency_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
-        frequency_ceiling: where a latent's firings start to cost more (`objective.WithCeiling`), as
-            a share of tokens. The recipe `default`, made for text, has one. None is no ceiling, and
-            a steered training has none where twice the mean frequency is more: it would hold most
-            latents down (docs/results.md).
+        frequency_ceiling: the share of tokens on which a latent is to fire at most. What the
+            firings of a latent above it cost rises until it keeps to it (`training.frequency`). The
+            recipe `default`, made for text, has one. None is no ceiling, and a steered training has
+            none where 1.5 times the mean frequency is more: it would hold most latents down
+            (docs/results.md).
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
             m here (arXiv 2503.17547); the whole dictionary need not be listed. None means 1/32,
             1/16 and 1/8 of it in a steered training, and the whole dictionary alone otherwise.
@@ -157,9 +160,10 @@ class JumpReLUTrainingSAEConfig(StockConfig):
 
     @property
     def ceiling(self) -> float | None:
-        """Frequency above which firings cost more, or None."""
+        """The share of tokens on which a latent is to fire at most, or None."""
         ceiling, mean = self.frequency_ceiling, (self.target_l0 or 0) / self.d_sae
-        return None if ceiling is None or (self.steers_l0 and 2 * mean > ceiling) else ceiling
+        crowded = self.steers_l0 and ceiling is not None and ROOM_UNDER_CEILING * mean > ceiling
+        return None if crowded else ceiling
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -221,7 +225,12 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
             f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
             "(0.01 as published), or None for no frequency penalty"
         )
-    for field in ("frequency_ceiling", "matryoshka_weight", "outlier_norm"):
+    if cfg.frequency_ceiling is not None and not 0 < cfg.frequency_ceiling <= 1:
+        raise ValueError(
+            f"frequency_ceiling is {cfg.frequency_ceiling}; it must be a share of the tokens, "
+            "greater than 0 and at most 1, or None for no ceiling"
+        )
+    for field in ("matryoshka_weight", "outlier_norm"):
         value = getattr(cfg, field)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number, 0 or more, or None")

@@ -43,12 +43,9 @@ from jumprelu_plugin.step.sparse import encode_sparse
 from jumprelu_plugin.training.calibration import calibrate, raise_to_fire
 from jumprelu_plugin.training.control import L0Controller
 from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.training.frequency import FrequencyPrices
 from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import (
-    FiringRecord,
-    patience,
-    restart_dead_,
-)
+from jumprelu_plugin.training.restart import FiringRecord, patience, restart_dead_
 from jumprelu_plugin.training.units import (
     LogParameter,
     ScaledParameter,
@@ -104,6 +101,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             if cfg.steers_l0 and cfg.target_l0 is not None
             else None
         )
+        self._prices = None if cfg.ceiling is None else FrequencyPrices(cfg.d_sae, cfg.ceiling)
         known = start is not None and cfg.jumprelu_bandwidth is not None
         self._calibrated = known and cfg.initialization == "saelens"
         self._has_loaded_weights = False
@@ -214,7 +212,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         x_hat = self.reshape_fn_out(x_hat, self.d_head)
 
         step = Step(
-            entries, activations, threshold, bandwidth, to_input, W_dec, step_input.dead_neuron_mask
+            entries,
+            activations,
+            threshold,
+            bandwidth,
+            to_input,
+            W_dec,
+            dead=step_input.dead_neuron_mask,
+            prices=None if self._prices is None else self._prices.prices.to(x.device),
         )
         coefficient = self._coefficient(step_input)
         penalty = self.sparsity(step)
@@ -225,6 +230,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self._refuse_non_finite(loss, rows, step_input.n_training_steps)
         if self.training and loss.requires_grad:
             self._steer(step, penalty, coefficient, l0)
+            if self._prices is not None:
+                self._prices.update(feature_acts)
             self._watch_firing(feature_acts, x, target, x_hat, worth)
         return TrainStepOutput(
             sae_in=target,
@@ -522,7 +529,9 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             self._seam.settle()
         saved = super().save_model(path)
         as_stored = {name: stored(self, name).detach().clone() for name in self._parametrized()}
-        checkpoint.write(Path(path), self.bandwidth, as_stored, self.controller, self._firing)
+        checkpoint.write(
+            Path(path), self.bandwidth, as_stored, self.controller, self._firing, self._prices
+        )
         return saved
 
     @override
@@ -533,7 +542,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             for name in self._parametrized():
                 stored(self, name).data.copy_(saved.tensors[name])
             self.bandwidth = saved.bandwidth
-            saved.restore(self.controller, self._firing)
+            saved.restore(self.controller, self._firing, self._prices)
         self._calibrated = self.bandwidth is not None
 
 
