@@ -225,6 +225,30 @@ def test_each_side_has_its_own_root_mean_square() -> None:
     torch.testing.assert_close(scaler.unscale(scaled), torch.cat(data))
 
 
+def with_massive_outputs(rows: list[Tensor]) -> list[Tensor]:
+    """The same rows, one output in every fourth batch 400 times as long; the input tells which."""
+    rows = [batch.clone() for batch in rows]
+    for batch in rows[::4]:
+        batch[7, 5] += 20
+        batch[7, D_IN:] *= 400
+    return rows
+
+
+def test_massive_activations_do_not_set_the_scale() -> None:
+    usual, massive = PairScaler(D_IN, D_OUT), PairScaler(D_IN, D_OUT)
+    usual.estimate_scaling_factor(D_IN, iter(batches(4)), 4)
+    massive.estimate_scaling_factor(D_IN, iter(with_massive_outputs(batches(4))), 4)
+    assert massive.scaling_factor[0] == pytest.approx(usual.scaling_factor[0], rel=0.02)
+    squares = [0.0, 0.0]
+    for batch in with_massive_outputs(batches(4)):
+        norms = batch[:, D_IN:].norm(dim=1)
+        squares[0] += float(norms.clamp_max(10 * norms.median()).square().sum())
+        squares[1] += float(norms.square().sum())
+    counted, in_full = (4 * BATCH * D_IN / total for total in squares)
+    assert massive.scaling_factor[1] ** 2 == pytest.approx(counted, rel=1e-5)
+    assert in_full < counted / 100
+
+
 @pytest.mark.parametrize("bad", [0.0, torch.inf])
 def test_a_side_without_a_scale_is_refused(bad: float) -> None:
     rows = batches(1)[0]

@@ -25,7 +25,8 @@ def logit_effects(
 ) -> tuple[Int[Tensor, " count"], Float[Tensor, " count"]]:
     """The tokens whose logits W_dec[latent] raises most, and by how much, descending.
 
-    By how much where the final norm divides by 1. Only for dictionaries of the residual stream or of what is written to it (width d_model).
+    By how much where the final norm divides by 1. Only for dictionaries of the residual stream or
+    of what is written to it (width d_model).
 
     Raises:
         ValueError: the decoder does not write vectors of the model's width.
