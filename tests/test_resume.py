@@ -27,7 +27,9 @@ from jumprelu_plugin import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.activations import MixingBuffer, resumable
 from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.saes.checkpoint import TENSORS_FILENAME
 from jumprelu_plugin.trainer import JumpReLUTrainer
+from jumprelu_plugin.training.frequency import TENSOR_NAME
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,6 +150,7 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run(
         target_l0=7,
         step_path="sparse",
         threshold_parameter="log",
+        frequency_ceiling=0.3,
         normalize_activations=normalisation,  # type: ignore[arg-type]
     )
     short = {"sae": sae, "training_tokens": 90 * BATCH}
@@ -156,6 +159,7 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run(
     checkpoints = sorted(Path(cfg.checkpoint_path or "").iterdir(), key=lambda p: int(p.name))
     assert len(checkpoints) == 4
     for number, checkpoint in enumerate(checkpoints[::3]):
+        assert (load_file(checkpoint / TENSORS_FILENAME)[TENSOR_NAME] > 0).any()
         folder = tmp_path / str(number)
         again = config(folder, n_checkpoints=4, resume_from_checkpoint=str(checkpoint), **short)
         resumed = run(model, again, token_rows())
