@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing_extensions import override
 from jumprelu_plugin.health.alarms import Watch
 from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.hook_pairs import pair_widths
+from jumprelu_plugin.interruption import stop_signals_to
 from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import HookPair, PairStore
 from jumprelu_plugin.records import append_jsonl
@@ -235,24 +234,15 @@ class Stoppable:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Stop on SIGINT and SIGTERM; a second one has its usual effect at once."""
-        if threading.current_thread() is not threading.main_thread():
+        """Stop on SIGINT and SIGTERM; a second one ends the run at once."""
+        with stop_signals_to(self._ask):
             yield
-            return
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        before = {kind: signal.getsignal(kind) for kind in kinds}
 
-        def ask(number: int, frame: Any) -> None:
-            self._asked = True
-            signal.signal(number, before[number])  # type: ignore[index]
-
-        for kind in kinds:
-            signal.signal(kind, ask)
-        try:
-            yield
-        finally:
-            for kind in kinds:
-                signal.signal(kind, before[kind])
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked:
+            # Not SAELens' exception, which is answered with a checkpoint: a step is cut in two.
+            raise KeyboardInterrupt
+        self._asked = True
 
 
 def _refuse_widths(name: str, pair: HookPair, cfg: Any, widths: Mapping[str, int]) -> None:

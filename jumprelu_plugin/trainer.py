@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +25,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.health.alarms import Watch
 from jumprelu_plugin.health.announce import announce
+from jumprelu_plugin.interruption import stop_signals_to
 from jumprelu_plugin.records import append_jsonl
 
 PROGRESS_EVERY = 10
@@ -55,7 +53,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     def fit(self) -> Any:
         self.watch = Watch(self.sae, self.cfg.total_training_steps)
         try:
-            with self._signals_ask_to_stop():
+            with stop_signals_to(self._asked):
                 return super().fit()
         finally:
             self.watch.close()
@@ -110,20 +108,6 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         append_jsonl(self.metrics_path, {"step": self.n_training_steps, **numbers})
 
     # ---------------------------------------------------------------- interruption
-
-    @contextmanager
-    def _signals_ask_to_stop(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM during the block; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        caught = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._asked) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _asked(self, signal_number: int, frame: Any) -> None:
         if self._asked_to_stop or self._steps_made == 0:
