@@ -55,6 +55,7 @@ class TranscoderSettings:
             it has one.
         l0_coefficient: a fixed penalty, in place of a target.
         skip: with a linear map from input to output.
+        outlier_norm: see `JumpReLUTrainingSAEConfig`; None is no limit.
         recipe: a recipe for transcoders.
         lr: None takes the recipe's; it decays to a tenth over the last fifth of the run.
         batch_tokens: tokens in a step; None takes the recipe's.
@@ -74,6 +75,7 @@ class TranscoderSettings:
     target_l0: float | None = None
     l0_coefficient: float | None = None
     skip: bool = False
+    outlier_norm: float | None = None
     recipe: str = "transcoder"
     training_tokens: int = 1_000_000
     lr: float | None = None
@@ -200,6 +202,7 @@ def _config(
         d_out=widths[pair.hook_out],
         hook_name_out=pair.hook_out,
         target_l0=target,
+        outlier_norm=settings.outlier_norm,
         device=settings.device,
         **given,
     )
