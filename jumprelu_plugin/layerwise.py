@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
-from jumprelu_plugin.health.alarms import Watch
+from jumprelu_plugin.health.alarms import Glance, Watch
 from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.interruption import stop_signals_to
@@ -116,7 +116,7 @@ class LayerwiseTrainer(MultiSAETrainer):
         step, to_wandb = self.n_training_steps - 1, self.cfg.logger.log_to_wandb
         for name, watch in self.watches.items():
             silent = self.trainers[name].n_forward_passes_since_fired
-            for alarm in watch.step(step_outputs[name], silent, step):
+            for alarm in watch.step(Glance.at(step_outputs[name]), silent, step):
                 announce(alarm, self.metrics_path, to_wandb, of=name)
 
     def _due(self) -> bool:

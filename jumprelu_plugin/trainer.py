@@ -23,7 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
 
-from jumprelu_plugin.health.alarms import Watch
+from jumprelu_plugin.health.alarms import Glance, Watch
 from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.interruption import stop_signals_to
 from jumprelu_plugin.records import append_jsonl
@@ -63,7 +63,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         output = super().step(batch)
         if self.watch is not None:
             silent = self.n_forward_passes_since_fired
-            for alarm in self.watch.step(output, silent, self.n_training_steps):
+            for alarm in self.watch.step(Glance.at(output), silent, self.n_training_steps):
                 announce(alarm, self.metrics_path, self.cfg.logger.log_to_wandb)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:

@@ -435,6 +435,33 @@ def test_what_is_saved_takes_and_gives_the_model_s_own_activations(
         assert layer.l0 == pytest.approx(11, rel=0.25)
 
 
+def test_every_layer_is_watched_and_its_alarm_names_it(
+    model: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    wild = settings(training_tokens=103 * 41, lr=1.0, layers=(1, 2))
+    with caplog.at_level("WARNING"):
+        train_cross_layer(tmp_path / "clt", wild, model=model, dataset=text())
+    lines = [json.loads(line) for line in (tmp_path / "clt/metrics.jsonl").read_text().splitlines()]
+    raised = {line["of"]: line for line in lines if line.get("alarm") == "loss spike"}
+    assert sorted(raised) == ["layer_1", "layer_2"]
+    said = [record.getMessage() for record in caplog.records]
+    for name, line in raised.items():
+        assert line["step"] == 99 and "lower lr" in line["change"]
+        assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
+
+
+def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
+    model: Any, tmp_path: Path
+) -> None:
+    # Silent means for 288 steps at this width and batch; there are looks at steps 300 to 600.
+    harsh = settings(training_tokens=607 * 41, target_l0=None, l0_coefficient=30.0)
+    train_cross_layer(tmp_path / "clt", harsh, model=model, dataset=text())
+    lines = [json.loads(line) for line in (tmp_path / "clt/metrics.jsonl").read_text().splitlines()]
+    names = {(line["of"], line["alarm"]) for line in lines if "alarm" in line}
+    assert {("layer_0", "latents dying"), ("layer_2", "latents dying")} <= names
+    assert [line["dead"] for line in lines if "dead" in line][-1] > 0.5
+
+
 def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
     chosen = settings(layers=(1, 2), hook_in="blocks.{layer}.hook_resid_mid")
     train_cross_layer(tmp_path / "out", chosen, model=model, dataset=text())

@@ -65,6 +65,12 @@ class Outcome:
             shape = (n_layers, -1)
             return (residual.view(shape).sum(1) / deviation.view(shape).sum(1)).tolist()
 
+    def errors(self, n_layers: int) -> Float[Tensor, " layers"]:
+        """Mean over tokens of each layer's ‖ŷ - y‖²."""
+        with torch.no_grad():
+            squares = (self.output - self.target).square().sum(0).view(n_layers, -1)
+            return squares.sum(1) / len(self.target)
+
 
 class Learner:
     """Everything a training keeps beside the parameters.
@@ -88,8 +94,7 @@ class Learner:
         layers = range(shape.n_layers)
         steered = cfg.steers_l0 and cfg.target_l0 is not None
         self.controllers = [L0Controller(cfg.target_l0 or 0.0) for _ in layers] if steered else []
-        restarts = cfg.restarts_dead_latents
-        self.firing = [FiringRecord(shape.d_sae) for _ in layers] if restarts else []
+        self.firing = [FiringRecord(shape.d_sae) for _ in layers]
         self.bandwidths: list[float] = []
         self.steps = 0
         self._path = PathChoice(cfg.step_path)
@@ -196,14 +201,14 @@ class Learner:
             self._l0[index] = float(count) / step.entries.batch
             if self.controllers:
                 self._price(index, step, penalties[index], coefficients[index])
-            if self.firing:
-                self.firing[index].update(active)
-                if self.firing[index].due(self._patience(index)):
-                    later = residual[:, index * self.model.cfg.d_out :]
-                    if worth is not None:
-                        by_output = later.unflatten(1, (-1, self.model.cfg.d_out))
-                        later = (by_output * worth[:, index:, None].sqrt()).flatten(1)
-                    self._latest[index] = inputs[index].detach(), later
+            self.firing[index].update(active)
+            restarts = self.cfg.restarts_dead_latents
+            if restarts and self.firing[index].due(self._patience(index)):
+                later = residual[:, index * self.model.cfg.d_out :]
+                if worth is not None:
+                    by_output = later.unflatten(1, (-1, self.model.cfg.d_out))
+                    later = (by_output * worth[:, index:, None].sqrt()).flatten(1)
+                self._latest[index] = inputs[index].detach(), later
 
     def _price(self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor) -> None:
         controller = self.controllers[index]
@@ -288,7 +293,7 @@ class Learner:
                 )
             # Also after the last step: below 0, an active latent could be negative.
             source.threshold.data.clamp_(min=0.0)
-            if self.firing:
+            if self.cfg.restarts_dead_latents:
                 self._restart(index, source)
         self._slopes = []
 
@@ -304,12 +309,12 @@ class Learner:
         )
 
     def dead_share(self) -> float:
-        """Share of all latents silent for so long that they count as dead; 0 if not watched."""
+        """Share of all latents silent for so long that they count as dead."""
         shares = [
             float(record.dead(self._patience(index)).float().mean())
             for index, record in enumerate(self.firing)
         ]
-        return sum(shares) / max(1, len(shares))
+        return sum(shares) / len(shares)
 
     # ---------------------------------------------------------------- resuming
 

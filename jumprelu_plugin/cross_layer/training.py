@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from tqdm.auto import tqdm
 from jumprelu_plugin.cross_layer.config import CrossLayerTrainingConfig
 from jumprelu_plugin.cross_layer.learner import Learner, Outcome
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder
+from jumprelu_plugin.cross_layer.watch import LayerWatches
+from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.layerwise import Stoppable
 from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.pair_store import PairStore
@@ -62,7 +65,8 @@ class Trainer:
 
     Args:
         checkpoints: folder that checkpoints go to.
-        metrics_path: JSON lines with each layer's L0, FVU and coefficient.
+        metrics_path: JSON lines with each layer's L0, FVU and coefficient, and one for each alarm
+            (`health.alarms`).
     """
 
     def __init__(
@@ -103,7 +107,9 @@ class Trainer:
         """
         batches = Stoppable(self.store.get_multi_hook_data_loader())
         due = self._checkpoint_steps()
+        watches = LayerWatches(self.learner, self.schedule.steps)
         with (
+            closing(watches),
             batches.stopped_by_signals(),
             tqdm(total=self.schedule.steps, initial=self.step, desc="training", unit="step") as bar,
         ):
@@ -112,6 +118,9 @@ class Trainer:
                     self._measure_scales(batches)
                 while self.step < self.schedule.steps:
                     self.last = self._take_step(next(batches))
+                    for index, alarm in watches.step(self.last, self.step - 1):
+                        layer = self.model.cfg.layers[index]
+                        announce(alarm, self.metrics_path, to_wandb=False, of=f"layer_{layer}")
                     self._show(bar, self.last)
                     if self.step in due:
                         self.save()

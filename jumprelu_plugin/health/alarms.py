@@ -53,20 +53,47 @@ class Alarm:
         return f"step {self.step:,}: {self.says}; {self.change}"
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What one step leaves to be judged later, on its device.
+
+    Attributes:
+        active: active (token, latent) pairs of the batch.
+        tokens: of the batch.
+        error: the reconstruction's.
+    """
+
+    active: int | Tensor
+    tokens: int
+    error: Float[Tensor, ""]
+
+    @classmethod
+    def at(cls, output: TrainStepOutput) -> Glance:
+        """At a step of SAELens'."""
+        acts = output.feature_acts
+        active = acts._nnz() if acts.is_sparse else acts.count_nonzero()
+        error = output.losses.get("mse_loss", output.loss)
+        assert isinstance(error, Tensor)
+        return cls(active, len(output.sae_in), error.detach())
+
+
 class Watch:
     """Watches one SAE in training.
 
     Args:
-        sae: any SAELens training SAE; thresholds and L0 targets are watched on ours alone.
+        sae: any SAELens training SAE, or what has the same weights and settings; L0 targets are
+            watched on ours alone.
         steps: of the whole run.
         every: steps between two looks.
+        threshold: the parameter whose gradient is watched; None takes that of our training SAE,
+            and none of another's.
 
     Attributes:
         gauges: what the last look read, by metric name; empty before the first.
         raised: the alarms so far, by name; each is raised once.
     """
 
-    def __init__(self, sae: Any, steps: int, every: int = EVERY):
+    def __init__(self, sae: Any, steps: int, every: int = EVERY, threshold: Tensor | None = None):
         self.gauges: dict[str, float] = {}
         self.raised: dict[str, Alarm] = {}
         self._sae, self._steps, self._every = sae, steps, every
@@ -81,10 +108,12 @@ class Watch:
         self._first_gain: float | None = None
         self._probe: Float[Tensor, "probed d_in"] | None = None
         self._moved: Bool[Tensor, " d_sae"] | None = None
-        self._hook = None
-        if isinstance(sae, JumpReLUTrainingSAE):
-            theta = stored(sae, "threshold")
-            self._hook = theta.register_post_accumulate_grad_hook(self._gradient_of_threshold)  # type: ignore[attr-defined]
+        if threshold is None and isinstance(sae, JumpReLUTrainingSAE):
+            threshold = stored(sae, "threshold")
+        listener: Any = self._gradient_of_threshold
+        self._hook = (
+            None if threshold is None else threshold.register_post_accumulate_grad_hook(listener)
+        )
 
     def close(self) -> None:
         """Stop listening to the thresholds' gradient."""
@@ -100,22 +129,17 @@ class Watch:
         self._moved = moved if self._moved is None else self._moved.logical_or_(moved)
 
     @torch.no_grad()
-    def step(
-        self, output: TrainStepOutput, silent: Float[Tensor, " d_sae"], step: int
-    ) -> list[Alarm]:
+    def step(self, seen: Glance, silent: Float[Tensor, " d_sae"], step: int) -> list[Alarm]:
         """Take in a step that was made; return the alarms it raised.
 
         Args:
-            output: what the step gave.
+            seen: what the step gave.
             silent: steps since each latent fired.
             step: its number, from 0.
         """
-        acts = output.feature_acts
-        self._active += acts._nnz() if acts.is_sparse else acts.count_nonzero()
-        self._tokens += len(output.sae_in)
-        error = output.losses.get("mse_loss", output.loss)
-        assert isinstance(error, Tensor)
-        error = error.detach()
+        self._active += seen.active
+        self._tokens += seen.tokens
+        error = seen.error
         if self._first_gain is None:
             self._first_gain, self._probe = self._gain(), self._probed()
             self._usual_error = float(error)
@@ -124,7 +148,7 @@ class Watch:
         self._seen += 1
         if self._seen < self._every:
             return []
-        found = self._look(silent, step, len(output.sae_in))
+        found = self._look(silent, step, seen.tokens)
         fresh = [alarm for alarm in found if alarm.name not in self.raised]
         self.raised.update({alarm.name: alarm for alarm in fresh})
         return fresh
