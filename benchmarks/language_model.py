@@ -42,6 +42,7 @@ Model = Annotated[str, typer.Option(help=f"One of {', '.join(SUBJECTS)}.")]
 Steps = Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]
 Sites = Annotated[list[str] | None, typer.Option(help="Hooks; the model's reported ones.")]
+L0s = Annotated[list[int] | None, typer.Option(help="Active latents a token.")]
 
 
 @torch.no_grad()
@@ -68,9 +69,11 @@ def run(
     *,
     splice: bool,
     cache: Path | None,
+    d_sae: int | None = None,
 ) -> list[Record]:
     """The record of every (architecture, L0, seed) at every site, trained where it is missing."""
     subject = SUBJECTS[model]
+    width = d_sae or subject.d_sae
 
     @functools.cache
     def activations(split: Split, sequences: int) -> dict[str, Tensor]:
@@ -85,7 +88,7 @@ def run(
     def measure(site: str, architecture: str, l0: int, seed: int) -> Record:
         rows = activations("train", subject.sequences)[site]
         torch.manual_seed(seed)
-        sae = ARCHITECTURES[architecture](rows.shape[1], subject.d_sae, l0)
+        sae = ARCHITECTURES[architecture](rows.shape[1], width, l0)
         seconds = train(sae, rows, steps=steps, batch=BATCH, lr=LEARNING_RATE, seed=seed)
         saved = as_saved(sae)
         record = {"seconds": seconds, **judge(saved, activations("test", HELD_OUT_SEQUENCES)[site])}
@@ -96,7 +99,7 @@ def run(
 
     ledger = Ledger(output)
     records = []
-    settings = {"d_sae": subject.d_sae, "steps": steps, "batch": BATCH, "lr": LEARNING_RATE}
+    settings = {"d_sae": width, "steps": steps, "batch": BATCH, "lr": LEARNING_RATE}
     for site in sites:
         for architecture, l0, seed in cases:
             case = {"model": model, "site": site, "architecture": architecture, "l0_asked": l0}
@@ -115,6 +118,8 @@ def show(records: list[Record], by: str, metrics: tuple[str, ...]) -> None:
 @app.command()
 def targets(
     model: Model = EMBEDDED_MODEL,
+    l0: L0s = None,
+    d_sae: Annotated[int | None, typer.Option(help="Latents; the model's reported width.")] = None,
     steps: Steps = 1000,
     sites: Sites = None,
     cache: Cache = None,
@@ -122,15 +127,15 @@ def targets(
 ) -> None:
     """Ours, at five targets on every site, with no setting that depends on the case."""
     chosen = tuple(sites or SUBJECTS[model].sites)
-    cases = [(OURS_ON_TEXT, l0, 0) for l0 in TARGETS]
-    records = run(output, model, chosen, cases, steps, splice=False, cache=cache)
+    cases = [(OURS_ON_TEXT, level, 0) for level in l0 or TARGETS]
+    records = run(output, model, chosen, cases, steps, splice=False, cache=cache, d_sae=d_sae)
     show(records, "l0_asked", ("l0", "off_by", "fvu", "dead_share", "share_above_10_percent"))
 
 
 @app.command()
 def compare(
     model: Model = EMBEDDED_MODEL,
-    l0: Annotated[list[int] | None, typer.Option(help="Active latents a token.")] = None,
+    l0: L0s = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, …")] = 3,
     steps: Steps = 1000,
     sites: Sites = None,

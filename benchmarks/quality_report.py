@@ -76,6 +76,7 @@ def targets() -> str:
     rows = [
         (
             f"{r['model']} {r['site']}",
+            f"{r['d_sae']:,}",
             f"{r['l0_asked']:g}",
             f"{r['l0']:.2f}",
             f"{r['off_by']:.1%}",
@@ -83,9 +84,11 @@ def targets() -> str:
             f"{r['dead_share']:.1%}",
             f"{r['share_above_10_percent']:.2%}",
         )
-        for r in sorted(read(TARGETS), key=lambda r: (r["model"], r["site"], r["l0_asked"]))
+        for r in sorted(
+            read(TARGETS), key=lambda r: (r["d_sae"] > 4096, r["model"], r["site"], r["l0_asked"])
+        )
     ]
-    header = ("", "asked", "L0", "off by", "FVU", "dead", "above 10 % of tokens")
+    header = ("", "latents", "asked", "L0", "off by", "FVU", "dead", "above 10 % of tokens")
     return table(header, rows)
 
 
