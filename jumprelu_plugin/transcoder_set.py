@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE, LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
-from torch import Tensor
 
 from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_spliced
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import hook_point
+from jumprelu_plugin.layer_run import DEFAULT_EXPANSION, DEFAULT_TARGET_L0, LayerRunSettings
 from jumprelu_plugin.layerwise import LayerwiseRunner
 from jumprelu_plugin.models import load_model, model_digest
 from jumprelu_plugin.pair_store import HookPair
@@ -37,58 +36,20 @@ from jumprelu_plugin.transcoder_memory import (
 
 RECORD_FILENAME = "transcoders.json"
 
-DEFAULT_TARGET_L0 = 24.0
-DEFAULT_EXPANSION = 8
-
 
 @dataclass(frozen=True)
-class TranscoderSettings:
-    """What `train_transcoders` trains.
+class TranscoderSettings(LayerRunSettings):
+    """What `train_transcoders` trains; the other settings are `LayerRunSettings`'.
 
     Attributes:
-        model_name: the embedded model, a model folder, or a hub name.
-        dataset_path: a text dataset for SAELens; empty takes the text of the `demo` extra.
-        hook_in, hook_out: the pair at each layer; `{layer}` stands for its number.
-        layers: which; None takes all.
-        d_sae: latents of a transcoder; None takes 8 · d_in.
-        target_l0: active latents a token; None takes 24, or the recipe's fixed coefficient where
-            it has one.
-        l0_coefficient: a fixed penalty, in place of a target.
+        target_l0: None takes 24, or the recipe's fixed coefficient where it has one.
         skip: with a linear map from input to output.
-        outlier_norm: see `JumpReLUTrainingSAEConfig`; None is no limit.
         recipe: a recipe for transcoders.
-        lr: None takes the recipe's; it decays to a tenth over the last fifth of the run.
-        batch_tokens: tokens in a step; None takes the recipe's.
-        chunk_sequences: sequences whose activations are shuffled together.
-        memory_gb: how much the run may take; the chunk is made smaller to keep to it.
-        checkpoints: how many are saved along the way; each replaces the one before.
-        evaluation_sequences: held-out sequences to splice all transcoders into afterwards; only
-            where the text is the `demo` extra's.
+        lr, batch_tokens: None takes the recipe's; lr decays to a tenth.
     """
 
-    model_name: str = "tiny-gemma-2"
-    dataset_path: str = ""
-    hook_in: str = "blocks.{layer}.ln2.hook_normalized"
-    hook_out: str = "blocks.{layer}.hook_mlp_out"
-    layers: tuple[int, ...] | None = None
-    d_sae: int | None = None
-    target_l0: float | None = None
-    l0_coefficient: float | None = None
     skip: bool = False
-    outlier_norm: float | None = None
     recipe: str = "transcoder"
-    training_tokens: int = 1_000_000
-    lr: float | None = None
-    batch_tokens: int | None = None
-    context_size: int = 128
-    sequences_per_pass: int = 32
-    chunk_sequences: int = 1024
-    norm_batches: int = 20
-    memory_gb: float | None = None
-    checkpoints: int = 10
-    evaluation_sequences: int = 128
-    seed: int = 0
-    device: str = "cpu"
 
 
 def train_transcoders(
@@ -126,7 +87,7 @@ def train_transcoders(
     held_out = None
     if dataset is None and not settings.dataset_path:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        held_out = _held_out(model, settings)
+        held_out = settings.held_out(model)
     write_json(output / SETTINGS_FILENAME, settings)
     unfinished = output / ".unfinished"
     runner = LayerwiseRunner(
@@ -284,14 +245,6 @@ def _runner_config(
 
 
 # ---------------------------------------------------------------- after training
-
-
-def _held_out(model: Any, settings: TranscoderSettings) -> Tensor | None:
-    """Tokens of the `demo` extra's test split, [sequences, positions]; None if none are wanted."""
-    if settings.evaluation_sequences < 1:
-        return None
-    text = tokenized_dataset(model.tokenizer, settings.context_size, "test")
-    return torch.tensor(text[: settings.evaluation_sequences]["tokens"])
 
 
 def _record(

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
-from torch import Tensor
 
 from jumprelu_plugin.cross_layer import folder as folders
 from jumprelu_plugin.cross_layer.config import CrossLayerConfig, CrossLayerTrainingConfig
@@ -26,6 +25,7 @@ from jumprelu_plugin.cross_layer.training import Schedule, Trainer, pair_name
 from jumprelu_plugin.evaluation.splice import SplicedSet
 from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import hook_point
+from jumprelu_plugin.layer_run import DEFAULT_EXPANSION, DEFAULT_TARGET_L0, LayerRunSettings
 from jumprelu_plugin.models import load_model, model_digest
 from jumprelu_plugin.pair_store import PairStore
 from jumprelu_plugin.records import provenance, write_json
@@ -35,62 +35,28 @@ from jumprelu_plugin.transcoder_memory import MemoryEstimate, fitting_chunk, sma
 
 RECORD_FILENAME = "cross_layer_record.json"
 
-DEFAULT_TARGET_L0 = 24.0
-DEFAULT_EXPANSION = 8
 # Share of the steps over which the learning rate falls to 0, at their end; as for transcoders.
 _DECAY_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class CrossLayerSettings:
-    """What `train_cross_layer` trains.
+class CrossLayerSettings(LayerRunSettings):
+    """What `train_cross_layer` trains; the other settings are `LayerRunSettings`'.
 
     Attributes:
-        model_name: the embedded model, a model folder, or a hub name.
-        dataset_path: a text dataset for SAELens; empty takes the text of the `demo` extra.
-        hook_in, hook_out: the pair at each layer; `{layer}` stands for its number.
-        layers: which, consecutive; None takes all.
-        d_sae: latents of each layer; None takes 8 · d_in.
-        target_l0: active latents a token at each layer; None takes 24.
-        l0_coefficient, l0_warm_up_steps: a fixed penalty, in place of a target.
+        layers: consecutive.
+        l0_warm_up_steps: over which a fixed penalty rises from 0.
         sparsity, tanh_scale: `step` or `tanh`, see `CrossLayerTrainingConfig`.
         step_path: see `step.choose`.
-        outlier_norm: see `CrossLayerTrainingConfig`.
-        lr: it falls to 0 over the last fifth of the run.
-        batch_tokens: tokens in a step.
-        chunk_sequences: sequences whose activations are shuffled together.
-        norm_batches: batches that the scales are measured on.
-        memory_gb: how much the run may take; the chunk is made smaller to keep to it.
-        checkpoints: how many are saved along the way; each replaces the one before.
-        evaluation_sequences: held-out sequences to replace all MLPs on afterwards; only where the
-            text is the `demo` extra's.
+        lr: it falls to 0.
     """
 
-    model_name: str = "tiny-gemma-2"
-    dataset_path: str = ""
-    hook_in: str = "blocks.{layer}.ln2.hook_normalized"
-    hook_out: str = "blocks.{layer}.hook_mlp_out"
-    layers: tuple[int, ...] | None = None
-    d_sae: int | None = None
-    target_l0: float | None = None
-    l0_coefficient: float | None = None
+    lr: float = 4e-3
+    batch_tokens: int = 2048
     l0_warm_up_steps: int = 0
     sparsity: Literal["step", "tanh"] = "step"
     tanh_scale: float = 4.0
     step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
-    outlier_norm: float | None = None
-    training_tokens: int = 1_000_000
-    lr: float = 4e-3
-    batch_tokens: int = 2048
-    context_size: int = 128
-    sequences_per_pass: int = 32
-    chunk_sequences: int = 1024
-    norm_batches: int = 20
-    memory_gb: float | None = None
-    checkpoints: int = 10
-    evaluation_sequences: int = 128
-    seed: int = 0
-    device: str = "cpu"
 
 
 def train_cross_layer(
@@ -127,7 +93,7 @@ def train_cross_layer(
     held_out = None
     if dataset is None and not settings.dataset_path:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        held_out = _held_out(model, settings)
+        held_out = settings.held_out(model)
     say(f"memory: {estimate}, beside Python and PyTorch themselves")
     torch.manual_seed(settings.seed)
     trainer = Trainer(
@@ -275,14 +241,6 @@ def _store(
 
 
 # ---------------------------------------------------------------- after training
-
-
-def _held_out(model: Any, settings: CrossLayerSettings) -> Tensor | None:
-    """Tokens of the `demo` extra's test split, [sequences, positions]; None if none are wanted."""
-    if settings.evaluation_sequences < 1:
-        return None
-    text = tokenized_dataset(model.tokenizer, settings.context_size, "test")
-    return torch.tensor(text[: settings.evaluation_sequences]["tokens"])
 
 
 def _record(
