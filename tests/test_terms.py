@@ -226,12 +226,13 @@ def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
     assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
 
 
-def test_a_ceiling_that_would_hold_most_latents_down_is_left_out() -> None:
+def test_a_ceiling_keeps_off_the_mean_frequency() -> None:
     sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, frequency_ceiling=0.09)
-    dense = replace(sparse, target_l0=13.0)
-    assert sparse.ceiling == 0.09 and dense.ceiling is None
+    assert sparse.ceiling == 0.09
+    assert replace(sparse, target_l0=11.0).ceiling == pytest.approx(22 / 211)
+    assert replace(sparse, target_l0=13.0).ceiling is None
     # At a fixed penalty the frequencies are not known beforehand.
-    assert replace(dense, l0_coefficient=0.3).ceiling == 0.09
+    assert replace(sparse, target_l0=13.0, l0_coefficient=0.3).ceiling == 0.09
 
 
 # ---------------------------------------------------------------- nested dictionaries, dead latents
