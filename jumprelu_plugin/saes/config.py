@@ -31,8 +31,8 @@ INNER_PARTS = (32, 16, 8)
 # Times the median norm. Massive activations have a hundred. With less, they are rebuilt badly where
 # L0 is low (docs/results.md).
 OUTLIER_NORM = 10.0
-# Times the mean frequency. A lower ceiling is raised to the first, as it costs more the nearer it is
-# to the mean; one below the second is left out, as it would hold most latents down.
+# Times the mean frequency. A ceiling below the first is raised to it, since it costs the more the
+# nearer it is; one below the second is left out, since it would hold most latents down.
 ROOM_UNDER_CEILING, LEAST_ROOM = 2.0, 1.5
 
 
@@ -56,9 +56,9 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             Published with 0.01. None leaves it out.
         frequency_ceiling: the share of tokens on which a latent is to fire at most. What the
             firings of a latent above it cost rises until it keeps to it (`training.frequency`). The
-            recipe `default`, made for text, has one. None is no ceiling. In a steered training it is
-            at least twice the mean frequency, and there is none where 1.5 times the mean is above
-            what is given here: it would hold most latents down (docs/results.md).
+            recipe `default`, made for text, has one. None is no ceiling. A steered training raises
+            it to twice the mean frequency, and has none where 1.5 times the mean is above what is
+            given here: it would hold most latents down (docs/results.md).
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
             m here (arXiv 2503.17547); the whole dictionary need not be listed. None means 1/32,
             1/16 and 1/8 of it in a steered training, and the whole dictionary alone otherwise.
