@@ -85,7 +85,7 @@ def targets() -> str:
             f"{r['share_above_10_percent']:.2%}",
         )
         for r in sorted(
-            read(TARGETS), key=lambda r: (r["d_sae"] > 4096, r["model"], r["site"], r["l0_asked"])
+            read(TARGETS), key=lambda r: (r["d_sae"], r["model"], r["site"], r["l0_asked"])
         )
     ]
     header = ("", "latents", "asked", "L0", "off by", "FVU", "dead", "above 10 % of tokens")

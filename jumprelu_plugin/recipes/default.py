@@ -9,7 +9,7 @@ DEFAULT = Recipe(
     "coefficient is measured as the multiplier of the target L0, gradient reaches the encoder too, "
     "inner dictionaries rebuild the input too, tokens of huge norm count less, decoder rows are "
     "unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when only target_l0 "
-    "is given; for text, the recipe adds a ceiling: no latent on more than 6 % of tokens.",
+    "is given; for text, the recipe adds a ceiling of 6 % on how often a latent fires.",
     sae={
         "frequency_ceiling": 0.06,  # docs/results.md
     },
