@@ -31,7 +31,7 @@ class Step:
         to_input: whether the estimators also pass gradient to the pre-activations.
         W_dec: [d_sae, d_out].
         dead: latents that have not fired for the trainer's window, [d_sae], or None if not tracked.
-        prices: what a firing of each latent costs beside 1 (`training.frequency`), [d_sae], or None
+        prices: what a firing of each latent costs beside 1 (`control.density`), [d_sae], or None
             where there is no ceiling.
     """
 

@@ -19,6 +19,7 @@ from test_step import KINDS, Problem, encode, problem
 from torch import Tensor, nn
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.control.density import RATE, FrequencyPrices
 from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.objective import (
     L0,
@@ -36,7 +37,6 @@ from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingCon
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries
-from jumprelu_plugin.training.frequency import RATE, FrequencyPrices
 
 BATCH, D_SAE = 40_009, 7
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.training.calibration import calibrate
-from jumprelu_plugin.training.control import L0Controller
-from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
-from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import (
+from jumprelu_plugin.control.calibration import calibrate
+from jumprelu_plugin.control.decoder_norm import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.control.l0 import L0Controller
+from jumprelu_plugin.control.optimizer_hooks import OptimizerSeam
+from jumprelu_plugin.control.resampling import (
     ENCODER_SHARE,
     THRESHOLD_SHARE,
     FiringRecord,
@@ -37,7 +37,7 @@ from jumprelu_plugin.training.restart import (
     restart_dead_,
     unexplained,
 )
-from jumprelu_plugin.training.units import LogParameter, ScaledParameter, stored, units
+from jumprelu_plugin.control.units import LogParameter, ScaledParameter, stored, units
 
 # ---------------------------------------------------------------- decoder rows
 

@@ -85,7 +85,7 @@ class CrossLayerTrainingConfig:
 
     Attributes:
         target_l0: active latents a token at each layer. Without `l0_coefficient`, every layer has
-            its own controller (`training.control`), which holds it and measures its coefficient.
+            its own controller (`control.l0`), which holds it and measures its coefficient.
         l0_coefficient: λ, fixed, the same at every layer.
         l0_warm_up_steps: steps over which a fixed λ rises from 0.
         jumprelu_sparsity_loss_mode: `step`, λ Σ_i H(z_i - θ_i), or `tanh`, λ Σ_i tanh(c·f_i·‖d_i‖)
@@ -96,7 +96,7 @@ class CrossLayerTrainingConfig:
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoders.
         decoder_rows: `unit_norm` holds ‖d_i‖ = 1, `free` does not. None: unit norm where
             `target_l0` is steered to.
-        restart_dead_latents: as for an SAE (`training.restart`); None: where it is steered to.
+        restart_dead_latents: as for an SAE (`control.resampling`); None: where it is steered to.
         step_path: how encoding and decoding are computed (`step.choose`).
         bandwidth_in_std: where ε is taken from the data, how many standard deviations.
         outlier_norm: as for an SAE, at each layer's output apart: the squared error of a token

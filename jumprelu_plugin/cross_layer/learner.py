@@ -1,7 +1,7 @@
 """A cross-layer transcoder in training: its loss, each layer's L0 control, and what follows a step.
 
 The reconstruction is joint, ‖y - ŷ‖² over all outputs. Sparsity is each layer's own: a controller a
-layer holds its L0 (`training.control`), and its coefficient is the price that fits.
+layer holds its L0 (`control.l0`), and its coefficient is the price that fits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jumprelu_plugin.control.calibration import calibrate
+from jumprelu_plugin.control.decoder_norm import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.control.l0 import L0Controller
+from jumprelu_plugin.control.optimizer_hooks import OptimizerSeam
+from jumprelu_plugin.control.resampling import (
+    FiringRecord,
+    patience,
+    restart_dead_,
+    unusual_inputs,
+)
 from jumprelu_plugin.cross_layer.config import CrossLayerTrainingConfig
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder, SourceLayer
 from jumprelu_plugin.cross_layer.step import forward
@@ -25,16 +35,6 @@ from jumprelu_plugin.objective import (
     worth_of_tokens,
 )
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
-from jumprelu_plugin.training.calibration import calibrate
-from jumprelu_plugin.training.control import L0Controller
-from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
-from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import (
-    FiringRecord,
-    patience,
-    restart_dead_,
-    unusual_inputs,
-)
 
 # The L0 that calibration aims at where none was asked for, as a share of the latents.
 _START_SHARE = 0.05

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jumprelu_plugin.control.decoder_norm import normalise_rows_
 from jumprelu_plugin.cross_layer.config import CrossLayerConfig
 from jumprelu_plugin.parameters import Parameters
-from jumprelu_plugin.training.decoder import normalise_rows_
 
 
 class SourceLayer(nn.Module):

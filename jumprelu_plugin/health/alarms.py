@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from jumprelu_plugin.control.resampling import longest_patience
+from jumprelu_plugin.control.units import stored
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
-from jumprelu_plugin.training.restart import longest_patience
-from jumprelu_plugin.training.units import stored
 
 EVERY = 100
 

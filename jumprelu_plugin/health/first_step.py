@@ -15,10 +15,10 @@ from jaxtyping import Float
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from jumprelu_plugin.control.units import LogParameter, parametrized, stored
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.estimators import in_window
-from jumprelu_plugin.training.units import LogParameter, parametrized, stored
 
 # Pre-activations that are looked at together: 16 MB in float32, so that the look never takes more
 # than the run will.

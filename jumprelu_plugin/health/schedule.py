@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from jumprelu_plugin.control.resampling import patience
 from jumprelu_plugin.health.finding import Finding
-from jumprelu_plugin.training.restart import patience
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
 REPAIRED_SHARE = 0.5

@@ -16,9 +16,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jumprelu_plugin.training.control import L0Controller
-from jumprelu_plugin.training.frequency import FrequencyPrices
-from jumprelu_plugin.training.restart import FiringRecord
+from jumprelu_plugin.control.density import FrequencyPrices
+from jumprelu_plugin.control.l0 import L0Controller
+from jumprelu_plugin.control.resampling import FiringRecord
 
 STATE_FILENAME = "jumprelu_training_state.json"
 TENSORS_FILENAME = "jumprelu_stored_parameters.safetensors"

@@ -16,9 +16,9 @@ from typing import Literal
 import sae_lens
 from typing_extensions import override
 
+from jumprelu_plugin.control.units import INPUT_UNITS
 from jumprelu_plugin.objective import SPARSITY_MODES
 from jumprelu_plugin.step.choose import PATHS
-from jumprelu_plugin.training.units import INPUT_UNITS
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
@@ -44,7 +44,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     Args:
         target_l0: active latents a token to train for. Without `l0_coefficient` the thresholds are
             held where the measured L0 is this, and the coefficient is measured as the price that
-            fits (`training.control`): a steered training. With a fixed coefficient only the
+            fits (`control.l0`): a steered training. With a fixed coefficient only the
             `quadratic` mode reads it, as its penalty's target.
         l0_coefficient: λ, fixed. None: a steered training.
         jumprelu_bandwidth: ε. None takes it from the spread of the pre-activations.
@@ -55,7 +55,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
         frequency_ceiling: the share of tokens on which a latent is to fire at most. What the
-            firings of a latent above it cost rises until it keeps to it (`training.frequency`). The
+            firings of a latent above it cost rises until it keeps to it (`control.density`). The
             recipe `default`, made for text, has one. None is no ceiling. A steered training raises
             it to twice the mean frequency, and has none where 1.5 times the mean is above what is
             given here: it would hold most latents down (docs/results.md).
@@ -88,7 +88,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             once.
         bandwidth_in_std: where ε is taken from the data, how many standard deviations of the
             pre-activations.
-        restart_dead_latents: start dead latents again from residuals (`training.restart`). None
+        restart_dead_latents: start dead latents again from residuals (`control.resampling`). None
             means in a steered training.
     """
 

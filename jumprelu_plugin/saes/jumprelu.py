@@ -19,6 +19,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from jumprelu_plugin.control.calibration import calibrate, raise_to_fire
+from jumprelu_plugin.control.decoder_norm import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.control.density import FrequencyPrices
+from jumprelu_plugin.control.l0 import L0Controller
+from jumprelu_plugin.control.optimizer_hooks import OptimizerSeam
+from jumprelu_plugin.control.resampling import FiringRecord, patience, restart_dead_
+from jumprelu_plugin.control.units import (
+    LogParameter,
+    ScaledParameter,
+    parametrized,
+    set_value,
+    stored,
+    units,
+)
 from jumprelu_plugin.objective import (
     AuxiliaryLoss,
     PreActivationLoss,
@@ -40,20 +54,6 @@ from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.reference import DenseEntries, encode_dense
 from jumprelu_plugin.step.sparse import encode_sparse
-from jumprelu_plugin.training.calibration import calibrate, raise_to_fire
-from jumprelu_plugin.training.control import L0Controller
-from jumprelu_plugin.training.decoder import normalise_rows_, remove_parallel_gradient_
-from jumprelu_plugin.training.frequency import FrequencyPrices
-from jumprelu_plugin.training.optimizer import OptimizerSeam
-from jumprelu_plugin.training.restart import FiringRecord, patience, restart_dead_
-from jumprelu_plugin.training.units import (
-    LogParameter,
-    ScaledParameter,
-    parametrized,
-    set_value,
-    stored,
-    units,
-)
 
 # Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
 UNIFORM_START_L0 = 10_000
@@ -133,7 +133,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self.W_enc.data = _by_latent(self.W_enc.data)
 
     def _parametrize(self) -> None:
-        """Let the optimiser see parameters in the recipe's units; see `training.units`."""
+        """Let the optimiser see parameters in the recipe's units; see `control.units`."""
         scale = self.units.activation
         if self.cfg.threshold_parameter == "log":
             parametrize.register_parametrization(self, "threshold", LogParameter(scale))

@@ -19,6 +19,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
+from jumprelu_plugin.control.decoder_norm import normalise_rows_
+from jumprelu_plugin.control.resampling import unusual_inputs
+from jumprelu_plugin.control.units import set_value
 from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.transcoder_config import (
@@ -26,9 +29,6 @@ from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUTranscoderTrainingConfig,
     check_transcoder,
 )
-from jumprelu_plugin.training.decoder import normalise_rows_
-from jumprelu_plugin.training.restart import unusual_inputs
-from jumprelu_plugin.training.units import set_value
 
 
 class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):

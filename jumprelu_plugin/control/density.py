@@ -1,7 +1,7 @@
 """Closed-loop frequencies: what a latent's firings have to cost for it not to fire too often.
 
 That latent i fires on at most a share c of the tokens is a constraint, as the L0 asked for is
-(`training.control`), and its multiplier μ_i ≥ 0 is the price of a firing of latent i, beside the 1
+(`control.l0`), and its multiplier μ_i ≥ 0 is the price of a firing of latent i, beside the 1
 that every firing costs. Each batch's frequency f_i moves it,
 
     μ_i ← max(0, μ_i + r · min(1, f_i/c - 1)),

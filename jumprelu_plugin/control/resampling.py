@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jumprelu_plugin.training.units import set_value, stored
+from jumprelu_plugin.control.units import set_value, stored
 
 # A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-50.
 PATIENCE_IN_FIRINGS = 50
@@ -219,7 +219,7 @@ def restart_(
     """Give latents new directions (of any length), and a start that the living latents measure.
 
     Args:
-        sae: has W_enc, b_enc, W_dec and threshold, plain or parametrized (`training.units`).
+        sae: has W_enc, b_enc, W_dec and threshold, plain or parametrized (`control.units`).
         centre: the encoder's input that gives the restarted latents z = 0.
         living: latents to measure norms, threshold and Adam's second moment on; all of them if
             none is alive.
