@@ -13,8 +13,8 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.models import load_model
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
 FOLDER = Path("output/05_resume")

@@ -14,8 +14,8 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.models import load_model
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 # Alarms are looked for every 100 steps.
 STEPS = max(200, int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "200")))

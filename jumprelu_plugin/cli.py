@@ -102,7 +102,7 @@ def train(
     --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
     it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
-    from jumprelu_plugin.runner import JumpReLUTrainingRunner
+    from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context.args, recipe)
     JumpReLUTrainingRunner(cfg, save_buffer=save_buffer, check_first=check_first).run()
@@ -131,7 +131,7 @@ def check(
 
     Exits with 2 if the run would be refused. Writes nothing.
     """
-    from jumprelu_plugin.runner import JumpReLUTrainingRunner
+    from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     report = JumpReLUTrainingRunner(_run_config(context.args, recipe)).preflight()
     console.print(report.table())

@@ -29,7 +29,9 @@ from typing_extensions import override
 from jumprelu_plugin import released
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.export.dictionary import Dictionary
-from jumprelu_plugin.runner import (
+from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, with_our_fields
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.runner import (
     JumpReLUTrainingRunner,
     hook_width,
     language_model,
@@ -37,8 +39,6 @@ from jumprelu_plugin.runner import (
     refuse_used_output_folder,
     refuse_wrong_checkpoint,
 )
-from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, with_our_fields
-from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 
 # L0 and FVU at the start are measured on this many batches.
 MEASURED_BATCHES = 4

@@ -27,9 +27,9 @@ from jumprelu_plugin.interpret.examples import LatentExamples, clearest, collect
 from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance, write_json
-from jumprelu_plugin.runner import METRICS_FILENAME, JumpReLUTrainingRunner
 from jumprelu_plugin.steering import Add, steer
 from jumprelu_plugin.text import corpus, documents_digest, tokenized_dataset
+from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
 
 RECORD_FILENAME = "demo.json"
 SAE_FOLDER = "sae"

@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
-from jumprelu_plugin.health.alarms import Glance, Watch
-from jumprelu_plugin.health.announce import announce
-from jumprelu_plugin.hook_pairs import pair_widths
-from jumprelu_plugin.interruption import stop_signals_to
-from jumprelu_plugin.pair_scaler import PairScaler
-from jumprelu_plugin.pair_store import HookPair, PairStore
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.health.alarms import Glance, Watch
+from jumprelu_plugin.training.health.announce import announce
+from jumprelu_plugin.training.interruption import stop_signals_to
 
 
 class LayerwiseTrainer(MultiSAETrainer):

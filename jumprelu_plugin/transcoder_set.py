@@ -16,17 +16,17 @@ from sae_lens import SAE, LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
 from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_spliced
-from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import hook_point
 from jumprelu_plugin.layer_run import DEFAULT_EXPANSION, DEFAULT_TARGET_L0, LayerRunSettings
 from jumprelu_plugin.layerwise import LayerwiseRunner
 from jumprelu_plugin.models import load_model, model_digest
-from jumprelu_plugin.pair_store import HookPair
 from jumprelu_plugin.recipes import transcoder_recipe
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.run_folder import CHECKPOINTS, METRICS_FILENAME, SETTINGS_FILENAME, claim
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import HookPair
 from jumprelu_plugin.transcoder_memory import (
     MemoryEstimate,
     estimate_memory,

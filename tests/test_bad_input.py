@@ -22,7 +22,7 @@ from jumprelu_plugin.cli import app
 from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.models import load_model
 from jumprelu_plugin.recipes import recipe
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
 

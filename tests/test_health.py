@@ -32,15 +32,15 @@ from typer.testing import CliRunner
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.cli import app
 from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.health.first_step import OUTWEIGHS, first_step, travel
-from jumprelu_plugin.health.judge import lost_share
-from jumprelu_plugin.health.schedule import lr_sum, repaired
 from jumprelu_plugin.models import load_model
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.text import corpus, tokenized_dataset
-from jumprelu_plugin.trainer import JumpReLUTrainer
+from jumprelu_plugin.training.health.first_step import OUTWEIGHS, first_step, travel
+from jumprelu_plugin.training.health.judge import lost_share
+from jumprelu_plugin.training.health.schedule import lr_sum, repaired
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.trainer import JumpReLUTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
 NORMAL = NormalDist()

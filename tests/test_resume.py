@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from tiny import BOS, D_MODEL, RESIDUAL, VOCABULARY, tiny_hf, tiny_hooked, tiny_tokenizer
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.activations import MixingBuffer, resumable
 from jumprelu_plugin.control.density import TENSOR_NAME
 from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.saes.checkpoint import TENSORS_FILENAME
-from jumprelu_plugin.trainer import JumpReLUTrainer
+from jumprelu_plugin.training.activations.store import MixingBuffer, resumable
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.trainer import JumpReLUTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import jumprelu_plugin
-from jumprelu_plugin.pair_scaler import PairScaler
 from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.recipes import GEMMA_SCOPE_TRANSCODER
 from jumprelu_plugin.saes.transcoder import (
@@ -34,6 +33,7 @@ from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUSkipTranscoderTrainingConfig,
     JumpReLUTranscoderTrainingConfig,
 )
+from jumprelu_plugin.training.activations.scaler import PairScaler
 
 D_IN, D_OUT, D_SAE, BATCH = 19, 23, 53, 67
 

@@ -45,15 +45,15 @@ from typer.testing import CliRunner
 from jumprelu_plugin import recipes, transcoder_set
 from jumprelu_plugin.cli import app
 from jumprelu_plugin.evaluation import evaluate, evaluate_spliced
-from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.layerwise import LayerwiseTrainer
-from jumprelu_plugin.pair_store import HookPair, PairStore
-from jumprelu_plugin.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUSkipTranscoderTrainingConfig,
     JumpReLUTranscoderTrainingConfig,
 )
-from jumprelu_plugin.transcoder_evaluator import folded_copy
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.transcoder_evaluator import folded_copy
 from jumprelu_plugin.transcoder_memory import transcoder_parameters
 from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
 

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jumprelu_plugin.pair_store import HookPair
 from jumprelu_plugin.step.choose import PATHS
+from jumprelu_plugin.training.activations.pairs import HookPair
 
 SPARSITY_MODES = ("step", "tanh")
 

@@ -18,8 +18,8 @@ from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder
 from jumprelu_plugin.evaluation.loss import _finite
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.evaluation.splice import SplicedSet, _keep, spliced_set
-from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import attached, flat_heads
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 
 
 @torch.no_grad()

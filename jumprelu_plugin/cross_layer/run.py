@@ -23,14 +23,14 @@ from jumprelu_plugin.cross_layer.memory import estimate_memory
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder
 from jumprelu_plugin.cross_layer.training import Schedule, Trainer, pair_name
 from jumprelu_plugin.evaluation.splice import SplicedSet
-from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.hooks import hook_point
 from jumprelu_plugin.layer_run import DEFAULT_EXPANSION, DEFAULT_TARGET_L0, LayerRunSettings
 from jumprelu_plugin.models import load_model, model_digest
-from jumprelu_plugin.pair_store import PairStore
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.run_folder import CHECKPOINTS, METRICS_FILENAME, SETTINGS_FILENAME, claim
 from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.transcoder_memory import MemoryEstimate, fitting_chunk, smallest_chunk
 
 RECORD_FILENAME = "cross_layer_record.json"

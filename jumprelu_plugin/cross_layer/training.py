@@ -27,11 +27,11 @@ from jumprelu_plugin.cross_layer.config import CrossLayerTrainingConfig
 from jumprelu_plugin.cross_layer.learner import Learner, Outcome
 from jumprelu_plugin.cross_layer.model import CrossLayerTranscoder
 from jumprelu_plugin.cross_layer.watch import LayerWatches
-from jumprelu_plugin.health.announce import announce
 from jumprelu_plugin.layerwise import Stoppable
-from jumprelu_plugin.pair_scaler import PairScaler
-from jumprelu_plugin.pair_store import PairStore
 from jumprelu_plugin.records import append_jsonl, write_json
+from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.health.announce import announce
 
 _STATE, _TENSORS, _OPTIMIZER = "training_state.json", "training_state.safetensors", "optimizer.pt"
 _UPDATE_EVERY = 10

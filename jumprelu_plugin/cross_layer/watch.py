@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jumprelu_plugin.cross_layer.learner import Learner, Outcome
-from jumprelu_plugin.health.alarms import Alarm, Glance, Watch
+from jumprelu_plugin.training.health.alarms import Alarm, Glance, Watch
 
 
 class _Layer:

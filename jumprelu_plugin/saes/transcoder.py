@@ -82,7 +82,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
             raise ValueError(
                 f"a transcoder trains on rows [input ‖ output], d_in + d_out = {self.cfg.d_in} + "
                 f"{self.cfg.width_out} = {expected} wide, and got rows {found} wide. SAELens' own "
-                "runner reads one hook alone: train with jumprelu_plugin.runner."
+                "runner reads one hook alone: train with jumprelu_plugin.training.runner."
                 "JumpReLUTrainingRunner or `jumprelu train`, which read both in one forward pass"
             )
         return super().training_forward_pass(step_input)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jumprelu_plugin.health.finding import Finding
-from jumprelu_plugin.health.first_step import OUTWEIGHS, FirstStep, Travel
-from jumprelu_plugin.health.memory import MemoryForecast, size
+from jumprelu_plugin.training.health.finding import Finding
+from jumprelu_plugin.training.health.first_step import OUTWEIGHS, FirstStep, Travel
+from jumprelu_plugin.training.health.memory import MemoryForecast, size
 
 # Gradients a threshold needs in a run to get anywhere, and how seldom they may come.
 FEWEST_TOKENS = 10

@@ -23,10 +23,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
 
-from jumprelu_plugin.health.alarms import Glance, Watch
-from jumprelu_plugin.health.announce import announce
-from jumprelu_plugin.interruption import stop_signals_to
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.training.health.alarms import Glance, Watch
+from jumprelu_plugin.training.health.announce import announce
+from jumprelu_plugin.training.interruption import stop_signals_to
 
 PROGRESS_EVERY = 10
 

@@ -33,18 +33,18 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from jumprelu_plugin.activations import resumable
-from jumprelu_plugin.health.preflight import Preflight, preflight
-from jumprelu_plugin.health.schedule import repaired
-from jumprelu_plugin.hook_pairs import pair_widths
 from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
-from jumprelu_plugin.pair_scaler import PairScaler
-from jumprelu_plugin.pair_store import HookPair, PairStore
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
 from jumprelu_plugin.text import tokenized_dataset
-from jumprelu_plugin.trainer import JumpReLUTrainer
-from jumprelu_plugin.transcoder_evaluator import TranscoderEvaluator
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.activations.store import resumable
+from jumprelu_plugin.training.health.preflight import Preflight, preflight
+from jumprelu_plugin.training.health.schedule import repaired
+from jumprelu_plugin.training.trainer import JumpReLUTrainer
+from jumprelu_plugin.training.transcoder_evaluator import TranscoderEvaluator
 
 METRICS_FILENAME = "metrics.jsonl"
 

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from jumprelu_plugin.control.resampling import patience
-from jumprelu_plugin.health.finding import Finding
+from jumprelu_plugin.training.health.finding import Finding
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
 REPAIRED_SHARE = 0.5

@@ -11,8 +11,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
-from jumprelu_plugin.activations import resumable
-from jumprelu_plugin.pair_store import PairStore
+from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.training.activations.store import resumable
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jumprelu_plugin.pair_store import HookPair
+from jumprelu_plugin.training.activations.pairs import HookPair
 
 
 @torch.no_grad()

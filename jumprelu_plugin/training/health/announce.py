@@ -7,8 +7,8 @@ from pathlib import Path
 import wandb
 from sae_lens import logger
 
-from jumprelu_plugin.health.alarms import Alarm
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.training.health.alarms import Alarm
 
 
 def announce(alarm: Alarm, metrics_path: Path | None, to_wandb: bool, of: str = "") -> None:

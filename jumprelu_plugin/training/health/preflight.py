@@ -17,17 +17,17 @@ from rich.table import Table
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
-from jumprelu_plugin.health.finding import Finding
-from jumprelu_plugin.health.first_step import FirstStep, Travel, first_step, travel
-from jumprelu_plugin.health.judge import (
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.health.finding import Finding
+from jumprelu_plugin.training.health.first_step import FirstStep, Travel, first_step, travel
+from jumprelu_plugin.training.health.judge import (
     first_step_findings,
     memory_findings,
     precision_findings,
 )
-from jumprelu_plugin.health.memory import MemoryForecast, forecast, size
-from jumprelu_plugin.health.sample import first_rows, scaled
-from jumprelu_plugin.health.schedule import lr_sum, schedule_findings, total_steps
-from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.health.memory import MemoryForecast, forecast, size
+from jumprelu_plugin.training.health.sample import first_rows, scaled
+from jumprelu_plugin.training.health.schedule import lr_sum, schedule_findings, total_steps
 
 # Tokens that are looked at: a batch of the run, within these.
 FEWEST_TOKENS, MOST_TOKENS = 512, 4096

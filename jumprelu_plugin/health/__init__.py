@@ -1,7 +1,0 @@
-"""What a run will take and can reach, before it; what goes wrong in it, while it runs."""
-
-from jumprelu_plugin.health.alarms import Alarm, Watch
-from jumprelu_plugin.health.finding import Finding
-from jumprelu_plugin.health.preflight import Preflight, preflight
-
-__all__ = ["Alarm", "Finding", "Preflight", "Watch", "preflight"]

@@ -1,0 +1,1 @@
+"""SAELens' runner and trainer, for runs that are checked first, watched, and never lost."""

@@ -1,0 +1,1 @@
+"""What a training reads: mixed activations of one hook, or of pairs of hooks, and their scales."""
