@@ -152,7 +152,7 @@ def _ours(path: str) -> Callable[[Shape], Contender]:
             jumprelu_bandwidth=BANDWIDTH,
             l0_coefficient=L0_COEFFICIENT,
             jumprelu_ste_to_input=False,
-            step_path=path,  # type: ignore[arg-type]
+            step_kernel=path,  # type: ignore[arg-type]
         )
         return _SAELens(JumpReLUTrainingSAE(cfg), shape)
 

@@ -23,11 +23,11 @@ from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGET
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
 from benchmarks.tables import terminal
-from jumprelu_plugin.export.saelens import of
-from jumprelu_plugin.models import EMBEDDED_MODEL
+from jumprelu_plugin.finetune.refit import TRAINED, RefitSettings, shifted, sweep_points
+from jumprelu_plugin.formats.saelens import of
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
-from jumprelu_plugin.refit import TRAINED, RefitSettings, rungs, shifted
 
 SUBJECT = SUBJECTS[EMBEDDED_MODEL]
 SITE, OWN_L0 = "blocks.2.hook_resid_post", 40
@@ -72,7 +72,7 @@ def main(
     for way in TRAINED:
         settings = RefitSettings(train=way, steps=rung_steps, batch_tokens=BATCH)
         started = time.perf_counter()
-        for l0, at in rungs(dictionary.parameters, others, rows, settings):
+        for l0, at in sweep_points(dictionary.parameters, others, rows, settings):
             seconds = time.perf_counter() - started
             sae = replace(dictionary, parameters=at).as_sae()
             record(f"refit {way}", l0, sae, rung_steps, seconds)

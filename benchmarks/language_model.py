@@ -25,10 +25,10 @@ from benchmarks.quality import Ledger, Record, as_saved, table, train
 from benchmarks.subjects import SUBJECTS
 from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.models import EMBEDDED_MODEL
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
+from jumprelu_plugin.models.text import Split
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance
-from jumprelu_plugin.text import Split
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)

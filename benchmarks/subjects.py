@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.evaluation.loss import delta_lm_loss
-from jumprelu_plugin.hooks import flat_heads
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
-from jumprelu_plugin.text import Split, corpus, tokenized_dataset
+from jumprelu_plugin.models.hooks import flat_heads
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models.text import Split, corpus, tokenized_dataset
 
 CONTEXT = 128
 SMOLLM2 = "smollm2-135m"

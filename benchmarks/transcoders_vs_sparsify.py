@@ -27,11 +27,11 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
 
 from jumprelu_plugin.evaluation import StreamingMetrics
-from jumprelu_plugin.evaluation.splice import evaluate_spliced
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.evaluation.splice import evaluate_transcoders
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
-from jumprelu_plugin.text import tokenized_dataset
-from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+from jumprelu_plugin.transcoders.per_layer.run import TranscoderSettings, train_transcoders
 
 CONTEXT = 128
 SEQUENCES_A_STEP = 8  # 1,016 tokens besides BOS
@@ -74,7 +74,7 @@ def main() -> None:
         ours = train_ours(model, text, target_l0, given, Path(folder, "ours"))
         seconds = time.perf_counter() - started
         found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
-        spliced = evaluate_spliced(model, ours, held_out)
+        spliced = evaluate_transcoders(model, ours, held_out)
 
     print("layer       ours FVU, L0, dead       sparsify FVU, L0, dead")
     for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):

@@ -10,9 +10,9 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig  # importing it registers it
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.text import tokenized_dataset
 
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 1024

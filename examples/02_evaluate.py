@@ -8,9 +8,9 @@ from rich import print
 from sae_lens import SAE
 
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.models import load_model, model_digest
+from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import digest, provenance
-from jumprelu_plugin.text import tokenized_dataset
 
 SEQUENCES = 32  # 128 and more for numbers worth quoting
 

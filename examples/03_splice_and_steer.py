@@ -6,9 +6,9 @@ Run 01_train.py first. Writes ./output/03_steering.json.
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.models import load_model
+from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp, steer
+from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.records import write_json
-from jumprelu_plugin.steering import Ablate, Add, Clamp, steer
 
 PROMPT = "The government of the country"
 

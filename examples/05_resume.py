@@ -12,8 +12,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import corpus, tokenized_dataset
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
@@ -24,7 +24,7 @@ shutil.rmtree(FOLDER, ignore_errors=True)  # a used output folder is refused
 def config(name: str, **fields) -> LanguageModelSAERunnerConfig:
     # "auto" would take whichever way of computing a step is fastest now, and so round differently
     # from run to run: one way is fixed here.
-    sae = JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, target_l0=32, step_path="sparse")
+    sae = JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, target_l0=32, step_kernel="sparse")
     return LanguageModelSAERunnerConfig(
         sae=sae,
         model_name="tiny-gemma-2",

@@ -14,9 +14,9 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from jumprelu_plugin import JumpReLUTrainingSAE
-from jumprelu_plugin.models import load_model
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import GEMMA_SCOPE, RECIPES
-from jumprelu_plugin.text import tokenized_dataset
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
 BATCH, D_SAE, HOOK = 512, 512, "blocks.3.hook_resid_post"
@@ -40,7 +40,7 @@ def batches(scale: float) -> Iterator[torch.Tensor]:
 def train(scale: float) -> JumpReLUTrainingSAE:
     torch.manual_seed(0)
     # The recipe's own numbers; lr below is raised for a run this short.
-    sae = JumpReLUTrainingSAE(GEMMA_SCOPE.sae_config(256, D_SAE, step_path="sparse"))
+    sae = JumpReLUTrainingSAE(GEMMA_SCOPE.sae_config(256, D_SAE, step_kernel="sparse"))
     cfg = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from sae_lens import SAE
 
-from jumprelu_plugin.evaluation import evaluate_spliced
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.text import tokenized_dataset
-from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+from jumprelu_plugin.evaluation import evaluate_transcoders
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.transcoders.per_layer.run import TranscoderSettings, train_transcoders
 
 OUTPUT = "output/07_transcoders"
 # A taste; 1,000 and more for transcoders worth using.
@@ -38,7 +38,7 @@ train_transcoders(OUTPUT, settings, model=model, say=console.print)
 # What was saved needs no plugin: SAELens loads it.
 transcoders = [SAE.load_from_disk(f"{OUTPUT}/layer_{layer}") for layer in range(model.cfg.n_layers)]
 held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
-console.print(evaluate_spliced(model, transcoders, held_out).table())
+console.print(evaluate_transcoders(model, transcoders, held_out).table())
 
 # One of them, for one word: which latents of layer 3 fire, and how strongly.
 transcoder = transcoders[3]

@@ -8,12 +8,12 @@ import time
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.inference import sparse
-from jumprelu_plugin.models import load_model
+from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.records import write_json
+from jumprelu_plugin.saes.inference import sparse_inference
 
 sae = SAE.load_from_disk("output/01_train")
-fast = sparse(sae)  # the same SAE; every other line of a script stays as it is
+fast = sparse_inference(sae)  # the same SAE; every other line of a script stays as it is
 model = load_model("tiny-gemma-2", "HookedSAETransformer")
 tokens = model.to_tokens("The government of the country is")
 x = torch.randn(2048, sae.cfg.d_in)

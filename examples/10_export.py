@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.export import TARGETS, export, read
+from jumprelu_plugin.formats import TARGETS, export, load_dictionary
 
 SAE_FOLDER = Path("output/01_train")
 OUTPUT = Path("output/10_export")
@@ -28,7 +28,7 @@ for target in ("saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning",
 # The other way: Gemma Scope's file holds arrays alone, so the hook and the model are given.
 sae = SAE.load_from_disk(SAE_FOLDER)
 hook, model = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
-back = read(OUTPUT / "gemma-scope", hook_name=hook, model_name=model).as_sae()
+back = load_dictionary(OUTPUT / "gemma-scope", hook_name=hook, model_name=model).as_sae()
 x = 10 * torch.randn(64, sae.cfg.d_in)
 with torch.no_grad():
     gap = float((back(x) - sae(x)).norm() / sae(x).norm())

@@ -14,10 +14,10 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
-from jumprelu_plugin import circuits
-from jumprelu_plugin.export import TARGETS, export
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.circuits import graph_checks as circuits
+from jumprelu_plugin.formats import TARGETS, export
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 
 PROMPT = "The capital of France is"
 D_SAE = 1024

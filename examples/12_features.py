@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.interpret.dashboard import write_dashboard
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.analysis.dashboard import write_dashboard
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 
 SAE_FOLDER = Path("output/01_train")
 SEQUENCES = 96  # held-out text to look for examples in; more is better and slower

@@ -1,7 +1,7 @@
 """Train a released SAE further: from Gemma Scope's file format, at the L0 it has.
 
 The file stands for one from a hub: it is the SAE of 01_train.py, exported. On the command line:
-jumprelu continue PARAMS.npz --hook_name HOOK --model_name MODEL --training_tokens 1000000 ...
+jumprelu finetune PARAMS.npz --hook_name HOOK --model_name MODEL --training_tokens 1000000 ...
 """
 
 import os
@@ -14,11 +14,11 @@ import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.continued import ContinuedTrainingRunner
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.export import export
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.finetune.runner import FinetuningRunner
+from jumprelu_plugin.formats import export
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import corpus, tokenized_dataset
 
 SAE_FOLDER = Path("output/01_train")
 OUTPUT = Path("output/13_continue")
@@ -49,7 +49,7 @@ cfg = LanguageModelSAERunnerConfig(
     logger=LoggingConfig(log_to_wandb=False),
 )
 text = tokenized_dataset(model.tokenizer, 128, "train", corpus()[:200])
-runner = ContinuedTrainingRunner(
+runner = FinetuningRunner(
     OUTPUT / "released" / "params.npz", cfg, override_dataset=text, override_model=model, say=print
 )
 runner.run()

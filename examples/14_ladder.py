@@ -1,6 +1,6 @@
 """One SAE at several L0s: its thresholds refitted, each rung a stock SAELens folder.
 
-On the command line: jumprelu ladder output/01_train --l0 16,24,48 --output output/ladder
+On the command line: jumprelu l0-sweep output/01_train --l0 16,24,48 --output output/ladder
 """
 
 import os
@@ -13,10 +13,10 @@ import torch
 from rich import print
 from sae_lens import SAE
 
-from jumprelu_plugin.ladder import harvest, ladder, table
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.refit import RefitSettings
-from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.finetune.l0_sweep import harvest, run_l0_sweep, table
+from jumprelu_plugin.finetune.refit import RefitSettings
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import corpus, tokenized_dataset
 
 SAE_FOLDER = Path("output/01_train")
 OUTPUT = Path("output/14_ladder")
@@ -42,7 +42,7 @@ def tokens(split: str, sequences: int) -> torch.Tensor:
 held_out = tokens("test", 48)
 # "thresholds" leaves every direction as it is, bit for bit; "all" loses least.
 settings = RefitSettings(train="all", steps=STEPS, batch_tokens=1024)
-rungs = ladder(
+sweep_points = run_l0_sweep(
     SAE_FOLDER,
     [16, 48],
     OUTPUT,
@@ -53,4 +53,4 @@ rungs = ladder(
     tokens=held_out[:16],
     say=print,
 )
-print(table(rungs))
+print(table(sweep_points))

@@ -13,8 +13,8 @@ from pathlib import Path
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import corpus, tokenized_dataset
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import corpus, tokenized_dataset
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 # Alarms are looked for every 100 steps.
@@ -28,7 +28,7 @@ text = tokenized_dataset(model.tokenizer, 128, "train", corpus()[:100])
 
 def runner(name: str, check_first: bool = True, **sae) -> JumpReLUTrainingRunner:
     cfg = LanguageModelSAERunnerConfig(
-        sae=JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, step_path="sparse", **sae),
+        sae=JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, step_kernel="sparse", **sae),
         model_name="tiny-gemma-2",
         hook_name="blocks.3.hook_resid_post",
         training_tokens=STEPS * 256,

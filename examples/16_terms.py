@@ -2,7 +2,7 @@
 
 Trains four SAEs on the same activations at the same L0: plain; with `matryoshka_widths`, after
 which the first latents rebuild much of the input on their own, by firing on much of the text; with
-`frequency_scale` as well, after which they no longer do; and by the recipe `default`, with inner
+`density_penalty_scale` as well, after which they no longer do; and by the recipe `default`, with inner
 dictionaries and a frequency ceiling. Then Anthropic's recipe of January 2025, whose decoder
 is free while it trains and normalised at the end. Writes ./output/16_terms.
 """
@@ -15,9 +15,9 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.models import load_model
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import ANTHROPIC_2025, DEFAULT
-from jumprelu_plugin.text import tokenized_dataset
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "150"))
 BATCH, D_IN, D_SAE, FIRST, HOOK = 512, 256, 1024, 128, "blocks.3.hook_resid_post"
@@ -63,9 +63,9 @@ def fvu(sae: JumpReLUTrainingSAE, latents: int) -> float:
 asked = {"d_in": D_IN, "d_sae": D_SAE, "target_l0": 24}
 nested = {**asked, "matryoshka_widths": [FIRST, 512]}
 configs = {
-    "plain": JumpReLUTrainingSAEConfig(**asked, matryoshka_weight=0.0),
+    "plain": JumpReLUTrainingSAEConfig(**asked, matryoshka_loss_weight=0.0),
     "nested": JumpReLUTrainingSAEConfig(**nested),
-    "both": JumpReLUTrainingSAEConfig(**nested, frequency_scale=0.01),
+    "both": JumpReLUTrainingSAEConfig(**nested, density_penalty_scale=0.01),
     "default": DEFAULT.sae_config(**asked),
 }
 for name, cfg in configs.items():
@@ -81,7 +81,7 @@ for name, cfg in configs.items():
     sae.save_inference_model(f"output/16_terms/{name}")
 
 # The recipe's own numbers, but for the rate, which is raised for a run this short.
-cfg = ANTHROPIC_2025.sae_config(D_IN, D_SAE, target_l0=24, step_path="dense")
+cfg = ANTHROPIC_2025.sae_config(D_IN, D_SAE, target_l0=24, step_kernel="dense")
 anthropic = train(cfg, lr=3e-3, decay=ANTHROPIC_2025.decay_steps(STEPS))
 before = anthropic(activations[:64])
 anthropic.fold_W_dec_norm()

@@ -10,12 +10,12 @@ import os
 import torch
 from rich.console import Console
 
-from jumprelu_plugin import circuits
-from jumprelu_plugin.cross_layer import evaluate_cross_layer, load
-from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
-from jumprelu_plugin.export import TARGETS, export
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.circuits import graph_checks as circuits
+from jumprelu_plugin.formats import TARGETS, export
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.transcoders.clt import evaluate_clt, load_clt
+from jumprelu_plugin.transcoders.clt.run import CLTSettings, train_clt
 
 OUTPUT = "output/17_cross_layer"
 # A taste; 300 and more for a transcoder worth using.
@@ -24,7 +24,7 @@ BATCH = 512  # tokens in a step
 console = Console()
 
 model = load_model(EMBEDDED_MODEL)
-settings = CrossLayerSettings(
+settings = CLTSettings(
     hook_in="blocks.{layer}.ln2.hook_normalized",  # {layer} is each in turn
     hook_out="blocks.{layer}.hook_mlp_out",
     d_sae=512,  # latents of each layer
@@ -35,12 +35,12 @@ settings = CrossLayerSettings(
     norm_batches=5,  # batches that the scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
-train_cross_layer(f"{OUTPUT}/trained", settings, model=model, say=console.print)
+train_clt(f"{OUTPUT}/trained", settings, model=model, say=console.print)
 
 # All MLPs replaced at once, and each output's error by itself.
-transcoder = load(f"{OUTPUT}/trained")
+transcoder = load_clt(f"{OUTPUT}/trained")
 held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
-console.print(evaluate_cross_layer(model, transcoder, held_out).table())
+console.print(evaluate_clt(model, transcoder, held_out).table())
 
 # Where the latents of each layer write: the share of their decoders' squared norms.
 for layer, source in enumerate(transcoder.sources):

@@ -1,20 +1,14 @@
 """JumpReLU sparse autoencoders in SAELens' training runners: faster, and at the L0 you ask for.
 
 Importing the package registers it: `architecture="jumprelu"` then trains `JumpReLUTrainingSAE`.
+Every name a user needs is listed in `__init__.pyi` and loaded when it is first asked for.
 """
 
-from jumprelu_plugin.registration import is_registered, register, unregister
-from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+import lazy_loader
+
+from jumprelu_plugin.registration import register
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "JumpReLUTrainingSAE",
-    "JumpReLUTrainingSAEConfig",
-    "is_registered",
-    "register",
-    "unregister",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 register()

@@ -19,16 +19,16 @@ from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingTranscoder,
 )
 from jumprelu_plugin.saes.transcoder_config import (
-    JumpReLUSkipTranscoderTrainingConfig,
-    JumpReLUTranscoderTrainingConfig,
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
 )
 
 _OURS: dict[str, tuple[Any, Any]] = {
     "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
-    "jumprelu_transcoder": (JumpReLUTrainingTranscoder, JumpReLUTranscoderTrainingConfig),
+    "jumprelu_transcoder": (JumpReLUTrainingTranscoder, JumpReLUTrainingTranscoderConfig),
     "jumprelu_skip_transcoder": (
         JumpReLUTrainingSkipTranscoder,
-        JumpReLUSkipTranscoderTrainingConfig,
+        JumpReLUTrainingSkipTranscoderConfig,
     ),
 }
 # What was there before us, None for an architecture nobody trained; empty while not registered.

@@ -18,10 +18,10 @@ from sae_lens import LanguageModelSAERunnerConfig
 from tiny import CONTEXT, D_MODEL, HEADS, RESIDUAL, WIDTH, tiny_hf, tiny_sae, tiny_tokenizer
 from typer.testing import CliRunner
 
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.recipes import recipe
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.recipes import get_recipe
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
@@ -221,7 +221,7 @@ def test_wrong_flags_are_named(given: list[str], words: list[str]) -> None:
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'gemma'.*default, gemma_scope"):
-        recipe("gemma")
+        get_recipe("gemma")
 
 
 @pytest.mark.parametrize(

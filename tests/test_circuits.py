@@ -12,17 +12,17 @@ import torch
 from dictionaries import needs, random_transcoder, saved
 from safetensors.torch import load_file
 
-from jumprelu_plugin.circuit_layers import is_cross_layer
-from jumprelu_plugin.circuits import (
+from jumprelu_plugin.circuits.graph_checks import (
     attribute,
     change_feature,
     replacement_model,
     row_sums,
     spliced_logits,
 )
-from jumprelu_plugin.cross_layer import CrossLayerConfig, CrossLayerTranscoder, save
-from jumprelu_plugin.export import export
-from jumprelu_plugin.models import EMBEDDED_MODEL, embedded_model_folder, load_model
+from jumprelu_plugin.circuits.layers import is_cross_layer
+from jumprelu_plugin.formats import export
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, embedded_model_folder, load_model
+from jumprelu_plugin.transcoders.clt import CLTConfig, CrossLayerTranscoder, save_clt
 
 PROMPT = "The government of the country is"
 HOOKS = ["ln2.hook_normalized", "hook_resid_mid"]
@@ -49,7 +49,7 @@ def random_set(folder: Path, *, hook_in: str, skip: bool, layers: int = 6) -> Pa
 
 def random_cross_layer(folder: Path, *, hook_in: str) -> Path:
     """The same, with decoders to every later layer."""
-    cfg = CrossLayerConfig(
+    cfg = CLTConfig(
         256, 256, 499, tuple(range(6)), f"blocks.{{layer}}.{hook_in}", model_name=EMBEDDED_MODEL
     )
     model = CrossLayerTranscoder(cfg)
@@ -63,7 +63,7 @@ def random_cross_layer(folder: Path, *, hook_in: str) -> Path:
                 if name != "W_dec":
                     getattr(source, name).copy_(value)
             source.W_dec.copy_(0.05 * torch.randn(source.W_dec.shape, generator=generator))
-    return save(model, folder / "clt")
+    return save_clt(model, folder / "clt")
 
 
 def made(folder: Path, hook: str, kind: str) -> Path:

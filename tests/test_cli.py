@@ -11,10 +11,10 @@ from sae_lens.training._interruption import InterruptedException
 from tiny import RESIDUAL, tiny_sae
 from typer.testing import CliRunner
 
-from jumprelu_plugin import demo
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.models import EMBEDDED_MODEL
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import RECIPES
+from jumprelu_plugin.studies import demo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "The people of the country"

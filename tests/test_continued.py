@@ -19,10 +19,11 @@ from sae_lens.saes.sae import TrainStepInput
 from tiny import D_MODEL, RESIDUAL, Tiny, tiny_models, tiny_sae, tiny_tokens
 from typer.testing import CliRunner
 
-from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, released
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.continued import ContinuedTrainingRunner, flags
-from jumprelu_plugin.parameters import Parameters
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.finetune import pretrained as released
+from jumprelu_plugin.finetune.runner import FinetuningRunner, flags
+from jumprelu_plugin.saes.parameters import Parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D_SAE, BATCH, CONTEXT = 41, 53, 13
@@ -50,7 +51,7 @@ def released_sae(subtracts: bool) -> Any:
 
 def config(output: Path | None, **fields: Any) -> LanguageModelSAERunnerConfig[Any]:
     of_sae = {f: fields.pop(f) for f in list(fields) if f in SAE_FIELDS}
-    sae = JumpReLUTrainingSAEConfig(d_in=1, d_sae=1, step_path="sparse", **of_sae)
+    sae = JumpReLUTrainingSAEConfig(d_in=1, d_sae=1, step_kernel="sparse", **of_sae)
     given = {"training_tokens": 6 * BATCH, "lr": 1e-3, "checkpoint_path": None, **fields}
     return LanguageModelSAERunnerConfig(
         sae=sae,
@@ -87,7 +88,7 @@ def test_the_first_step_computes_what_the_released_sae_does(
         target_l0=7,
         decoder_rows=rows,
         units=units,
-        step_path=path,
+        step_kernel=path,
         apply_b_dec_to_input=subtracts,
         threshold_parameter="log" if units == "unit_rms" else "raw",
     )
@@ -132,7 +133,7 @@ def test_a_run_that_learns_nothing_gives_the_folder_back(
         decoder_rows="unit_norm",
         normalize_activations=normalize,
     )
-    runner = ContinuedTrainingRunner(tmp_path / "released", cfg, text, tiny.hooked)
+    runner = FinetuningRunner(tmp_path / "released", cfg, text, tiny.hooked)
     runner.run()
     back = SAE.load_from_disk(tmp_path / "out")
     assert back.cfg.apply_b_dec_to_input == subtracts
@@ -149,8 +150,8 @@ def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     sae = released_sae(True)
     sae.save_model(tmp_path / "released")
     said: list[str] = []
-    runner = ContinuedTrainingRunner(
-        tmp_path / "released", config(tmp_path / "out"), text, tiny.hooked, say=said.append
+    runner = FinetuningRunner(
+        tmp_path / "released", config(tmp_path / "out"), text, tiny.hooked, log=said.append
     )
     seen: list[torch.Tensor] = []
     take = runner.activations_store.__next__
@@ -187,7 +188,7 @@ def test_training_lowers_the_error_and_keeps_l0(tiny: Tiny, text: Dataset, tmp_p
         before.W_dec.mul_(torch.linspace(0.3, 1.7, 97)[:, None])
     before.save_model(tmp_path / "released")
     cfg = config(tmp_path / "out", training_tokens=60 * BATCH, lr=1e-2)
-    runner = ContinuedTrainingRunner(tmp_path / "released", cfg, text, tiny.hooked)
+    runner = FinetuningRunner(tmp_path / "released", cfg, text, tiny.hooked)
     runner.run()
     after = SAE.load_from_disk(tmp_path / "out")
     error = [float((sae(x) - x).square().sum()) for sae in (before, after)]
@@ -205,7 +206,7 @@ def test_resumed_it_ends_where_the_whole_run_does(
 
     def run(name: str, **fields: Any) -> Any:
         cfg = config(tmp_path / name, checkpoint_path=str(tmp_path / "checkpoints"), **fields)
-        return ContinuedTrainingRunner(tmp_path / "released", cfg, text, tiny.hooked).run()
+        return FinetuningRunner(tmp_path / "released", cfg, text, tiny.hooked).run()
 
     whole = run("whole", n_checkpoints=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
@@ -218,9 +219,7 @@ def test_resumed_it_ends_where_the_whole_run_does(
 def test_gemma_scope_file(tiny: Tiny, text: Dataset, tmp_path: Path) -> None:
     arrays = gemma_scope_arrays()
     np.savez(tmp_path / "params.npz", **arrays)
-    runner = ContinuedTrainingRunner(
-        tmp_path / "params.npz", config(tmp_path / "out"), text, tiny.hooked
-    )
+    runner = FinetuningRunner(tmp_path / "params.npz", config(tmp_path / "out"), text, tiny.hooked)
     assert (runner.cfg.sae.d_in, runner.cfg.sae.d_sae) == (D_MODEL, D_SAE)
     assert not runner.cfg.sae.apply_b_dec_to_input
     runner.run()
@@ -272,16 +271,16 @@ def test_wrong_width_source_and_settings_are_refused(
 ) -> None:
     tiny_sae(d_in=29).save_model(tmp_path / "narrow")
     with pytest.raises(ValueError, match="29 wide, and those at .* are 33 wide"):
-        ContinuedTrainingRunner(tmp_path / "narrow", config(None), text, tiny.hooked)
+        FinetuningRunner(tmp_path / "narrow", config(None), text, tiny.hooked)
     with pytest.raises(FileNotFoundError, match="there is no"):
-        ContinuedTrainingRunner(tmp_path / "nothing", config(None), text, tiny.hooked)
+        FinetuningRunner(tmp_path / "nothing", config(None), text, tiny.hooked)
     tiny_sae().save_model(tmp_path / "sae")
     with pytest.raises(ValueError, match="did you mean"):
         cfg = config(None, hook_name="blocks.1.hook_resid_pots")
-        ContinuedTrainingRunner(tmp_path / "sae", cfg, text, tiny.hooked)
+        FinetuningRunner(tmp_path / "sae", cfg, text, tiny.hooked)
     with pytest.raises(ValueError, match="layer_norm"):
         cfg = config(None, normalize_activations="layer_norm")
-        ContinuedTrainingRunner(tmp_path / "sae", cfg, text, tiny.hooked)
+        FinetuningRunner(tmp_path / "sae", cfg, text, tiny.hooked)
     (tmp_path / "other.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="not a dictionary's file"):
         released.read(tmp_path / "other.npz")
@@ -295,13 +294,13 @@ def test_a_dictionary_of_another_hook_is_warned_of(
         sae.threshold.fill_(1e4)
     sae.save_model(tmp_path / "silent")
     with pytest.raises(ValueError, match="no latent of .* fires"):
-        ContinuedTrainingRunner(tmp_path / "silent", config(None), text, tiny.hooked).run()
+        FinetuningRunner(tmp_path / "silent", config(None), text, tiny.hooked).run()
     with torch.no_grad():
         sae.threshold.fill_(0.1)
         sae.W_dec *= 30
     sae.save_model(tmp_path / "foreign")
     with caplog.at_level("WARNING", logger="sae_lens"):
-        ContinuedTrainingRunner(tmp_path / "foreign", config(None), text, tiny.hooked).run()
+        FinetuningRunner(tmp_path / "foreign", config(None), text, tiny.hooked).run()
     assert "worse than their mean" in caplog.text
 
 
@@ -310,9 +309,9 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         (["--hook_name", "x"], "give the SAE first"),
         ([str(tmp_path / "nothing")], "there is no"),
     ):
-        result = CliRunner().invoke(app, ["continue", *arguments])
+        result = CliRunner().invoke(app, ["finetune", *arguments])
         assert result.exit_code == 2 and said in result.output.replace("\n", " ")
     released_sae(True).save_model(tmp_path / "sae")
-    result = CliRunner().invoke(app, ["continue", str(tmp_path / "sae"), "--nonsense", "3"])
+    result = CliRunner().invoke(app, ["finetune", str(tmp_path / "sae"), "--nonsense", "3"])
     assert result.exit_code == 2 and "nonsense" in result.output
     assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["architecture"] == "jumprelu"

@@ -22,22 +22,22 @@ from tiny import BOS, D_MODEL, N_LAYERS, tiny_hf, tiny_hooked, tiny_tokenizer, t
 from torch import Tensor
 from typer.testing import CliRunner
 
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.cross_layer import (
-    CrossLayerConfig,
-    CrossLayerTrainingConfig,
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.formats import circuit_tracer, cross_layer, export
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
+from jumprelu_plugin.transcoders.clt import (
+    CLTConfig,
+    CLTTrainingConfig,
     CrossLayerTranscoder,
-    evaluate_cross_layer,
-    load,
+    evaluate_clt,
+    load_clt,
     run,
-    save,
+    save_clt,
 )
-from jumprelu_plugin.cross_layer.learner import Learner
-from jumprelu_plugin.cross_layer.memory import parameter_count
-from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
-from jumprelu_plugin.cross_layer.training import Trainer
-from jumprelu_plugin.export import circuit_tracer, cross_layer, export
-from jumprelu_plugin.models import EMBEDDED_MODEL
+from jumprelu_plugin.transcoders.clt.memory import parameter_count
+from jumprelu_plugin.transcoders.clt.run import CLTSettings, train_clt
+from jumprelu_plugin.transcoders.clt.trainer import Trainer
+from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
 
 D_IN, D_OUT, D_SAE, LAYERS, BATCH = 13, 11, 53, 3, 37
 POSITIONS = 17
@@ -53,7 +53,7 @@ def random_clt(
     d_in: int = D_IN, d_out: int = D_OUT, *, seed: int = 3, **fields: Any
 ) -> CrossLayerTranscoder:
     """Random parameters; thresholds from 0.3 to 1.3, on z of spread about 1."""
-    cfg = CrossLayerConfig(d_in, d_out, D_SAE, tuple(range(LAYERS)), **fields)
+    cfg = CLTConfig(d_in, d_out, D_SAE, tuple(range(LAYERS)), **fields)
     model = CrossLayerTranscoder(cfg)
     generator = torch.Generator().manual_seed(seed)
     scales = {"W_enc": d_in**-0.5, "W_dec": 0.2, "b_enc": 0.3, "b_dec": 0.7}
@@ -114,15 +114,15 @@ def reference_loss(
 def test_gradients_are_the_definition_s(path: str, mode: Any, to_input: bool) -> None:
     inputs, targets = random_batch()
     bandwidths = [0.7, 1.1, 0.4]
-    cfg = CrossLayerTrainingConfig(
+    cfg = CLTTrainingConfig(
         l0_coefficient=0.23,
         jumprelu_sparsity_loss_mode=mode,
         jumprelu_tanh_scale=1.7,
         jumprelu_ste_to_input=to_input,
-        step_path=path,  # type: ignore[arg-type]
+        step_kernel=path,  # type: ignore[arg-type]
     )
     model = random_clt()
-    learner = Learner(model, cfg)
+    learner = CLTTrainingStep(model, cfg)
     learner.bandwidths = bandwidths
     loss = learner.loss(inputs, targets).loss
     loss.backward()
@@ -200,9 +200,11 @@ def structured(batch: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     return inputs, targets
 
 
-def trained(steps: int, **fields: Any) -> tuple[Learner, list[list[float]], list[list[float]]]:
-    model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-    learner = Learner(model, CrossLayerTrainingConfig(step_path="sparse", **fields))
+def trained(
+    steps: int, **fields: Any
+) -> tuple[CLTTrainingStep, list[list[float]], list[list[float]]]:
+    model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+    learner = CLTTrainingStep(model, CLTTrainingConfig(step_kernel="sparse", **fields))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     l0, fvu = [], []
     for step in range(steps):
@@ -254,10 +256,10 @@ def test_an_outlier_counts_less_at_the_output_that_has_it() -> None:
     inputs, targets = structured(101, 7)
     targets[1][13] *= 150
     torch.manual_seed(3)
-    model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+    model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
     # A fixed penalty of 0 leaves the error alone.
-    cfg = CrossLayerTrainingConfig(l0_coefficient=0.0, step_path="sparse", outlier_norm=4.0)
-    learner = Learner(model, cfg)
+    cfg = CLTTrainingConfig(l0_coefficient=0.0, step_kernel="sparse", outlier_norm_ratio=4.0)
+    learner = CLTTrainingStep(model, cfg)
     outcome = learner.loss(inputs, targets)
     expected = 0.0
     for y, y_hat in zip(targets, outcome.output.split(D_OUT, 1), strict=True):
@@ -277,9 +279,9 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
     found = []
     for x, y in ((inputs, wild), ([a[usual] for a in inputs], [b[usual] for b in targets])):
         torch.manual_seed(3)
-        model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-        cfg = CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse", outlier_norm=10.0)
-        learner = Learner(model, cfg)
+        model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+        cfg = CLTTrainingConfig(target_l0=5.0, step_kernel="sparse", outlier_norm_ratio=10.0)
+        learner = CLTTrainingStep(model, cfg)
         learner.loss(x, y)
         found.append([*learner.bandwidths, *(float(s.b_dec.sum()) for s in model.sources)])
         found[-1] += [float(s.W_dec.sum()) for s in model.sources]
@@ -287,8 +289,8 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
 
 
 def test_dead_latents_of_any_layer_start_again() -> None:
-    model = CrossLayerTranscoder(CrossLayerConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-    learner = Learner(model, CrossLayerTrainingConfig(target_l0=5.0, step_path="sparse"))
+    model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
+    learner = CLTTrainingStep(model, CLTTrainingConfig(target_l0=5.0, step_kernel="sparse"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # Looked for every 12 steps, and dead after as many: found at the second look.
     for step in range(30):
@@ -322,7 +324,7 @@ def text(sequences: int = 97) -> Dataset:
     return Dataset.from_dict({"tokens": tiny_tokens(sequences, POSITIONS).tolist()})
 
 
-def settings(**changes: Any) -> CrossLayerSettings:
+def settings(**changes: Any) -> CLTSettings:
     fields: dict[str, Any] = {
         "model_name": "tiny-gemma-2-test",
         "d_sae": 59,
@@ -335,9 +337,9 @@ def settings(**changes: Any) -> CrossLayerSettings:
         "norm_batches": 3,
         "checkpoints": 3,
         "lr": 3e-3,
-        "step_path": "sparse",
+        "step_kernel": "sparse",
     }
-    return CrossLayerSettings(**{**fields, **changes})
+    return CLTSettings(**{**fields, **changes})
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -370,7 +372,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(
 ) -> None:
     said: list[Any] = []
     whole, paused = tmp_path / "whole", tmp_path / "paused"
-    train_cross_layer(whole, settings(), model=model, dataset=text(), say=said.append)
+    train_clt(whole, settings(), model=model, dataset=text(), log=said.append)
     assert str(said[0]).startswith("memory: ")
     files = [*(f"layer_{layer}.safetensors" for layer in range(N_LAYERS))]
     others = ["cross_layer.json", "cross_layer_record.json", "metrics.jsonl"]
@@ -382,20 +384,20 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(
     for step in (4, 9):
         stop_at[:] = [step]
         with pytest.raises(InterruptedException):
-            train_cross_layer(paused, settings(), model=model, dataset=text())
+            train_clt(paused, settings(), model=model, dataset=text())
         assert [path.name for path in (paused / "checkpoints").iterdir()] == [str(step)]
         assert not list(paused.glob("layer_*"))
     with pytest.raises(ValueError, match=r"unfinished run with lr=0\.003, and lr is 0\.1 now"):
-        train_cross_layer(paused, settings(lr=0.1), model=model, dataset=text())
+        train_clt(paused, settings(lr=0.1), model=model, dataset=text())
     stop_at.clear()
-    train_cross_layer(paused, settings(), model=model, dataset=text())
+    train_clt(paused, settings(), model=model, dataset=text())
     assert not (paused / "checkpoints").exists()
     found, expected = weights(paused), weights(whole)
     assert len(found) == 5 * N_LAYERS
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     with pytest.raises(ValueError, match="already holds finished"):
-        train_cross_layer(whole, settings(), model=model, dataset=text())
+        train_clt(whole, settings(), model=model, dataset=text())
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
@@ -404,7 +406,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     # With silent latents among what a checkpoint has to hold.
     chosen = settings(training_tokens=70 * 41, target_l0=3.0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_cross_layer(whole, chosen, model=model, dataset=text())
+    train_clt(whole, chosen, model=model, dataset=text())
     show = Trainer._show
 
     def dies(self: Trainer, *args: Any) -> None:
@@ -414,9 +416,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(Trainer, "_show", dies)
-        train_cross_layer(killed, chosen, model=model, dataset=text())
+        train_clt(killed, chosen, model=model, dataset=text())
     assert [path.name for path in (killed / "checkpoints").iterdir()] == ["52"]
-    train_cross_layer(killed, chosen, model=model, dataset=text())
+    train_clt(killed, chosen, model=model, dataset=text())
     for name, value in weights(whole).items():
         assert torch.equal(weights(killed)[name], value), name
 
@@ -426,10 +428,10 @@ def test_what_is_saved_takes_and_gives_the_model_s_own_activations(
 ) -> None:
     """Trained on scaled rows, judged on raw ones: folding both sides leaves the fit as it was."""
     chosen = settings(training_tokens=150 * 41, target_l0=11.0)
-    train_cross_layer(tmp_path, chosen, model=model, dataset=text())
+    train_clt(tmp_path, chosen, model=model, dataset=text())
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     in_training = json.loads(lines[-1])["fvu"]
-    found = evaluate_cross_layer(model, load(tmp_path), tiny_tokens(41, POSITIONS))
+    found = evaluate_clt(model, load_clt(tmp_path), tiny_tokens(41, POSITIONS))
     for layer, fvu in zip(found.layers, in_training, strict=True):
         assert layer.fvu == pytest.approx(fvu, rel=0.35) and layer.fvu < 0.9
         assert layer.l0 == pytest.approx(11, rel=0.25)
@@ -440,13 +442,13 @@ def test_every_layer_is_watched_and_its_alarm_names_it(
 ) -> None:
     wild = settings(training_tokens=103 * 41, lr=1.0, layers=(1, 2))
     with caplog.at_level("WARNING"):
-        train_cross_layer(tmp_path / "clt", wild, model=model, dataset=text())
+        train_clt(tmp_path / "clt", wild, model=model, dataset=text())
     lines = [json.loads(line) for line in (tmp_path / "clt/metrics.jsonl").read_text().splitlines()]
     raised = {line["of"]: line for line in lines if line.get("alarm") == "loss spike"}
     assert sorted(raised) == ["layer_1", "layer_2"]
     said = [record.getMessage() for record in caplog.records]
     for name, line in raised.items():
-        assert line["step"] == 99 and "lower lr" in line["change"]
+        assert line["step"] == 99 and "lower lr" in line["suggestion"]
         assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
 
 
@@ -455,7 +457,7 @@ def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
 ) -> None:
     # Silent means for 288 steps at this width and batch; there are looks at steps 300 to 600.
     harsh = settings(training_tokens=607 * 41, target_l0=None, l0_coefficient=30.0)
-    train_cross_layer(tmp_path / "clt", harsh, model=model, dataset=text())
+    train_clt(tmp_path / "clt", harsh, model=model, dataset=text())
     lines = [json.loads(line) for line in (tmp_path / "clt/metrics.jsonl").read_text().splitlines()]
     names = {(line["of"], line["alarm"]) for line in lines if "alarm" in line}
     assert {("layer_0", "latents dying"), ("layer_2", "latents dying")} <= names
@@ -464,8 +466,8 @@ def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
 
 def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
     chosen = settings(layers=(1, 2), hook_in="blocks.{layer}.hook_resid_mid")
-    train_cross_layer(tmp_path / "out", chosen, model=model, dataset=text())
-    saved = load(tmp_path / "out")
+    train_clt(tmp_path / "out", chosen, model=model, dataset=text())
+    saved = load_clt(tmp_path / "out")
     assert saved.cfg.pairs[0].hook_in == "blocks.1.hook_resid_mid"
     assert sum(parameter.numel() for parameter in saved.parameters()) == parameter_count(saved.cfg)
 
@@ -484,7 +486,7 @@ def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
         ({"memory_gb": 1e-4}, "more than memory_gb=0.0001"),
         ({"training_tokens": 40}, "less than a batch"),
         ({"target_l0": 60.0}, "at most d_sae, which is 59"),
-        ({"outlier_norm": -1.0}, "outlier_norm is -1.*greater than 0"),
+        ({"outlier_norm_ratio": -1.0}, "outlier_norm_ratio is -1.*greater than 0"),
         ({"target_l0": 7.0, "l0_coefficient": 0.1}, "both target_l0=7 and l0_coefficient=0.1"),
         ({"sparsity": "quadratic"}, "must be one of step, tanh"),
         ({"d_sae": 0}, "d_sae is 0"),
@@ -494,7 +496,7 @@ def test_what_cannot_be_trained_is_refused(
     model: Any, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train_cross_layer(tmp_path / "out", settings(**changes), model=model, dataset=text())
+        train_clt(tmp_path / "out", settings(**changes), model=model, dataset=text())
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -505,7 +507,7 @@ def test_unequal_widths_are_refused() -> None:
 
 def test_activations_that_are_not_finite_are_named() -> None:
     inputs, targets = random_batch()
-    learner = Learner(random_clt(), CrossLayerTrainingConfig(target_l0=5.0))
+    learner = CLTTrainingStep(random_clt(), CLTTrainingConfig(target_l0=5.0))
     learner.bandwidths = [0.5] * LAYERS
     targets[1][3, 2] = torch.inf
     with pytest.raises(ValueError, match="blocks.1.hook_mlp_out hold NaN or infinite"):
@@ -514,18 +516,18 @@ def test_activations_that_are_not_finite_are_named() -> None:
 
 MEASURE = """
 import resource, sys
-from jumprelu_plugin.cross_layer.run import CrossLayerSettings, train_cross_layer
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.transcoders.clt.run import CLTSettings, train_clt
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import tokenized_dataset
 model = load_model()
 text = tokenized_dataset(model.tokenizer, 128, "train")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-settings = CrossLayerSettings(
+settings = CLTSettings(
     layers=(0, 1, 2), d_sae=4096, training_tokens=5 * 1024, batch_tokens=1024, chunk_sequences=256,
-    norm_batches=2, checkpoints=0, evaluation_sequences=0, step_path=sys.argv[2],
+    norm_batches=2, checkpoints=0, evaluation_sequences=0, step_kernel=sys.argv[2],
 )
-train_cross_layer(sys.argv[1], settings, model=model, dataset=text)
+train_clt(sys.argv[1], settings, model=model, dataset=text)
 print("grew", peak() - before)
 """
 
@@ -555,7 +557,7 @@ def test_the_stated_memory_is_kept(path: str, tmp_path: Path) -> None:
 def test_evaluation_is_what_hooks_by_hand_give(model: Any) -> None:
     clt = random_clt(D_MODEL, D_MODEL)
     tokens = tiny_tokens(7, 13)
-    found = evaluate_cross_layer(model, clt, tokens, batch_size=3, special_token_ids=[BOS])
+    found = evaluate_clt(model, clt, tokens, batch_size=3, special_token_ids=[BOS])
     kept: dict[int, Tensor] = {}
 
     def hooks(layer: int) -> list[Any]:
@@ -594,7 +596,7 @@ def test_evaluation_is_what_hooks_by_hand_give(model: Any) -> None:
 
 def test_a_transcoder_of_another_model_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="width 13 at blocks.0.ln2.* and the model 33"):
-        evaluate_cross_layer(model, random_clt(), tiny_tokens(3, 7))
+        evaluate_clt(model, random_clt(), tiny_tokens(3, 7))
 
 
 # ---------------------------------------------------------------- the folder
@@ -602,7 +604,7 @@ def test_a_transcoder_of_another_model_is_refused(model: Any) -> None:
 
 def test_a_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
     model = random_clt(model_name="some-model")
-    loaded = load(save(model, tmp_path))
+    loaded = load_clt(save_clt(model, tmp_path))
     assert loaded.cfg == model.cfg
     for (name, value), (_, expected) in zip(
         loaded.state_dict().items(), model.state_dict().items(), strict=True
@@ -630,40 +632,40 @@ def spoil(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_broken_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    save(random_clt(), tmp_path)
+    save_clt(random_clt(), tmp_path)
     spoil(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        load_clt(tmp_path)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no cross-layer transcoder"):
-        load(tmp_path)
-    save(random_clt(), tmp_path)
+        load_clt(tmp_path)
+    save_clt(random_clt(), tmp_path)
     (tmp_path / "layer_2.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="layer_2.safetensors is not a safetensors file"):
-        load(tmp_path)
+        load_clt(tmp_path)
     (tmp_path / "layer_2.safetensors").unlink()
     with pytest.raises(ValueError, match="layer_2.safetensors is missing"):
-        load(tmp_path)
+        load_clt(tmp_path)
     config = json.loads((tmp_path / "cross_layer.json").read_text())
     (tmp_path / "cross_layer.json").write_text(json.dumps({**config, "layers": [0, 2, 3]}))
     with pytest.raises(ValueError, match="cannot be read: layers are 0, 2, 3"):
-        load(tmp_path)
+        load_clt(tmp_path)
 
 
 # ---------------------------------------------------------------- the export
 
 
 def exportable(folder: Path, d: int = D_IN, **fields: Any) -> Path:
-    return save(random_clt(d, d, model_name="some-model", **fields), folder)
+    return save_clt(random_clt(d, d, model_name="some-model", **fields), folder)
 
 
 def test_the_files_are_circuit_tracer_s(tmp_path: Path) -> None:
     """By its documented layout; what its loader makes of them is tested where it is installed."""
     source = exportable(tmp_path / "clt")
     export(source, "circuit-tracer", tmp_path / "out", n_layers=LAYERS, unchecked=True)
-    model, out = load(source), tmp_path / "out"
+    model, out = load_clt(source), tmp_path / "out"
     config = (out / "config.yaml").read_text()
     assert "model_kind: cross_layer_transcoder" in config
     assert "feature_input_hook: ln2.hook_normalized" in config
@@ -687,7 +689,7 @@ def test_circuit_tracer_reads_the_same_function(tmp_path: Path) -> None:
     loaded = circuit_tracer.load(tmp_path / "out")
     assert type(loaded).__name__ == "CrossLayerTranscoder"
     x = 3 * torch.randn(LAYERS, 7, D_IN)
-    torch.testing.assert_close(loaded(x), load(source)(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x), load_clt(source)(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
@@ -719,7 +721,7 @@ def test_what_circuit_tracer_cannot_take_is_refused(
 
 
 def test_other_widths_and_targets_are_refused(tmp_path: Path) -> None:
-    source = save(random_clt(model_name="m"), tmp_path / "clt")
+    source = save_clt(random_clt(model_name="m"), tmp_path / "clt")
     with pytest.raises(ValueError, match="reads 13 and writes 11"):
         export(source, "circuit-tracer", tmp_path / "out", n_layers=LAYERS, unchecked=True)
     with pytest.raises(ValueError, match="cross-layer transcoder use --to circuit-tracer"):
@@ -734,16 +736,16 @@ def test_the_command_hands_over_its_settings(
 ) -> None:
     given: list[Any] = []
 
-    def note(output: Path, chosen: CrossLayerSettings, say: Any) -> Path:
+    def note(output: Path, chosen: CLTSettings, say: Any) -> Path:
         given.append((output, chosen))
         return output
 
-    monkeypatch.setattr(run, "train_cross_layer", note)
+    monkeypatch.setattr(run, "train_clt", note)
     flags = "--tokens 99 --target-l0 7 --d-sae 59 --sparsity tanh --layers 0-2 --memory-gb 3"
     arguments = ["train-clt", "--model", "m", "--output", str(tmp_path), *flags.split()]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    expected = CrossLayerSettings(
+    expected = CLTSettings(
         model_name="m",
         training_tokens=99,
         target_l0=7.0,
@@ -756,8 +758,8 @@ def test_the_command_hands_over_its_settings(
 
 
 def test_evaluate_takes_its_folder(tmp_path: Path) -> None:
-    cfg = CrossLayerConfig(256, 256, 59, tuple(range(6)), model_name=EMBEDDED_MODEL)
-    save(CrossLayerTranscoder(cfg), tmp_path / "clt")
+    cfg = CLTConfig(256, 256, 59, tuple(range(6)), model_name=EMBEDDED_MODEL)
+    save_clt(CrossLayerTranscoder(cfg), tmp_path / "clt")
     record = tmp_path / "record.json"
     arguments = ["evaluate", str(tmp_path / "clt"), "--sequences", "2", "--context-size", "29"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(record)])

@@ -16,13 +16,13 @@ from tiny import HEADS, MLP, RESIDUAL, Tiny, tiny_models, tiny_sae, tiny_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from typer.testing import CliRunner
 
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.interpret.contexts import contexts
-from jumprelu_plugin.interpret.dashboard import write_dashboard
-from jumprelu_plugin.interpret.examples import TOP, collect
-from jumprelu_plugin.interpret.logits import all_logit_effects, logit_effects
-from jumprelu_plugin.interpret.neighbours import nearest
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.analysis.contexts import contexts
+from jumprelu_plugin.analysis.dashboard import write_dashboard
+from jumprelu_plugin.analysis.logit_lens import all_logit_effects, logit_effects
+from jumprelu_plugin.analysis.neighbors import nearest
+from jumprelu_plugin.analysis.top_activations import TOP, collect
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 
 SPECIAL = [0, 1, 2, 3]
 
@@ -285,7 +285,7 @@ def test_command(tmp_path: Path) -> None:
     sae.W_enc.data *= 0.02
     sae.save_model(tmp_path / "sae")
     path = tmp_path / "features.html"
-    arguments = ["features", str(tmp_path / "sae"), "--output", str(path), "--sequences", "11"]
+    arguments = ["dashboard", str(tmp_path / "sae"), "--output", str(path), "--sequences", "11"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.exception
     assert len(Page(path).data["latents"]) == 43

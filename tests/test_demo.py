@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from sae_lens import SAE
 
-from jumprelu_plugin import demo
-from jumprelu_plugin.demo import DemoSettings, run_demo
+from jumprelu_plugin.studies import demo
+from jumprelu_plugin.studies.demo import DemoSettings, run_demo
 
 QUICK = DemoSettings(d_sae=257, target_l0=13.0, steps=24, batch_tokens=512, eval_sequences=24)
 

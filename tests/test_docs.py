@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.flags import parse_flags
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.cli.saelens_flags import parse_flags
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -38,7 +38,7 @@ from jumprelu_plugin.evaluation import (
     evaluate,
     evaluated_positions,
 )
-from jumprelu_plugin.hooks import hook_point
+from jumprelu_plugin.models.hooks import hook_point
 
 SPECIAL = [PAD, EOS, BOS]
 MLP_IN = "blocks.1.ln2.hook_normalized"

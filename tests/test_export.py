@@ -28,13 +28,19 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from jumprelu_plugin import export as exports
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.export import circuit_tracer, export, read, saelens, steering_vector
-from jumprelu_plugin.export.checking import compare, new_folder
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.parameters import Parameters
-from jumprelu_plugin.steering import Add, steer
+from jumprelu_plugin import formats as exports
+from jumprelu_plugin.analysis.steering import Add, steer
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.formats import (
+    circuit_tracer,
+    export,
+    load_dictionary,
+    saelens,
+    steering_vector,
+)
+from jumprelu_plugin.formats.checking import compare, new_folder
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.saes.parameters import Parameters
 
 INPUTS = 2.0 * torch.randn(53, D_IN, generator=torch.Generator().manual_seed(13))
 
@@ -129,7 +135,7 @@ def test_fold_gain_makes_it_a_transcoder_of_the_gained_norm(tmp_path: Path) -> N
     model(torch.arange(5, 24).reshape(1, -1))
     residual, gained_norm = gained
     plain = residual / (residual.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    got = read(tmp_path / "out").as_sae()
+    got = load_dictionary(tmp_path / "out").as_sae()
     assert (got.encode(gained_norm) > 0).any()
     same_outputs(got(gained_norm)[0], transcoder(plain)[0])
 
@@ -291,14 +297,16 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 
 
 def test_missing_tool_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("jumprelu_plugin.export.checking.find_spec", lambda module: None)
+    monkeypatch.setattr("jumprelu_plugin.formats.checking.find_spec", lambda module: None)
     folder = saved(random_sae(), tmp_path / "sae")
     with pytest.raises(ImportError, match=r"--no-deps dictionary-learning.*\n.*--unche"):
         export(folder, "dictionary-learning", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export(folder, "dictionary-learning", tmp_path / "out", unchecked=True) is None
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"] is None
-    same_outputs(read(tmp_path / "out").as_sae()(INPUTS), SAE.load_from_disk(folder)(INPUTS))
+    same_outputs(
+        load_dictionary(tmp_path / "out").as_sae()(INPUTS), SAE.load_from_disk(folder)(INPUTS)
+    )
 
 
 # ---------------------------------------------------------------- bad input
@@ -428,16 +436,16 @@ def test_archives_that_unpickle_are_refused(tmp_path: Path) -> None:
     folder.mkdir()
     np.savez(folder / "params.npz", W_enc=np.array([Bomb(mark)], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="unpickling runs code"):
-        read(folder)
+        load_dictionary(folder)
     (folder / "params.npz").write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(ValueError, match="unpickling runs code"):
-        read(folder)
+        load_dictionary(folder)
     folder = tmp_path / "pt"
     folder.mkdir()
     torch.save({"W_enc": Bomb(mark)}, folder / "ae.pt")
     (folder / "config.json").write_text('{"trainer": {"dict_class": "JumpReluAutoEncoder"}}')
     with pytest.raises(ValueError, match="unpickling runs code"):
-        read(folder)
+        load_dictionary(folder)
     assert not mark.exists()
 
 
@@ -447,32 +455,32 @@ def test_wrong_keys_and_shapes_are_refused(tmp_path: Path) -> None:
     npz = tmp_path / "params.npz"
     np.savez(npz, **{key: value for key, value in arrays.items() if key != "threshold"})
     with pytest.raises(ValueError, match="expected.*threshold"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     np.savez(npz, **{**arrays, "W_enc": arrays["W_enc"].T})
     with pytest.raises(ValueError, match=r"b_enc has shape \(67,\)"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     np.savez(npz, **arrays)
     with pytest.raises(ValueError, match="--hook-name"):
         export(tmp_path, "gemma-scope", tmp_path / "out")
     npz.unlink()
     save_file({"w_enc": tensors["W_enc"]}, tmp_path / "params.safetensors")
     with pytest.raises(ValueError, match="no config.json"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "topk"}')
     with pytest.raises(ValueError, match="'topk'"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "jump_relu"}')
     with pytest.raises(ValueError, match="expected"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     (tmp_path / "params.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        read(tmp_path)
+        load_dictionary(tmp_path)
     with pytest.raises(ValueError, match="holds no dictionary"):
-        read(tmp_path / "nowhere")
+        load_dictionary(tmp_path / "nowhere")
     folder = saved(random_sae(), tmp_path / "cut")
     (folder / "sae_weights.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="SAELens cannot load"):
-        read(folder)
+        load_dictionary(folder)
 
 
 # ---------------------------------------------------------------- the command

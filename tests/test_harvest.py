@@ -12,8 +12,8 @@ from sae_lens import SAE, JumpReLUSAE, LanguageModelSAERunnerConfig, LoggingConf
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.text import Document, corpus, tokenized_dataset
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.text import Document, corpus, tokenized_dataset
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 LAYER, CONTEXT, BATCH, STEPS, D_SAE, TARGET = 2, 61, 256, 50, 307, 29

@@ -30,14 +30,14 @@ from tiny import D_MODEL, MLP
 from typer.testing import CliRunner
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.models import load_model
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import corpus, tokenized_dataset
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
-from jumprelu_plugin.text import corpus, tokenized_dataset
-from jumprelu_plugin.training.health.first_step import OUTWEIGHS, first_step, travel
-from jumprelu_plugin.training.health.judge import lost_share
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
+from jumprelu_plugin.training.health.findings import lost_share
+from jumprelu_plugin.training.health.first_step import DOMINANCE, first_step, threshold_reach
 from jumprelu_plugin.training.health.schedule import lr_sum, repaired
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
@@ -135,12 +135,12 @@ def test_the_pulls_are_those_of_stock_saelens(coefficient: float) -> None:
     error, penalty = pulls[0.0], coefficient * (pulls[1.0] - pulls[0.0])
     found = first_step(ours, rows, 0.1, 100)
     assert found.tokens == len(rows)
-    expected = [(a.abs() > OUTWEIGHS * b.abs()).float().mean() for a, b in
+    expected = [(a.abs() > DOMINANCE * b.abs()).float().mean() for a, b in
                 ((penalty, error), (error, penalty))]  # fmt: skip
-    assert found.outweighed == pytest.approx(expected[0].item(), abs=0.02)
-    assert found.outweighing == pytest.approx(expected[1].item(), abs=0.02)
-    assert (found.outweighed == 1.0) == (coefficient == 40.0)
-    assert (found.outweighing or 0.0) > 0.9 or coefficient > 1e-6
+    assert found.penalty_dominates == pytest.approx(expected[0].item(), abs=0.02)
+    assert found.error_dominates == pytest.approx(expected[1].item(), abs=0.02)
+    assert (found.penalty_dominates == 1.0) == (coefficient == 40.0)
+    assert (found.error_dominates or 0.0) > 0.9 or coefficient > 1e-6
 
 
 @pytest.mark.parametrize("name", ["constant", "cosineannealing"])
@@ -192,7 +192,7 @@ def rise(sae: JumpReLUTrainingSAE) -> float:
 def test_thresholds_travel_as_far_as_predicted_in_a_run_of_stock_settings(parameter: str) -> None:
     sae = stock_settings(parameter)
     assert sae.bandwidth is not None
-    reach = travel(sae, sae.threshold.median().item(), sae.bandwidth, STEPS * LR, STEPS)
+    reach = threshold_reach(sae, sae.threshold.median().item(), sae.bandwidth, STEPS * LR, STEPS)
     # Adam takes steps below lr while gradients shrink, as they do where the encoder grows.
     assert 0.6 * reach.up < rise(sae) < 1.02 * reach.up
     assert reach.shift == 0.0
@@ -206,7 +206,7 @@ def test_a_coefficient_that_outweighs_the_error_is_saturated() -> None:
         torch.manual_seed(0)
         sae = stock_settings(l0_coefficient=coefficient)
         found = first_step(sae, rows, STEPS * LR, STEPS)
-        ways[coefficient] = rise(sae), found.outweighed or 0.0
+        ways[coefficient] = rise(sae), found.penalty_dominates or 0.0
     assert ways[1.0][1] > 0.95 and ways[0.001][1] < 0.5
     assert ways[10.0][0] == pytest.approx(ways[1.0][0], rel=0.01)
     assert abs(ways[0.01][0] / ways[0.001][0] - 1) > 0.1
@@ -286,7 +286,13 @@ def test_a_run_that_works_is_shown_and_nothing_is_written(
     before = files(folders, tmp_path)
     result = CliRunner().invoke(app, ["check", *flags(folders, tmp_path)])
     assert result.exit_code == 0, result.output
-    for word in ("peak memory", "L0 at the start", "window", "can travel", "dead_feature_window"):
+    for word in (
+        "peak memory",
+        "L0 at the start",
+        "window",
+        "can move",
+        "dead_feature_window",
+    ):
         assert word in result.output
     assert files(folders, tmp_path) == before
 
@@ -304,7 +310,7 @@ def test_schedules_that_do_not_fit_are_shortened_and_said_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, l0_coefficient=0.3,
-                                    l0_warm_up_steps=10_000, step_path="sparse")  # fmt: skip
+                                    l0_warm_up_steps=10_000, step_kernel="sparse")  # fmt: skip
     cfg = config(tmp_path, sae=sae, training_tokens=40 * BATCH, lr_warm_up_steps=90,
                  lr_decay_steps=30)  # fmt: skip
     with caplog.at_level(logging.WARNING):
@@ -331,7 +337,7 @@ def test_a_checked_run_is_the_run(model: Any, tmp_path: Path) -> None:  # noqa: 
 
 
 def test_a_transcoder_is_looked_at_on_both_sides(model: Any, tmp_path: Path) -> None:  # noqa: F811
-    sae = JumpReLUTranscoderTrainingConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=D_SAE, target_l0=7,
+    sae = JumpReLUTrainingTranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=D_SAE, target_l0=7,
                                            hook_name_out=MLP)  # fmt: skip
     cfg = config(tmp_path, sae=sae, hook_name="blocks.1.ln2.hook_normalized")
     runner = JumpReLUTrainingRunner(cfg, override_dataset=token_rows(), override_model=model)
@@ -382,12 +388,12 @@ def memory_run(folder: Path, changes: dict[str, Any]) -> None:
     [
         (
             "step",
-            {"sae": {"d_sae": 16381, "step_path": "dense"}, "train_batch_size_tokens": 601,
+            {"sae": {"d_sae": 16381, "step_kernel": "dense"}, "train_batch_size_tokens": 601,
              "training_tokens": 3 * 601, "n_batches_in_buffer": 211},
         ),
         (
             "drawing",
-            {"sae": {"d_sae": 499, "step_path": "sparse"}, "train_batch_size_tokens": 4001,
+            {"sae": {"d_sae": 499, "step_kernel": "sparse"}, "train_batch_size_tokens": 4001,
              "training_tokens": 60 * 4001, "n_batches_in_buffer": 53 * 499,
              "store_batch_size_prompts": 499},
         ),
@@ -413,7 +419,7 @@ def test_peak_memory_is_what_a_run_takes(
 
 def trained(steps: int, lr: float = 3e-3, **fields: Any) -> JumpReLUTrainer:
     sae = JumpReLUTrainingSAE(
-        JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, step_path="sparse", **fields)
+        JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, step_kernel="sparse", **fields)
     )
     cfg = SAETrainerConfig(
         total_training_samples=steps * TOKENS,
@@ -448,8 +454,10 @@ def test_a_sick_run_raises_its_alarm_once_and_says_what_to_change(
         trainer.fit()
     lines = [json.loads(line) for line in trainer.metrics_path.read_text().splitlines()]
     (line,) = (line for line in lines if line.get("alarm") == name)
-    assert remedy in line["change"] and line["step"] in (99, 199, 299)
-    said = [record.getMessage() for record in caplog.records if line["says"] in record.getMessage()]
+    assert remedy in line["suggestion"] and line["step"] in (99, 199, 299)
+    said = [
+        record.getMessage() for record in caplog.records if line["message"] in record.getMessage()
+    ]
     assert said == [f"step {line['step']}: {line['says']}; {line['change']}"]
     measured = [line for line in lines if "health/encoder_growth" in line]
     assert measured and all("health/thresholds_without_gradient" in line for line in measured)
@@ -465,8 +473,8 @@ def test_a_sick_run_raises_its_alarm_once_and_says_what_to_change(
 def test_an_l0_that_stays_too_high_is_an_alarm(fields: dict[str, Any], l0: float) -> None:
     trainer = trained(300, **fields)
     trainer.fit()
-    assert trainer.watch is not None and set(trainer.watch.raised) == {"L0 off target"}
-    assert float(trainer.watch.raised["L0 off target"].says.split()[2].strip(",")) > 1.25 * l0
+    assert trainer.monitor is not None and set(trainer.monitor.raised) == {"L0 off target"}
+    assert float(trainer.monitor.raised["L0 off target"].message.split()[2].strip(",")) > 1.25 * l0
 
 
 def test_an_alarm_reaches_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +516,7 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
     language_model = load_model("tiny-gemma-2")
     text = tokenized_dataset(language_model.tokenizer, 128, "train", corpus()[:100])
     cfg = LanguageModelSAERunnerConfig(
-        sae=DEFAULT.sae_config(256, 512, target_l0=32, step_path="sparse"),
+        sae=DEFAULT.sae_config(256, 512, target_l0=32, step_kernel="sparse"),
         model_name="tiny-gemma-2",
         hook_name="blocks.3.hook_resid_post",
         training_tokens=steps * batch,
@@ -531,12 +539,12 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
     assert report.first is not None and report.first.l0 == pytest.approx(32, rel=0.05)
     with caplog.at_level(logging.WARNING):
         runner.run()
-    watch = runner.trainer.watch
-    assert watch is not None and watch.raised == {}
+    monitor = runner.trainer.monitor
+    assert monitor is not None and monitor.raised == {}
     assert [r.message for r in caplog.records if r.module in ("runner", "trainer")] == []
     # Far from every bar, not just below it.
-    assert watch.gauges["health/thresholds_without_gradient"] < 0.01
-    assert watch.gauges["health/dead_share"] < 0.05
-    assert 0.3 < watch.gauges["health/encoder_growth"] < 2.0
-    assert watch.gauges["health/frozen_share"] < 0.01
-    assert math.isfinite(sum(watch.gauges.values()))
+    assert monitor.gauges["health/thresholds_without_gradient"] < 0.01
+    assert monitor.gauges["health/dead_share"] < 0.05
+    assert 0.3 < monitor.gauges["health/encoder_growth"] < 2.0
+    assert monitor.gauges["health/frozen_share"] < 0.01
+    assert math.isfinite(sum(monitor.gauges.values()))

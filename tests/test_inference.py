@@ -10,7 +10,7 @@ from sae_lens import SAE, JumpReLUSAE
 from tiny import HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
 from torch import Tensor
 
-from jumprelu_plugin.inference import SparseJumpReLUSAE, sparse
+from jumprelu_plugin.saes.inference import SparseJumpReLUSAE, sparse_inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN = WIDTH[RESIDUAL]
@@ -45,7 +45,7 @@ def test_outputs_are_the_stock_ones(
 ) -> None:
     sae = stock()
     sae.use_error_term = error_term
-    fast, x = sparse(sae, screen=screen), activations(*leading)
+    fast, x = sparse_inference(sae, screen=screen), activations(*leading)
     acts = sae.encode(x)
     assert torch.equal(fast.encode(x) != 0, acts != 0)
     assert 0.01 < (acts != 0).float().mean() < 0.4
@@ -67,7 +67,7 @@ def test_normalised_inputs(normalisation: str, apply_b_dec: bool) -> None:
     )
     sae = JumpReLUSAE(cfg)
     sae.load_state_dict(weights.state_dict())
-    fast, x = sparse(sae), activations(5, 13)
+    fast, x = sparse_inference(sae), activations(5, 13)
     torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
     torch.testing.assert_close(fast(x), sae(x), **TIGHT)
 
@@ -76,7 +76,7 @@ def test_nothing_and_everything_active() -> None:
     for threshold in (1e9, -1.0):
         sae = stock()
         sae.threshold.data.fill_(threshold)
-        fast, x = sparse(sae), activations(19)
+        fast, x = sparse_inference(sae), activations(19)
         torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
         torch.testing.assert_close(fast(x), sae(x), rtol=1e-5, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_nothing_and_everything_active() -> None:
 def test_it_is_a_copy_and_can_be_changed_as_any_sae() -> None:
     sae = stock()
     before, x = sae.encode(activations(23)), activations(23)
-    fast = sparse(sae)
+    fast = sparse_inference(sae)
     assert type(sae) is JumpReLUSAE and sae.W_enc.is_contiguous()
     fast.fold_W_dec_norm()
     assert torch.equal(sae.encode(x), before)
@@ -92,13 +92,13 @@ def test_it_is_a_copy_and_can_be_changed_as_any_sae() -> None:
     torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
     sae.W_enc.data = fast.W_enc.data = 1.7 * sae.W_enc.data
     torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
-    again = sparse(fast)
+    again = sparse_inference(fast)
     torch.testing.assert_close(again.encode(x), sae.encode(x), **TIGHT)
 
 
 def test_saved_it_is_a_stock_folder(tmp_path: Path) -> None:
     sae = stock()
-    sparse(sae).save_model(tmp_path)
+    sparse_inference(sae).save_model(tmp_path)
     loaded = SAE.load_from_disk(str(tmp_path))
     assert type(loaded) is JumpReLUSAE
     for name, value in sae.state_dict().items():
@@ -112,7 +112,7 @@ def test_no_tensor_as_wide_as_the_dictionary_in_a_plain_forward(
     monkeypatch.setattr(JumpReLUSAE, "encode", None)
     monkeypatch.setattr(JumpReLUSAE, "decode", None)
     seen: list[tuple[int, ...]] = []
-    fast = sparse(sae)
+    fast = sparse_inference(sae)
     fast.hook_sae_output.register_forward_hook(lambda *_: seen.append(tuple(_[2].shape)))
     monkeypatch.setattr(SparseJumpReLUSAE, "encode", None)
     fast(x)
@@ -122,7 +122,7 @@ def test_no_tensor_as_wide_as_the_dictionary_in_a_plain_forward(
 @pytest.mark.parametrize("point", ["hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"])
 def test_hooks_see_and_change_what_they_do_in_the_stock_sae(point: str) -> None:
     sae, x = stock(), activations(31)
-    fast = sparse(sae)
+    fast = sparse_inference(sae)
     seen: list[Tensor] = []
 
     def double(value: Tensor, hook: object) -> Tensor:
@@ -137,7 +137,7 @@ def test_hooks_see_and_change_what_they_do_in_the_stock_sae(point: str) -> None:
 
 def test_gradients_are_the_stock_ones() -> None:
     sae = stock()
-    fast = sparse(sae)
+    fast = sparse_inference(sae)
     found = []
     for each in (sae, fast):
         x = activations(17).requires_grad_()
@@ -153,15 +153,15 @@ def test_spliced_into_a_model(hook: str, tmp_path: Path) -> None:
     sae, tokens = tiny_sae(hook, d_sae=211), tiny_tokens()
     for model in (tiny.hooked, tiny.bridge):
         expected = model.run_with_saes(tokens, saes=[sae])
-        found = model.run_with_saes(tokens, saes=[sparse(sae)])
+        found = model.run_with_saes(tokens, saes=[sparse_inference(sae)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         plain = model(tokens)
         assert not torch.allclose(found, plain, rtol=1e-2, atol=1e-2)
-        cached, cache = model.run_with_cache_with_saes(tokens, saes=[sparse(sae)])
+        cached, cache = model.run_with_cache_with_saes(tokens, saes=[sparse_inference(sae)])
         torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
         assert any(name.endswith("hook_sae_acts_post") for name in cache)
 
 
 def test_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match="JumpReLUSAE; got Linear"):
-        sparse(torch.nn.Linear(2, 3))  # type: ignore[arg-type]
+        sparse_inference(torch.nn.Linear(2, 3))  # type: ignore[arg-type]

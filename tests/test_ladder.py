@@ -15,17 +15,24 @@ from tiny import BOS, HEADS, RESIDUAL, tiny_models, tiny_sae, tiny_tokens
 from torch import Tensor
 from typer.testing import CliRunner
 
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.ladder import Rung, harvest, ladder, numbers, table, warnings
-from jumprelu_plugin.parameters import Parameters
-from jumprelu_plugin.refit import (
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.finetune.l0_sweep import (
+    SweepPoint,
+    harvest,
+    numbers,
+    run_l0_sweep,
+    table,
+    warnings,
+)
+from jumprelu_plugin.finetune.refit import (
     RefitSettings,
     highest_l0,
     mean_l0,
     refit,
-    rungs,
     shifted,
+    sweep_points,
 )
+from jumprelu_plugin.saes.parameters import Parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN, D_SAE, TOKENS = 33, 41, 4099
@@ -88,7 +95,7 @@ def test_the_highest_l0_is_that_of_thresholds_at_zero() -> None:
     shifted(parameters, positive - 0.01, x)
     for refuse in (
         lambda: shifted(parameters, positive + 0.01, x),
-        lambda: list(rungs(parameters, [5, positive + 0.01], x, RefitSettings(steps=0))),
+        lambda: list(sweep_points(parameters, [5, positive + 0.01], x, RefitSettings(steps=0))),
     ):
         with pytest.raises(ValueError, match=f"with every threshold at 0, {positive:.3g}"):
             refuse()
@@ -135,7 +142,7 @@ def test_rungs_up_and_down_land_on_held_out_tokens(train: str) -> None:
     targets = [4, 7, 13, 19, 25]
     assert 7 < mean_l0(before, x) < 13 and highest_l0(before, x) > 25
     settings = RefitSettings(train=train, steps=60, batch_tokens=1009)
-    found = dict(rungs(before, targets, x, settings))
+    found = dict(sweep_points(before, targets, x, settings))
     assert sorted(found) == targets
     for target, parameters in found.items():
         rung = loaded(parameters)
@@ -171,7 +178,7 @@ def test_bad_requests_are_refused() -> None:
     parameters, x = Parameters.of(tiny_sae()), activations(3)
     for targets, said in (([], "no L0"), ([5, 5], "twice"), ([-1], "more than 0")):
         with pytest.raises(ValueError, match=said):
-            list(rungs(parameters, targets, x, RefitSettings()))
+            list(sweep_points(parameters, targets, x, RefitSettings()))
     with pytest.raises(ValueError, match="one batch takes 9000"):
         refit(parameters, 5, x, RefitSettings(batch_tokens=9000))
     with pytest.raises(ValueError, match="must be one of thresholds, decoder, all"):
@@ -193,7 +200,7 @@ def test_a_ladder_is_stock_folders_and_a_record(tmp_path: Path) -> None:
     rows = harvest(models.hooked, RESIDUAL, tokens, special_token_ids=[BOS])
     held_out = harvest(models.hooked, RESIDUAL, tiny_tokens(53, 17, seed=4))
     said: list[str] = []
-    found = ladder(
+    found = run_l0_sweep(
         tmp_path / "sae",
         [12, 5],
         tmp_path / "out",
@@ -202,14 +209,14 @@ def test_a_ladder_is_stock_folders_and_a_record(tmp_path: Path) -> None:
         settings=RefitSettings(steps=5, batch_tokens=503),
         model=models.hooked,
         tokens=tiny_tokens(7, 17, seed=5),
-        say=said.append,
+        log=said.append,
     )
     assert [rung.asked for rung in found] == [5, 12] and len(said) == 2
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert files == ["l0_12", "l0_5", "ladder.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "ladder.jsonl").open()]
     assert {line["asked"]: line["l0"] for line in lines} == {r.asked: r.l0 for r in found}
-    assert all(line["kind"] == "ladder" and line["settings"]["steps"] == 5 for line in lines)
+    assert all(line["kind"] == "l0_sweep" and line["settings"]["steps"] == 5 for line in lines)
     for rung in found:
         sae = SAE.load_from_disk(tmp_path / "out" / rung.folder)
         assert sae.cfg.architecture() == "jumprelu" and sae.cfg.metadata.hook_name == RESIDUAL
@@ -220,7 +227,7 @@ def test_a_ladder_is_stock_folders_and_a_record(tmp_path: Path) -> None:
         assert rung.delta_loss is not None
     assert "delta LM loss" in [str(column.header) for column in table(found).columns]
     with pytest.raises(ValueError, match="not empty"):
-        ladder(tmp_path / "sae", [5], tmp_path / "out", rows=rows, held_out=held_out)
+        run_l0_sweep(tmp_path / "sae", [5], tmp_path / "out", rows=rows, held_out=held_out)
 
 
 def test_an_interrupted_ladder_keeps_whole_rungs(tmp_path: Path) -> None:
@@ -231,14 +238,14 @@ def test_an_interrupted_ladder_keeps_whole_rungs(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ladder(
+        run_l0_sweep(
             tmp_path / "sae",
             [5, 8],
             tmp_path / "out",
             rows=activations(3),
             held_out=activations(4),
             settings=RefitSettings(steps=0),
-            say=stop,
+            log=stop,
         )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["l0_8", "ladder.jsonl"]
     assert SAE.load_from_disk(tmp_path / "out" / "l0_8").cfg.d_sae == 41
@@ -254,7 +261,7 @@ def test_activations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         given = {"rows": activations(3), "held_out": activations(4)} | {name: x}
         with pytest.raises(ValueError, match=said):
-            ladder(tmp_path / "sae", [5], tmp_path / "out", **given)
+            run_l0_sweep(tmp_path / "sae", [5], tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
@@ -274,7 +281,7 @@ def test_harvested_rows_are_the_cache_without_special_tokens(hook: str, tmp_path
 
 
 def test_warnings_name_what_is_off() -> None:
-    good = Rung("l0_10", 10, 10.1, 0.2, 0.3, 0.0, 0.0, None)
+    good = SweepPoint("l0_10", 10, 10.1, 0.2, 0.3, 0.0, 0.0, None)
     off = dataclasses.replace(good, asked=20, l0=21, fvu=0.25)
     assert warnings([good]) == []
     first, second = warnings([good, off])
@@ -288,7 +295,7 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
     sae.cfg.metadata.model_name = "tiny-gemma-2"
     sae.save_model(tmp_path / "sae")
     few = ["--sequences", "9", "--held-out", "5", "--steps", "2", "--batch-tokens", "211"]
-    arguments = ["ladder", str(tmp_path / "sae"), "--output", str(tmp_path / "out"), *few]
+    arguments = ["l0-sweep", str(tmp_path / "sae"), "--output", str(tmp_path / "out"), *few]
     result = CliRunner().invoke(app, [*arguments, "--l0", "5,9"])
     assert result.exit_code == 0, result.output
     assert "L0 ladder" in result.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jumprelu_plugin.interpret.examples import TOP, LatentExamples, clearest
+from jumprelu_plugin.analysis.top_activations import TOP, LatentExamples, clearest
 
 # Token 1 is common, 7 and 8 are rare; 9 follows every 7.
 TOKENS = torch.tensor([[1, 7, 9, 1, 1, 7, 9, 1, 8, 1], [1, 1, 7, 9, 1, 8, 1, 1, 1, 7]])

@@ -17,7 +17,7 @@ import torch
 from gemma_2_oracle import gemma_2_in_float64
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from jumprelu_plugin.models import (
+from jumprelu_plugin.models.language_models import (
     EMBEDDED_MODEL,
     embedded_model_folder,
     load_model,

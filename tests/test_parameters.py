@@ -4,7 +4,7 @@ import pytest
 import torch
 from dictionaries import D_IN, D_OUT, D_SAE, random_sae, random_transcoder
 
-from jumprelu_plugin.parameters import Parameters, dead_parameters
+from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
 
 INPUTS = 2.0 * torch.randn(101, D_IN, generator=torch.Generator().manual_seed(11))
 

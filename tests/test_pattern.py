@@ -22,38 +22,38 @@ def case(width: int, dtype: torch.dtype) -> tuple[Pattern, Tensor, Tensor, Tenso
 
     kept = torch.rand(BATCH, D_SAE, generator=g) < 0.13
     found = Pattern(kept.nonzero().t().contiguous(), BATCH, D_SAE)
-    x, w, centre = normal(BATCH, width), normal(D_SAE, width), 3 * normal(width)
-    return found, normal(found.cols.numel()), x, w, centre
+    x, w, center = normal(BATCH, width), normal(D_SAE, width), 3 * normal(width)
+    return found, normal(found.cols.numel()), x, w, center
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_products_are_those_of_dense_matrices(width: int) -> None:
-    found, values, x, w, centre = case(width, torch.float64)
+    found, values, x, w, center = case(width, torch.float64)
     V = torch.zeros(BATCH, D_SAE, dtype=torch.float64)
     V[found.rows, found.cols] = values
-    products = (x - centre) @ w.t()
+    products = (x - center) @ w.t()
     torch.testing.assert_close(
-        found.sampled_product(x, w, centre), products[found.rows, found.cols]
+        found.sampled_product(x, w, center), products[found.rows, found.cols]
     )
-    torch.testing.assert_close(found.transposed_times(values, x, centre), V.t() @ (x - centre))
+    torch.testing.assert_close(found.transposed_times(values, x, center), V.t() @ (x - center))
     torch.testing.assert_close(found.times(values, w), V @ w)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_centre_taken_slab_by_slab_changes_no_bit(width: int) -> None:
-    found, values, x, w, centre = case(width, torch.float32)
-    centred = x - centre
-    assert torch.equal(found.sampled_product(x, w, centre), found.sampled_product(centred, w))
-    by_slab = found.transposed_times(values, x, centre)
+    found, values, x, w, center = case(width, torch.float32)
+    centred = x - center
+    assert torch.equal(found.sampled_product(x, w, center), found.sampled_product(centred, w))
+    by_slab = found.transposed_times(values, x, center)
     assert torch.equal(by_slab, found.transposed_times(values, centred))
 
 
 def test_a_slab_is_contiguous_and_lies_where_the_last_one_lay() -> None:
     x = torch.randn(7, 131)
-    centre = torch.randn(131)
+    center = torch.randn(131)
     seen = []
-    for columns, slab in module.slabs(x, 64, centre):
-        assert slab.is_contiguous() and torch.equal(slab, (x - centre)[:, columns])
+    for columns, slab in module.slabs(x, 64, center):
+        assert slab.is_contiguous() and torch.equal(slab, (x - center)[:, columns])
         seen.append((columns.start, columns.stop, slab.data_ptr()))
     assert [s[:2] for s in seen] == [(0, 64), (64, 128), (128, 131)]
     assert len({pointer for *_, pointer in seen}) == 1

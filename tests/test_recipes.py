@@ -17,8 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from jumprelu_plugin import JumpReLUTrainingSAE
-from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.objective import QuadraticL0, TanhL0, WithFrequency
+from jumprelu_plugin.cli.saelens_flags import parse_flags
 from jumprelu_plugin.recipes import (
     ANTHROPIC_2025,
     GEMMA_SCOPE_2,
@@ -26,6 +25,7 @@ from jumprelu_plugin.recipes import (
     Recipe,
     TranscoderRecipe,
 )
+from jumprelu_plugin.step.losses import QuadraticL0, TanhL0, WithDensityPenalty
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +46,7 @@ def tokens() -> Iterator[Tensor]:
 
 def trained(recipe: Recipe, **changes: Any) -> JumpReLUTrainingSAE:
     cfg = recipe.sae_config(
-        D_IN, D_SAE, step_path="sparse", **{**CHOSEN.get(recipe.name, {}), **changes}
+        D_IN, D_SAE, step_kernel="sparse", **{**CHOSEN.get(recipe.name, {}), **changes}
     )
     cfg.l0_warm_up_steps = recipe.penalty_steps(STEPS)
     sae = JumpReLUTrainingSAE(cfg)
@@ -108,9 +108,9 @@ def test_flags_of_ones_own_win() -> None:
 
 def test_gemma_scope_2_is_what_it_says() -> None:
     cfg = GEMMA_SCOPE_2.sae_config(d_in=2304, d_sae=65_536, target_l0=100)
-    assert cfg.inner_widths == [2048, 6144, 14_336, 30_720]
+    assert cfg.prefix_widths == [2048, 6144, 14_336, 30_720]
     sae = JumpReLUTrainingSAE(GEMMA_SCOPE_2.sae_config(D_IN, D_SAE, target_l0=9))
-    assert sae.sparsity == WithFrequency(QuadraticL0(9), 0.01)
+    assert sae.sparsity == WithDensityPenalty(QuadraticL0(9), 0.01)
     assert sae.bandwidth == pytest.approx(0.001 * math.sqrt(D_IN))
     assert GEMMA_SCOPE_2.penalty_steps(10**6) == 50_000
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from tiny import BOS, D_MODEL, RESIDUAL, VOCABULARY, tiny_hf, tiny_hooked, tiny_tokenizer
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.cli.saelens_flags import parse_flags
 from jumprelu_plugin.control.density import TENSOR_NAME
-from jumprelu_plugin.flags import parse_flags
 from jumprelu_plugin.saes.checkpoint import TENSORS_FILENAME
 from jumprelu_plugin.training.activations.store import MixingBuffer, resumable
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
@@ -50,7 +50,7 @@ def token_rows(rows: int = ROWS) -> Dataset:
 
 
 def config(folder: Path, **fields: Any) -> LanguageModelSAERunnerConfig[Any]:
-    sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, target_l0=7, step_path="sparse")
+    sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, target_l0=7, step_kernel="sparse")
     given = {
         "sae": sae,
         "model_name": "tiny",
@@ -148,9 +148,9 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run(
         d_in=D_MODEL,
         d_sae=D_SAE,
         target_l0=3,
-        step_path="sparse",
+        step_kernel="sparse",
         threshold_parameter="log",
-        frequency_ceiling=0.12,
+        max_latent_density=0.12,
         normalize_activations=normalisation,  # type: ignore[arg-type]
     )
     short = {"sae": sae, "training_tokens": 90 * BATCH}
@@ -335,7 +335,7 @@ def test_ctrl_c_on_the_command_line_resumes_exactly(tmp_path: Path) -> None:
         "d_in": D_MODEL,
         "d_sae": D_SAE,
         "target_l0": 7,
-        "step_path": "sparse",
+        "step_kernel": "sparse",
         "training_tokens": STEPS * BATCH,
         "train_batch_size_tokens": BATCH,
         "context_size": CONTEXT,
@@ -350,7 +350,7 @@ def test_ctrl_c_on_the_command_line_resumes_exactly(tmp_path: Path) -> None:
         "output_path": tmp_path / "output",
     }
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "jumprelu_plugin.cli", "train", *flags]
+    command = [sys.executable, "-m", "jumprelu_plugin.cli.app", "train", *flags]
     code, said = interrupted(command, tmp_path, signal.SIGINT)
     checkpoint = only_checkpoint(tmp_path)
     assert code == 130, said[-2000:]

@@ -51,7 +51,7 @@ def config(kind: str, **fields: Any) -> JumpReLUTrainingSAEConfig:
         units=unit,  # type: ignore[arg-type]
         threshold_parameter=theta,  # type: ignore[arg-type]
         decoder_rows=rows,  # type: ignore[arg-type]
-        step_path="sparse",
+        step_kernel="sparse",
         decoder_init_norm=1.0,
         **{**start, **fields},
     )

@@ -21,8 +21,8 @@ from tiny import (
     tiny_tokens,
 )
 
-from jumprelu_plugin.hooks import attached, hook_point
-from jumprelu_plugin.steering import Ablate, Add, Clamp, steer, steering_vector
+from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp, steer, steering_vector
+from jumprelu_plugin.models.hooks import attached, hook_point
 
 CANONICAL = {
     RESIDUAL: "blocks.1.hook_out",

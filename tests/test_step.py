@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from jumprelu_plugin.objective import (
+from jumprelu_plugin.step.choose import PathChoice
+from jumprelu_plugin.step.dense import encode_dense
+from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.losses import (
     L0,
     PreActivationLoss,
     Step,
     TanhL0,
-    WithFrequency,
+    WithDensityPenalty,
     reconstruction,
 )
-from jumprelu_plugin.step.choose import PathChoice
-from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.estimators import jumprelu
-from jumprelu_plugin.step.reference import encode_dense
 from jumprelu_plugin.step.sparse import SparseEntries, encode_sparse
 
 BATCH, D_IN, D_SAE, D_OUT = 37, 23, 101, 19
@@ -124,7 +124,7 @@ def loss_of(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tensor:
     x_hat = entries.decode(acts, leaves["W_dec"])
     return (
         reconstruction(x_hat, p.target)
-        + SPARSITY * WithFrequency(L0(), 0.07)(step)
+        + SPARSITY * WithDensityPenalty(L0(), 0.07)(step)
         + TANH * TanhL0(1.3)(step)
         + PRE_ACT * PreActivationLoss()(step)
     )
@@ -256,15 +256,15 @@ def test_shortfall_counts_the_pairs_that_are_not_represented(pair) -> None:  # t
         for b in range(BATCH)
         for i in range(D_SAE)
     )
-    found = sparse.shortfall(p.threshold, weight)
+    found = sparse.threshold_deficit(p.threshold, weight)
     torch.testing.assert_close(found.detach(), torch.as_tensor(expected), rtol=1e-12, atol=0.0)
 
 
 def test_shortfall_without_the_mean_is_refused() -> None:
     p = problem()
     entries = encode_sparse(p.x, p.W_enc, p.b_enc, p.b_pre, p.threshold, p.bandwidth)
-    with pytest.raises(ValueError, match="shortfall"):
-        entries.shortfall(p.threshold, p.threshold)
+    with pytest.raises(ValueError, match="threshold_deficit"):
+        entries.threshold_deficit(p.threshold, p.threshold)
 
 
 def test_as_matrix_is_what_the_trainer_reads(pair) -> None:  # type: ignore[no-untyped-def]

@@ -44,7 +44,7 @@ def twins(cfg: StockConfig, path: str) -> tuple[StockSAE, JumpReLUTrainingSAE]:
             parameter.add_(0.1 * torch.randn_like(parameter))
         stock.threshold.abs_()
     ours = JumpReLUTrainingSAE(
-        JumpReLUTrainingSAEConfig.from_dict({**cfg.to_dict(), "step_path": path})
+        JumpReLUTrainingSAEConfig.from_dict({**cfg.to_dict(), "step_kernel": path})
     )
     ours.load_state_dict(stock.state_dict())
     return stock.train(), ours.train()

@@ -19,24 +19,24 @@ from test_step import KINDS, Problem, encode, problem
 from torch import Tensor, nn
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.control.density import RATE, FrequencyPrices
-from jumprelu_plugin.flags import parse_flags
-from jumprelu_plugin.objective import (
+from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.control.density import RATE, DensityMultipliers
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
+from jumprelu_plugin.step.dense import DenseEntries
+from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.losses import (
     L0,
     AuxiliaryLoss,
     PreActivationLoss,
     QuadraticL0,
     Step,
     Term,
-    WithCeiling,
-    WithFrequency,
+    WithDensityLimit,
+    WithDensityPenalty,
     reconstruction,
-    worth_of_tokens,
+    token_weights,
 )
-from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
-from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.estimators import jumprelu
-from jumprelu_plugin.step.reference import DenseEntries
 
 BATCH, D_SAE = 40_009, 7
 
@@ -76,15 +76,17 @@ def test_the_frequency_penalty_is_its_formula() -> None:
     threshold = torch.full((4,), 0.7)
     step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
     expected = sum(f * (1 + f / SCALE) for f in (0.0, 0.2, 0.6, 1.0))
-    assert float(WithFrequency(L0(), SCALE)(step)) == pytest.approx(expected, rel=1e-6)
+    assert float(WithDensityPenalty(L0(), SCALE)(step)) == pytest.approx(expected, rel=1e-6)
     quadratic = QuadraticL0(1.7)(step) + sum(f**2 / SCALE for f in (0.2, 0.6, 1.0))
-    assert float(WithFrequency(QuadraticL0(1.7), SCALE)(step)) == pytest.approx(float(quadratic))
+    assert float(WithDensityPenalty(QuadraticL0(1.7), SCALE)(step)) == pytest.approx(
+        float(quadratic)
+    )
 
 
 def test_the_frequency_penaltys_threshold_gradient_is_the_densitys() -> None:
     """d/dθ of F(1 + F/w₀), F = P(z > θ), is -(1 + 2F/w₀) p(θ): Gaussians give both."""
     step, mean, spread, z = gaussian_step()
-    WithFrequency(L0(), SCALE)(step).backward()
+    WithDensityPenalty(L0(), SCALE)(step).backward()
     assert step.threshold.grad is not None and z.grad is None
     for i in range(D_SAE):
         distance = float((step.threshold[i] - mean[i]) / spread[i])
@@ -96,7 +98,7 @@ def test_the_frequency_penaltys_threshold_gradient_is_the_densitys() -> None:
 
 def test_the_frequency_penaltys_gradient_reaches_the_encoder_where_it_may() -> None:
     step, _, _, z = gaussian_step(to_input=True)
-    WithFrequency(L0(), SCALE)(step).backward()
+    WithDensityPenalty(L0(), SCALE)(step).backward()
     assert z.grad is not None and step.threshold.grad is not None
     torch.testing.assert_close(z.grad.sum(0), -step.threshold.grad)
 
@@ -107,7 +109,7 @@ def test_the_ceiling_charges_each_latents_price() -> None:
     z[:1, 1] = z[:3, 2] = z[:, 3] = 2.3
     threshold = torch.full((4,), 0.7)
     step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
-    term = WithCeiling(L0(), 0.3)
+    term = WithDensityLimit(L0(), 0.3)
     assert float(term(step)) == pytest.approx(0.2 + 0.6 + 1.0, rel=1e-6)
     priced = replace(step, prices=torch.tensor([2.0, 3.0, 5.0, 7.0]))
     excess = 2 * (0.0 - 0.3) + 3 * (0.2 - 0.3) + 5 * (0.6 - 0.3) + 7 * (1.0 - 0.3)
@@ -118,7 +120,7 @@ def test_the_ceilings_threshold_gradient_is_the_densitys() -> None:
     """-(1 + μ_i) p(θ_i)."""
     step, mean, spread, _ = gaussian_step()
     prices = torch.linspace(0.0, 7.0, D_SAE, dtype=torch.float64)
-    WithCeiling(L0(), 0.2)(replace(step, prices=prices)).backward()
+    WithDensityLimit(L0(), 0.2)(replace(step, prices=prices)).backward()
     assert step.threshold.grad is not None
     for i in range(D_SAE):
         distance = float((step.threshold[i] - mean[i]) / spread[i])
@@ -132,22 +134,24 @@ def test_prices_follow_the_frequencies(sparse: bool) -> None:
     """Up with what is above the ceiling, at most by the rate; down, and not below 0, otherwise."""
     acts = torch.zeros(50, 3)
     acts[:12, 1] = acts[:45, 2] = 1.7  # 0, 24 and 90 % of the tokens
-    prices = FrequencyPrices(3, 0.2)
+    prices = DensityMultipliers(3, 0.2)
     for _ in range(7):
         prices.update(acts.to_sparse() if sparse else acts)
     torch.testing.assert_close(prices.prices, 7 * RATE * torch.tensor([0.0, 0.2, 1.0]))
     acts[2:, 1:] = 0
     prices.update(acts.to_sparse() if sparse else acts)
     torch.testing.assert_close(prices.prices, RATE * torch.tensor([0.0, 1.4 - 0.8, 7.0 - 0.8]))
-    resumed = FrequencyPrices(3, 0.2)
+    resumed = DensityMultipliers(3, 0.2)
     resumed.load(prices.tensors())
     assert torch.equal(resumed.prices, prices.prices)
 
 
 def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
     for mode in ("step", "tanh", "quadratic"):
-        sae = JumpReLUTrainingSAE(steered(jumprelu_sparsity_loss_mode=mode, frequency_scale=0.01))
-        assert isinstance(sae.sparsity, WithFrequency)
+        sae = JumpReLUTrainingSAE(
+            steered(jumprelu_sparsity_loss_mode=mode, density_penalty_scale=0.01)
+        )
+        assert isinstance(sae.sparsity, WithDensityPenalty)
         plain: Term = JumpReLUTrainingSAE(steered(jumprelu_sparsity_loss_mode=mode)).sparsity
         assert sae.sparsity.term == plain
 
@@ -156,12 +160,12 @@ FEATURES, WIDTH, LATENTS, TARGET = 199, 41, 211, 4.0
 
 
 # Each term is tested without what a steered training adds by itself.
-ALONE: dict[str, Any] = {"matryoshka_weight": 0.0, "step_path": "sparse"}
+ALONE: dict[str, Any] = {"matryoshka_loss_weight": 0.0, "step_kernel": "sparse"}
 
 
 def steered(**fields: Any) -> JumpReLUTrainingSAEConfig:
     if "matryoshka_widths" in fields:
-        fields = {"matryoshka_weight": None, **fields}
+        fields = {"matryoshka_loss_weight": None, **fields}
     return JumpReLUTrainingSAEConfig(
         **{**ALONE, "d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, **fields}
     )
@@ -213,7 +217,7 @@ def frequencies(sae: JumpReLUTrainingSAE) -> Tensor:
 def test_the_frequency_penalty_removes_frequent_latents_at_the_l0_asked_for(
     plain: JumpReLUTrainingSAE,
 ) -> None:
-    without, with_it = frequencies(plain), frequencies(trained(steered(frequency_scale=0.01)))
+    without, with_it = frequencies(plain), frequencies(trained(steered(density_penalty_scale=0.01)))
     assert (without > 0.1).sum() >= 5
     assert (with_it > 0.1).sum() == 0
     for found in (without, with_it):
@@ -221,13 +225,13 @@ def test_the_frequency_penalty_removes_frequent_latents_at_the_l0_asked_for(
 
 
 def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
-    found = frequencies(trained(steered(frequency_ceiling=0.08)))
+    found = frequencies(trained(steered(max_latent_density=0.08)))
     assert (found > 0.1).sum() == 0
     assert float(found.sum()) == pytest.approx(TARGET, rel=0.03)
 
 
 def test_a_ceiling_keeps_off_the_mean_frequency() -> None:
-    sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, frequency_ceiling=0.09)
+    sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, max_latent_density=0.09)
     assert sparse.ceiling == 0.09
     assert replace(sparse, target_l0=11.0).ceiling == pytest.approx(22 / 211)
     assert replace(sparse, target_l0=13.0).ceiling is None
@@ -240,23 +244,25 @@ def test_a_ceiling_keeps_off_the_mean_frequency() -> None:
 
 def test_a_steered_training_nests_and_weighs_as_its_config_says() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.inner_widths == [LATENTS // part for part in (32, 16, 8)]
+    assert plain.prefix_widths == [LATENTS // part for part in (32, 16, 8)]
     sparse = replace(plain, target_l0=LATENTS / 97)
-    assert sparse.inner_weight == 0.5
-    denser, twice = (replace(plain, target_l0=LATENTS / part).inner_weight for part in (20, 10))
+    assert sparse.prefix_loss_weight == 0.5
+    denser, twice = (
+        replace(plain, target_l0=LATENTS / part).prefix_loss_weight for part in (20, 10)
+    )
     assert 0.5 > denser == pytest.approx(4 * twice)
-    assert replace(plain, matryoshka_weight=0.0).inner_widths == []
+    assert replace(plain, matryoshka_loss_weight=0.0).prefix_widths == []
     published = replace(plain, matryoshka_widths=[23, 97])
-    assert published.inner_widths == [23, 97] and published.inner_weight == 2
+    assert published.prefix_widths == [23, 97] and published.prefix_loss_weight == 2
     fixed = replace(plain, l0_coefficient=0.3)
-    assert fixed.inner_widths == []
+    assert fixed.prefix_widths == []
 
 
 def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
     target = torch.randn(67, 13, generator=torch.Generator().manual_seed(3))
     target[11] *= 150
     norm = target.norm(dim=1)
-    worth = worth_of_tokens(target, 5.0)
+    worth = token_weights(target, 5.0)
     assert (worth[norm <= 5 * norm.median()] == 1).all()
     assert float(worth[11].sqrt() * norm[11]) == pytest.approx(float(5 * norm.median()), rel=1e-5)
     x_hat = 0.9 * target
@@ -264,34 +270,34 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
     torch.testing.assert_close(reconstruction(x_hat, target, worth), expected)
     silent = torch.zeros(5, 13)
     silent[2] = 1.7  # the median norm is 0, and says nothing
-    assert (worth_of_tokens(silent, 5.0) == 1).all()
+    assert (token_weights(silent, 5.0) == 1).all()
 
 
 def test_only_an_saes_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.longest_token == 10
-    transcoder = JumpReLUTranscoderTrainingConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert transcoder.longest_token is None
-    assert replace(transcoder, outlier_norm=7.0).longest_token == 7
-    assert replace(plain, outlier_norm=0.0).longest_token is None
-    assert replace(plain, l0_coefficient=0.3).longest_token is None
-    assert replace(plain, l0_coefficient=0.3, outlier_norm=7.0).longest_token == 7
-    with pytest.raises(ValueError, match="outlier_norm is -1"):
-        JumpReLUTrainingSAE(replace(plain, outlier_norm=-1.0))
+    assert plain.outlier_norm_limit == 10
+    transcoder = JumpReLUTrainingTranscoderConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
+    assert transcoder.outlier_norm_limit is None
+    assert replace(transcoder, outlier_norm_ratio=7.0).outlier_norm_limit == 7
+    assert replace(plain, outlier_norm_ratio=0.0).outlier_norm_limit is None
+    assert replace(plain, l0_coefficient=0.3).outlier_norm_limit is None
+    assert replace(plain, l0_coefficient=0.3, outlier_norm_ratio=7.0).outlier_norm_limit == 7
+    with pytest.raises(ValueError, match="outlier_norm_ratio is -1"):
+        JumpReLUTrainingSAE(replace(plain, outlier_norm_ratio=-1.0))
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_an_outlier_weighs_less_in_every_dictionary(path: Literal["sparse", "dense"]) -> None:
     torch.manual_seed(5)
     sae = JumpReLUTrainingSAE(
-        steered(matryoshka_widths=[23, 97], matryoshka_weight=0.7, step_path=path)
+        steered(matryoshka_widths=[23, 97], matryoshka_loss_weight=0.7, step_kernel=path)
     )
     x = next(tokens_with_frequent_features())[:307]
     x[41] *= 150
     out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
-    limit = sae.cfg.longest_token
+    limit = sae.cfg.outlier_norm_limit
     assert limit is not None
-    acts, worth = out.feature_acts.to_dense(), worth_of_tokens(x, limit)
+    acts, worth = out.feature_acts.to_dense(), token_weights(x, limit)
     assert float(worth.min()) < 0.01
     for m, name, share in (
         (23, "inner_mse_loss_23", 0.35),
@@ -421,9 +427,11 @@ def test_the_pre_activation_loss_takes_dead_latents_or_all() -> None:
 
 
 def test_nested_dictionaries_survive_json_flags_and_saving(tmp_path: Path) -> None:
-    cfg = steered(matryoshka_widths=[23, 97], frequency_scale=0.02, aux_loss_coefficient=1 / 32)
+    cfg = steered(
+        matryoshka_widths=[23, 97], density_penalty_scale=0.02, aux_loss_coefficient=1 / 32
+    )
     again = JumpReLUTrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert again.inner_widths == cfg.inner_widths == [23, 97]
+    assert again.prefix_widths == cfg.prefix_widths == [23, 97]
     assert again.to_dict() == cfg.to_dict()
     flags = "--architecture jumprelu --d_in 41 --d_sae 211 --target_l0 4 --matryoshka_widths 23 97"
     assert parse_flags(flags.split()).sae.matryoshka_widths == [23, 97]  # type: ignore[attr-defined]
@@ -444,7 +452,7 @@ def test_losses_of_nested_dictionaries_are_shares_of_a_mean(
     input's own units."""
     cfg = steered(
         matryoshka_widths=[23, 97], l0_coefficient=0.1, jumprelu_init_threshold=0.4,
-        jumprelu_bandwidth=0.3, normalize_activations=normalisation, step_path=path,
+        jumprelu_bandwidth=0.3, normalize_activations=normalisation, step_kernel=path,
     )  # fmt: skip
     torch.manual_seed(1)
     sae = JumpReLUTrainingSAE(cfg).train()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jumprelu_plugin import text as text_module
-from jumprelu_plugin.models import embedded_model_folder
-from jumprelu_plugin.text import (
+from jumprelu_plugin.models import text as text_module
+from jumprelu_plugin.models.language_models import embedded_model_folder
+from jumprelu_plugin.models.text import (
     Document,
     bible_documents,
     clean_text,

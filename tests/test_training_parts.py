@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.control.calibration import calibrate
-from jumprelu_plugin.control.decoder_norm import normalise_rows_, remove_parallel_gradient_
+from jumprelu_plugin.control.decoder_norm import normalize_rows_, remove_parallel_gradient_
 from jumprelu_plugin.control.l0 import L0Controller
-from jumprelu_plugin.control.optimizer_hooks import OptimizerSeam
+from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import (
     ENCODER_SHARE,
     THRESHOLD_SHARE,
@@ -33,8 +33,8 @@ from jumprelu_plugin.control.resampling import (
     draw,
     longest_patience,
     patience,
-    restart_,
-    restart_dead_,
+    resample_,
+    resample_dead_,
     unexplained,
 )
 from jumprelu_plugin.control.units import LogParameter, ScaledParameter, stored, units
@@ -59,7 +59,7 @@ def test_a_row_of_zeros_survives_normalisation() -> None:
     W = torch.randn(13, 7) * torch.logspace(-12, 12, 13).unsqueeze(1)
     W[5] = 0.0
     direction = W.double() / W.double().norm(dim=1, keepdim=True)
-    normalise_rows_(W)
+    normalize_rows_(W)
     assert torch.equal(W[5], torch.zeros(7))
     kept = torch.arange(13) != 5
     torch.testing.assert_close(W[kept].double(), direction[kept], rtol=1e-6, atol=1e-7)
@@ -247,7 +247,7 @@ def test_paper_units_train_as_the_paper_written_out(to_input: bool) -> None:
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_decoder_rows_keep_unit_norm_while_training(path: str) -> None:
     cfg = JumpReLUTrainingSAEConfig(
-        d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_path=path
+        d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_kernel=path
     )
     sae = JumpReLUTrainingSAE(cfg)
     before = sae.W_dec.detach().clone()
@@ -384,8 +384,8 @@ def test_steered_training_lands_on_its_target(mode: Any, path: Any) -> None:
         d_sae=83,
         target_l0=5.0,
         jumprelu_sparsity_loss_mode=mode,
-        step_path=path,
-        l0_settle_steps=60,
+        step_kernel=path,
+        target_l0_warm_up_steps=60,
     )
 
     def batches():
@@ -434,14 +434,14 @@ def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
     latents, tokens = draw(dead, residual, sae.W_dec, seed=5)
     assert sorted(latents.tolist()) == [3, 17, 80]
     assert len(set(tokens.tolist())) == 3 and tokens.max() < 4
-    centre = torch.randn(19)
-    restart_(sae, latents, residual[tokens], residual[tokens], centre, ~dead, optimizer)
+    center = torch.randn(19)
+    resample_(sae, latents, residual[tokens], residual[tokens], center, ~dead, optimizer)
     living = before["W_enc"][:, ~dead].norm(dim=0).mean()
     for latent, token in zip(latents.tolist(), tokens.tolist(), strict=True):
         unit = residual[token] / residual[token].norm()
         torch.testing.assert_close(sae.W_enc[:, latent], ENCODER_SHARE * living * unit)
         torch.testing.assert_close(sae.W_dec[latent] / sae.W_dec[latent].norm(), unit)
-        z = centre @ sae.W_enc[:, latent] + sae.b_enc[latent]
+        z = center @ sae.W_enc[:, latent] + sae.b_enc[latent]
         assert abs(float(z.detach())) < 1e-4
         median = before["threshold"][~dead].median()
         torch.testing.assert_close(sae.threshold[latent], THRESHOLD_SHARE * median)
@@ -525,7 +525,7 @@ def test_restarted_latents_are_new_and_the_others_are_not() -> None:
         assert inputs is x and left is residual and len(tokens) == 2
         return left[tokens], torch.zeros(19)
 
-    restart_dead_(sae, record, 17, x, residual, aim, optimizer, seed=3)
+    resample_dead_(sae, record, 17, x, residual, aim, optimizer, seed=3)
     moved = (sae.W_dec.detach() != before).any(1).nonzero().flatten().tolist()
     assert moved == [5, 71] and record.checked == 301
     assert record.silent[[5, 9, 71]].tolist() == [0, 29, 0]
@@ -535,7 +535,7 @@ def test_restarted_latents_are_new_and_the_others_are_not() -> None:
 def test_no_latent_restarts_once_the_learning_rate_is_low() -> None:
     record, weight = FiringRecord(5), torch.nn.Parameter(torch.zeros(3))
     for rate, may in ((1e-4, True), (3e-3, True), (3.1e-4, True), (2.9e-4, False), (3e-3, True)):
-        assert record.may_restart(torch.optim.Adam([weight], lr=rate)) is may
+        assert record.may_resample(torch.optim.Adam([weight], lr=rate)) is may
 
 
 # ---------------------------------------------------------------- the optimiser seam
@@ -554,7 +554,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_seam_finds_the_right_optimizer_and_brackets_its_steps() -> None:
     ours, other = two_models()
     events: list[str] = []
-    seam = OptimizerSeam(
+    seam = OptimizerHooks(
         ours.weight, before=lambda: events.append("before"), after=lambda: events.append("after")
     )
     for_ours = torch.optim.Adam(ours.parameters())
@@ -575,7 +575,7 @@ def test_seam_sees_the_parameters_before_and_after_the_update() -> None:
     model = two_models()[0]
     seen: list[Tensor] = []
     note = lambda: seen.append(model.weight.detach().clone())  # noqa: E731
-    seam = OptimizerSeam(model.weight, before=note, after=note)
+    seam = OptimizerHooks(model.weight, before=note, after=note)
     start = model.weight.detach().clone()
     take_step(model, torch.optim.Adam(model.parameters()))
     assert torch.equal(seen[0], start) and not torch.equal(seen[1], start)
@@ -588,7 +588,7 @@ def test_two_seams_wait_for_two_optimizers() -> None:
     models = two_models()
     events: list[str] = []
     seams = [
-        OptimizerSeam(
+        OptimizerHooks(
             model.weight,
             before=lambda n=name: events.append(f"before {n}"),
             after=lambda n=name: events.append(f"after {n}"),
@@ -605,7 +605,7 @@ def test_two_seams_wait_for_two_optimizers() -> None:
 def test_seam_lets_go_of_parameters_that_are_gone() -> None:
     ours, other = two_models()
     events: list[str] = []
-    seam = OptimizerSeam(ours.weight, before=lambda: events.append("!"), after=lambda: None)
+    seam = OptimizerHooks(ours.weight, before=lambda: events.append("!"), after=lambda: None)
     del ours
     gc.collect()
     take_step(other, torch.optim.Adam(other.parameters()))
@@ -633,7 +633,7 @@ def test_an_sae_that_is_never_stepped_can_be_freed() -> None:
 @pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}, {"fused": False}])
 def test_seam_respects_a_kernel_the_user_chose(choice: dict[str, bool]) -> None:
     model = two_models()[0]
-    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    seam = OptimizerHooks(model.weight, before=lambda: None, after=lambda: None)
     optimizer = torch.optim.Adam(model.parameters(), **choice)
     take_step(model, optimizer)
     assert seam.optimizer is optimizer
@@ -642,7 +642,7 @@ def test_seam_respects_a_kernel_the_user_chose(choice: dict[str, bool]) -> None:
 
 def test_seam_leaves_other_optimizers_alone() -> None:
     model = two_models()[0]
-    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    seam = OptimizerHooks(model.weight, before=lambda: None, after=lambda: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     take_step(model, optimizer)
     assert seam.optimizer is optimizer
@@ -663,7 +663,7 @@ def test_fused_update_is_the_plain_update(already: int) -> None:
         batches = [torch.randn(11, 7) for _ in range(9)]
         for index, batch in enumerate(batches):
             if kind == "fused" and index == already:
-                seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+                seam = OptimizerHooks(model.weight, before=lambda: None, after=lambda: None)
             optimizer.zero_grad()
             model(batch.to(model.weight.dtype)).pow(2).sum().backward()
             optimizer.step()
@@ -688,7 +688,7 @@ def test_a_matrix_stored_by_column_gets_the_same_update_and_keeps_its_shape() ->
         model = layout(two_models()[0])
         strides = model.weight.stride()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+        seam = OptimizerHooks(model.weight, before=lambda: None, after=lambda: None)
         for _ in range(4):
             take_step(model, optimizer)
         assert seam.optimizer is optimizer and model.weight.stride() == strides
@@ -706,7 +706,7 @@ def test_a_matrix_stored_by_column_gets_the_same_update_and_keeps_its_shape() ->
 
 def test_an_interrupted_step_leaves_parameters_that_can_be_saved() -> None:
     model = by_column(two_models()[0])
-    seam = OptimizerSeam(model.weight, before=lambda: None, after=lambda: None)
+    seam = OptimizerHooks(model.weight, before=lambda: None, after=lambda: None)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     take_step(model, optimizer)
 
@@ -736,7 +736,7 @@ def pre_activations() -> Tensor:
 @pytest.mark.parametrize("asked", [7.0, 31.0, 83.0])
 def test_calibration_gives_the_asked_l0(asked: float) -> None:
     z = pre_activations()
-    found = calibrate(z, asked, bandwidth_in_std=0.7)
+    found = calibrate(z, asked, jumprelu_bandwidth_std=0.7)
     active = (z > found.threshold).sum(0)
     # Each latent fires on its share of the rows, right to the one row that sits on the threshold
     # and the rounding of the rank.
@@ -790,9 +790,9 @@ def test_the_good_config_is_good() -> None:
         ("target_l0", 14),
         ("target_l0", math.nan),
         ("l0_coefficient", math.nan),
-        ("frequency_scale", 0.0),
-        ("frequency_scale", -0.01),
-        ("frequency_scale", math.nan),
+        ("density_penalty_scale", 0.0),
+        ("density_penalty_scale", -0.01),
+        ("density_penalty_scale", math.nan),
         ("matryoshka_widths", []),
         ("matryoshka_widths", [0, 5]),
         ("matryoshka_widths", [5, 5]),
@@ -800,13 +800,13 @@ def test_the_good_config_is_good() -> None:
         ("matryoshka_widths", [2.5]),
         ("aux_loss_coefficient", -0.1),
         ("aux_loss_coefficient", math.nan),
-        ("pre_act_loss_over", "living"),
+        ("pre_act_loss_latents", "living"),
         ("initialization", "random"),
         ("jumprelu_sparsity_loss_mode", "l1"),
         ("units", "rms"),
         ("threshold_parameter", "exp"),
         ("decoder_rows", "unit"),
-        ("step_path", "fast"),
+        ("step_kernel", "fast"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
@@ -843,7 +843,7 @@ def test_quadratic_mode_needs_a_target() -> None:
 def test_a_step_refuses_activations_that_are_not_finite(first: bool, bad: float, path: str) -> None:
     sae = JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(
-            d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_path=path
+            d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations="none", step_kernel=path
         )
     )
     sae.cfg.metadata.hook_name = "blocks.1.hook_mlp_out"
@@ -865,7 +865,7 @@ def test_a_step_refuses_parameters_that_are_not_finite(name: str, path: str) -> 
             jumprelu_init_threshold=0.4,
             jumprelu_bandwidth=0.3,
             normalize_activations="none",
-            step_path=path,
+            step_kernel=path,
         )
     )
     with torch.no_grad():
@@ -903,12 +903,12 @@ def test_the_measured_coefficient_stops_a_common_shift(
         threshold_parameter=parameter,
         units=unit,
         normalize_activations="none",
-        restart_dead_latents=False,
+        resample_dead_latents=False,
     )
     found = []
     for path in ("dense", "sparse"):
         torch.manual_seed(2)
-        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(step_path=path, **cfg))
+        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(step_kernel=path, **cfg))
         assert sae.controller is not None
         sae.train()
 

@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import jumprelu_plugin
-from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.recipes import GEMMA_SCOPE_TRANSCODER
+from jumprelu_plugin.saes.parameters import fold_scales_
 from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
     JumpReLUTrainingTranscoder,
 )
 from jumprelu_plugin.saes.transcoder_config import (
-    JumpReLUSkipTranscoderTrainingConfig,
-    JumpReLUTranscoderTrainingConfig,
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
 )
 from jumprelu_plugin.training.activations.scaler import PairScaler
 
@@ -39,7 +39,7 @@ D_IN, D_OUT, D_SAE, BATCH = 19, 23, 53, 67
 
 
 def make(skip: bool, **fields: Any) -> JumpReLUTrainingTranscoder:
-    config = JumpReLUSkipTranscoderTrainingConfig if skip else JumpReLUTranscoderTrainingConfig
+    config = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
     kind = JumpReLUTrainingSkipTranscoder if skip else JumpReLUTrainingTranscoder
     start = {"target_l0": 5} if "l0_coefficient" not in fields else {}
     widths = {"d_in": D_IN, "d_out": D_OUT, "d_sae": D_SAE}
@@ -124,7 +124,7 @@ def test_gradients_are_the_closed_form(skip: bool, to_input: bool, path: str) ->
         jumprelu_bandwidth=0.83,
         jumprelu_init_threshold=0.6,
         jumprelu_ste_to_input=to_input,
-        step_path=path,
+        step_kernel=path,
         decoder_rows="free",
     )
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_nan_in_the_target_is_reported() -> None:
 
 
 def test_training_starts_at_the_mean_and_aims_the_decoder() -> None:
-    sae = make(False, normalize_activations="none", step_path="dense")
+    sae = make(False, normalize_activations="none", step_kernel="dense")
     rows = batches(1)[0]
     before = sae.W_dec.detach().clone()
     sae.training_forward_pass(TrainStepInput(rows, {"l0": 1.0}, None, 0, False))
@@ -193,7 +193,7 @@ def test_training_starts_at_the_mean_and_aims_the_decoder() -> None:
 
 def trained(steps: int, skip: bool, **scales: float) -> JumpReLUTrainingTranscoder:
     torch.manual_seed(5)
-    sae = make(skip, step_path="sparse")
+    sae = make(skip, step_kernel="sparse")
     trainer_for(sae, steps, **scales).fit()
     return sae.eval()
 
@@ -306,7 +306,7 @@ def of_kind(kind: str, **fields: Any) -> JumpReLUTrainingTranscoder:
         threshold_parameter=theta,
         decoder_rows=rows,
         decoder_init_norm=1.0,
-        step_path="sparse",
+        step_kernel="sparse",
         **fields,
     )
 

@@ -42,20 +42,21 @@ from tiny import (
 from torch import Tensor
 from typer.testing import CliRunner
 
-from jumprelu_plugin import recipes, transcoder_set
-from jumprelu_plugin.cli import app
-from jumprelu_plugin.evaluation import evaluate, evaluate_spliced
-from jumprelu_plugin.layerwise import LayerwiseTrainer
+from jumprelu_plugin import recipes
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.evaluation import evaluate, evaluate_transcoders
 from jumprelu_plugin.saes.transcoder_config import (
-    JumpReLUSkipTranscoderTrainingConfig,
-    JumpReLUTranscoderTrainingConfig,
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
 )
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.transcoder_evaluator import folded_copy
-from jumprelu_plugin.transcoder_memory import transcoder_parameters
-from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+from jumprelu_plugin.transcoders.memory import transcoder_parameters
+from jumprelu_plugin.transcoders.per_layer import run as transcoder_set
+from jumprelu_plugin.transcoders.per_layer.run import TranscoderSettings, train_transcoders
+from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseTrainer
 
 LN, OUT, MID, Z = "ln2.hook_normalized", "hook_mlp_out", "hook_resid_mid", "attn.hook_z"
 POSITIONS = 17
@@ -207,8 +208,8 @@ def runner_config(output: Path, sae: Any, hook_in: str, **changes: Any) -> Any:
     )
 
 
-def transcoder_config(skip: bool = False, **changes: Any) -> JumpReLUTranscoderTrainingConfig:
-    kind = JumpReLUSkipTranscoderTrainingConfig if skip else JumpReLUTranscoderTrainingConfig
+def transcoder_config(skip: bool = False, **changes: Any) -> JumpReLUTrainingTranscoderConfig:
+    kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
     fields = {"d_in": D_MODEL, "d_sae": 59, "target_l0": 7, "hook_name_out": f"blocks.1.{OUT}"}
     return kind(**{**fields, **changes})
 
@@ -290,7 +291,7 @@ def test_recipe_flags_make_the_transcoder_s_config() -> None:
     flags = ["--architecture", "jumprelu", *recipes.GEMMA_SCOPE_TRANSCODER.flags()]
     given = ["--d_in", "33", "--d_sae", "59", "--d_out", "37", "--hook_name_out", "blocks.1.x"]
     cfg: Any = _parse_cfg_args([*flags, *given]).sae
-    assert type(cfg) is JumpReLUTranscoderTrainingConfig
+    assert type(cfg) is JumpReLUTrainingTranscoderConfig
     assert (cfg.d_in, cfg.d_out, cfg.d_sae) == (33, 37, 59)
     assert cfg.hook_name_out == cfg.metadata.hook_name_out == "blocks.1.x"
     expected = recipes.GEMMA_SCOPE_TRANSCODER.sae_config(33, 59)
@@ -306,7 +307,7 @@ def test_recipe_flags_make_the_transcoder_s_config() -> None:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps take one path, whatever they take in time: sums then have one order."""
     recipe = recipes.TRANSCODER
-    fixed = replace(recipe, sae=MappingProxyType({**recipe.sae, "step_path": "sparse"}))
+    fixed = replace(recipe, sae=MappingProxyType({**recipe.sae, "step_kernel": "sparse"}))
     monkeypatch.setitem(recipes.RECIPES, "transcoder", fixed)
 
 
@@ -364,7 +365,7 @@ def test_every_layer_is_watched_and_its_alarm_names_it(
     assert sorted(raised) == names
     said = [record.getMessage() for record in caplog.records]
     for name, line in raised.items():
-        assert line["step"] == 99 and "lower lr" in line["change"]
+        assert line["step"] == 99 and "lower lr" in line["suggestion"]
         assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
     measured = [line for line in lines if "layer_0" in line]
     assert all("health/encoder_growth" in measured[-1][name] for name in names)
@@ -376,7 +377,7 @@ def test_all_layers_stopped_and_resumed_are_the_uninterrupted_run(
 ) -> None:
     said: list[Any] = []
     whole, paused = tmp_path / "whole", tmp_path / "paused"
-    train_transcoders(whole, settings(skip=skip), model=model, dataset=text(), say=said.append)
+    train_transcoders(whole, settings(skip=skip), model=model, dataset=text(), log=said.append)
     assert said and str(said[0]).startswith("memory: ")
     names = [f"layer_{layer}" for layer in range(N_LAYERS)]
     assert sorted(p.name for p in whole.iterdir()) == [*names, "metrics.jsonl", "transcoders.json"]
@@ -470,7 +471,7 @@ def test_a_set_that_cannot_be_trained_is_refused(
 def test_the_chunk_shrinks_to_the_memory(model: Any, tmp_path: Path) -> None:
     said: list[Any] = []
     big = settings(chunk_sequences=100_000, memory_gb=0.002, training_tokens=3 * 41)
-    train_transcoders(tmp_path / "out", big, model=model, dataset=text(), say=said.append)
+    train_transcoders(tmp_path / "out", big, model=model, dataset=text(), log=said.append)
     record = json.loads((tmp_path / "out" / "transcoders.json").read_text())
     assert record["memory_estimate"]["total"] <= 2_000_000
     sae = SAE.load_from_disk(tmp_path / "out" / "layer_1")
@@ -480,9 +481,9 @@ def test_the_chunk_shrinks_to_the_memory(model: Any, tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from jumprelu_plugin.models import load_model
-from jumprelu_plugin.text import tokenized_dataset
-from jumprelu_plugin.transcoder_set import TranscoderSettings, train_transcoders
+from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.transcoders.per_layer.run import TranscoderSettings, train_transcoders
 model = load_model()
 text = tokenized_dataset(model.tokenizer, 128, "train")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -491,7 +492,7 @@ settings = TranscoderSettings(
     layers=(0, 5), d_sae=8192, training_tokens=5 * 2048, batch_tokens=2048,
     chunk_sequences=512, norm_batches=2, checkpoints=0, evaluation_sequences=0,
 )
-train_transcoders(sys.argv[1], settings, model=model, dataset=text, say=said.append)
+train_transcoders(sys.argv[1], settings, model=model, dataset=text, log=said.append)
 print("grew", peak() - before)
 """
 
@@ -534,7 +535,7 @@ def stock_transcoder(layer: int, seed: int) -> JumpReLUSkipTranscoder:
 def test_a_spliced_set_is_what_hooks_by_hand_give(model: Any) -> None:
     transcoders = [stock_transcoder(layer, layer) for layer in range(N_LAYERS)]
     tokens = tiny_tokens(7, 13)
-    found = evaluate_spliced(model, transcoders, tokens, batch_size=3, special_token_ids=[BOS])
+    found = evaluate_transcoders(model, transcoders, tokens, batch_size=3, special_token_ids=[BOS])
 
     kept: dict[int, Tensor] = {}
 
@@ -576,13 +577,13 @@ def test_a_spliced_set_is_what_hooks_by_hand_give(model: Any) -> None:
 def test_sets_that_cannot_be_spliced_are_refused(model: Any) -> None:
     tokens = tiny_tokens(3, 7)
     with pytest.raises(ValueError, match="no transcoders"):
-        evaluate_spliced(model, [], tokens)
+        evaluate_transcoders(model, [], tokens)
     with pytest.raises(ValueError, match="Two transcoders write to one hook"):
-        evaluate_spliced(model, [stock_transcoder(1, 0), stock_transcoder(1, 1)], tokens)
+        evaluate_transcoders(model, [stock_transcoder(1, 0), stock_transcoder(1, 1)], tokens)
     unfolded = stock_transcoder(1, 0)
     unfolded.cfg.normalize_activations = "expected_average_only_in"
     with pytest.raises(ValueError, match="Fold the scale"):
-        evaluate_spliced(model, [unfolded], tokens)
+        evaluate_transcoders(model, [unfolded], tokens)
 
 
 # ---------------------------------------------------------------- the command

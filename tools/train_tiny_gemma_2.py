@@ -1,4 +1,4 @@
-"""Train the small Gemma 2 that ships in `jumprelu_plugin/assets/tiny_gemma_2`.
+"""Train the small Gemma 2 that ships in `jumprelu_plugin/models/tiny_gemma_2`.
 
     python tools/train_tiny_gemma_2.py --work-folder WORK --steps 6000
 
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from jumprelu_plugin.text import Document, token_stream, tokenized_dataset
+from jumprelu_plugin.models.text import Document, token_stream, tokenized_dataset
 
 VOCABULARY = 4096
 CONTEXT = 256

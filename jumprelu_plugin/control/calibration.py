@@ -29,14 +29,14 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    z: Float[Tensor, "batch d_sae"], start_l0: float, bandwidth_in_std: float
+    z: Float[Tensor, "batch d_sae"], start_l0: float, jumprelu_bandwidth_std: float
 ) -> Calibration:
     """θ₀ at the quantile of each latent that makes `start_l0` latents active, ε from z's spread.
 
     Args:
         z: pre-activations of one batch at initialisation.
         start_l0: how many latents of a token should be active at the start.
-        bandwidth_in_std: ε as a multiple of the standard deviation of z.
+        jumprelu_bandwidth_std: ε as a multiple of the standard deviation of z.
 
     Raises:
         ValueError: the pre-activations are not finite, or all the same.
@@ -54,7 +54,7 @@ def calibrate(
     rank = min(max(1, round(share * batch)), batch - 1)
     # Between two pre-activations: on one, the order of a sum would decide which side it is on.
     threshold = z.topk(rank + 1, dim=0).values[-2:].mean(0).clamp_min(0.0)
-    return Calibration(threshold, bandwidth_in_std * spread)
+    return Calibration(threshold, jumprelu_bandwidth_std * spread)
 
 
 @torch.no_grad()

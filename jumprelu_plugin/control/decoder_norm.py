@@ -24,7 +24,7 @@ def remove_parallel_gradient_(
 
 
 @torch.no_grad()
-def normalise_rows_(W_dec: Float[Tensor, "d_sae d_out"]) -> None:
+def normalize_rows_(W_dec: Float[Tensor, "d_sae d_out"]) -> None:
     """In place, give every row unit norm; a row of zeros stays zero."""
     for piece in _in_pieces(W_dec):
         norms = torch.linalg.vector_norm(piece, dim=1, keepdim=True)

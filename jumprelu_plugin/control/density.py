@@ -22,7 +22,7 @@ RATE = 0.3
 TENSOR_NAME = "frequency_prices"
 
 
-class FrequencyPrices:
+class DensityMultipliers:
     """The price μ_i of each latent's firings, [d_sae], in units of λ.
 
     Args:

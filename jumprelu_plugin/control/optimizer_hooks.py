@@ -1,7 +1,7 @@
 """A seam to the optimiser that SAELens' trainer builds, without touching the trainer.
 
 The trainer makes a plain `torch.optim.Adam` over the SAE's parameters and never shows it to the
-SAE. PyTorch lets anyone listen to every optimiser's steps; `OptimizerSeam` listens until an
+SAE. PyTorch lets anyone listen to every optimiser's steps; `OptimizerHooks` listens until an
 optimiser that holds the SAE's parameters makes its first step, then listens to that one alone.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
-class OptimizerSeam:
+class OptimizerHooks:
     """Finds the optimiser of a set of parameters at its first step and runs callbacks around steps.
 
     Args:
@@ -40,7 +40,7 @@ class OptimizerSeam:
         self._after = _held_weakly(after)
         self._fuse = fuse
         self._turned: list[nn.Parameter] = []
-        self._search = register_optimizer_step_pre_hook(_weakly(self, OptimizerSeam._look_at))
+        self._search = register_optimizer_step_pre_hook(_weakly(self, OptimizerHooks._look_at))
         # Nobody can step parameters that are gone.
         weakref.finalize(owned, self._search.remove)
 
@@ -124,7 +124,7 @@ def _turn(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
             state[name] = value.t()
 
 
-def _weakly(seam: OptimizerSeam, method: Callable[..., None]) -> Callable[..., None]:
+def _weakly(seam: OptimizerHooks, method: Callable[..., None]) -> Callable[..., None]:
     """A step hook that does not keep the seam alive."""
     reference = weakref.ref(seam)
 

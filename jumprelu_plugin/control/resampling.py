@@ -34,7 +34,7 @@ REST = 0.1
 LONGEST_REST = 4
 # No restart below this share of the highest learning rate: the latent could no longer learn, and
 # its firings count against the L0 that the others need (docs/results.md).
-RESTART_ABOVE_RATE = 0.1
+RESAMPLE_ABOVE_LR = 0.1
 # Tokens looked at for each that is taken, and the exponent of `unexplained` in the choice.
 CANDIDATES = 4
 PREFERENCE_FOR_NEW = 6
@@ -99,11 +99,11 @@ class FiringRecord:
         allowed = (REST * self.lived).clamp(patience, LONGEST_REST * patience)
         return self.silent >= allowed
 
-    def may_restart(self, optimizer: torch.optim.Optimizer) -> bool:
+    def may_resample(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the learning rate is still high enough for a latent to learn anything."""
         rate = max(group["lr"] for group in optimizer.param_groups)
         self.peak_rate = max(self.peak_rate, rate)
-        return rate >= RESTART_ABOVE_RATE * self.peak_rate
+        return rate >= RESAMPLE_ABOVE_LR * self.peak_rate
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside `tensors`."""
@@ -168,7 +168,7 @@ def unexplained(
 
 
 @torch.no_grad()
-def restart_dead_(
+def resample_dead_(
     sae: nn.Module,
     firing: FiringRecord,
     patience: int,
@@ -181,17 +181,17 @@ def restart_dead_(
     """Look for dead latents and start each again where the residual of a batch is large.
 
     Args:
-        sae: as for `restart_`.
+        sae: as for `resample_`.
         patience: steps of silence that a new latent is allowed.
         inputs, residual: of one batch.
-        aim: given inputs, residual and the tokens drawn, the new encoders and their centre.
+        aim: given inputs, residual and the tokens drawn, the new encoders and their center.
         seed: of the draw; another for each layer, or all would start from the same tokens.
     """
     firing.checked = firing.steps
     dead = firing.dead(patience)
     latents, tokens = draw(dead, residual, sae.W_dec, seed)  # type: ignore[arg-type]
-    encoders, centre = aim(inputs, residual, tokens)
-    restart_(sae, latents, encoders, residual[tokens], centre, ~dead, optimizer)
+    encoders, center = aim(inputs, residual, tokens)
+    resample_(sae, latents, encoders, residual[tokens], center, ~dead, optimizer)
     firing.silent[latents] = firing.lived[latents] = 0
 
 
@@ -207,12 +207,12 @@ def unusual_inputs(
 
 
 @torch.no_grad()
-def restart_(
+def resample_(
     sae: nn.Module,
     latents: Int[Tensor, " n"],
     encoders: Float[Tensor, "n d_in"],
     decoders: Float[Tensor, "n d_out"],
-    centre: Float[Tensor, " d_in"],
+    center: Float[Tensor, " d_in"],
     living: Bool[Tensor, " d_sae"],
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
@@ -220,7 +220,7 @@ def restart_(
 
     Args:
         sae: has W_enc, b_enc, W_dec and threshold, plain or parametrized (`control.units`).
-        centre: the encoder's input that gives the restarted latents z = 0.
+        center: the encoder's input that gives the restarted latents z = 0.
         living: latents to measure norms, threshold and Adam's second moment on; all of them if
             none is alive.
         optimizer: Adam's first moment for these latents is set to 0, the second to the living
@@ -238,7 +238,7 @@ def restart_(
     W_enc[:, latents] = encoders.t()
     W_dec[latents] = (decoder_norm * functional.normalize(decoders, dim=1)).to(W_dec.dtype)
     threshold[latents] = THRESHOLD_SHARE * threshold[living].median()
-    b_enc[latents] = -(encoders @ centre.to(W_enc.dtype)).to(b_enc.dtype)
+    b_enc[latents] = -(encoders @ center.to(W_enc.dtype)).to(b_enc.dtype)
     set_value(sae, "threshold", threshold)
     set_value(sae, "b_enc", b_enc)
     if optimizer is None:

@@ -3,7 +3,7 @@
 from jumprelu_plugin.evaluation.loss import LanguageModelLoss, delta_lm_loss, evaluated_positions
 from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
 from jumprelu_plugin.evaluation.report import Evaluation, evaluate
-from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_spliced
+from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_transcoders
 
 __all__ = [
     "Evaluation",
@@ -13,6 +13,6 @@ __all__ = [
     "StreamingMetrics",
     "delta_lm_loss",
     "evaluate",
-    "evaluate_spliced",
+    "evaluate_transcoders",
     "evaluated_positions",
 ]

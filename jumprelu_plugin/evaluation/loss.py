@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from jumprelu_plugin.hooks import attached, flat_heads, flat_input, require_folded
+from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, require_folded
 
 # Latents are dense on this many tokens at once: 2 GB in float32 at a width of 131,072.
 _TOKENS_PER_ENCODE = 4096

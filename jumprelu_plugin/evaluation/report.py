@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jumprelu_plugin.evaluation.loss import delta_lm_loss
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.hooks import hook_point, sae_sites
+from jumprelu_plugin.models.hooks import hook_point, sae_sites
 from jumprelu_plugin.records import provenance as current_provenance
 from jumprelu_plugin.records import write_json
 

@@ -29,7 +29,7 @@ from jumprelu_plugin.evaluation.loss import (
 )
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.evaluation.report import _special_token_ids
-from jumprelu_plugin.hooks import attached, flat_heads, require_folded, sae_sites
+from jumprelu_plugin.models.hooks import attached, flat_heads, require_folded, sae_sites
 from jumprelu_plugin.records import write_json
 
 
@@ -94,7 +94,7 @@ class SplicedSet:
 
 
 @torch.no_grad()
-def evaluate_spliced(
+def evaluate_transcoders(
     model: Any,
     transcoders: Sequence[Any],
     tokens: Int[Tensor, "sequences positions"],

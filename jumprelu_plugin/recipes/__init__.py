@@ -24,7 +24,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
@@ -35,7 +35,7 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def transcoder_recipe(name: str) -> TranscoderRecipe:
+def get_transcoder_recipe(name: str) -> TranscoderRecipe:
     """The transcoders' recipe of that name.
 
     Raises:
@@ -60,6 +60,6 @@ __all__ = [
     "TRANSCODER",
     "Recipe",
     "TranscoderRecipe",
-    "recipe",
-    "transcoder_recipe",
+    "get_recipe",
+    "get_transcoder_recipe",
 ]

@@ -20,13 +20,13 @@ ANTHROPIC_2025 = Recipe(
         "jumprelu_tanh_scale": 4.0,
         "jumprelu_ste_to_input": True,  # to all parameters
         "pre_act_loss_coefficient": 3e-6,
-        "pre_act_loss_over": "all",  # SAELens' own takes dead latents alone
+        "pre_act_loss_latents": "all",  # SAELens' own takes dead latents alone
         "decoder_rows": "free",
         "initialization": "uniform",  # W_dec, W_enc, and b_enc from the first batch
         "apply_b_dec_to_input": False,  # f = JumpReLU(W_enc x + b_enc)
         # With target_l0, nothing that our own config adds.
-        "restart_dead_latents": False,
-        "matryoshka_weight": 0.0,
+        "resample_dead_latents": False,
+        "matryoshka_loss_weight": 0.0,
     },
     runner={
         "lr": 2e-4,

@@ -11,7 +11,7 @@ DEFAULT = Recipe(
     "unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when only target_l0 "
     "is given; for text, the recipe adds a ceiling of 6 % on how often a latent fires.",
     sae={
-        "frequency_ceiling": 0.06,  # docs/results.md
+        "max_latent_density": 0.06,  # docs/results.md
     },
     runner={
         "lr": 3e-3,  # docs/results.md

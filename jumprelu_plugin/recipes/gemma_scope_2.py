@@ -19,9 +19,9 @@ GEMMA_SCOPE_2 = Recipe(
         # 6e-4 = λ · 4 · 0.05.
         "l0_coefficient": 3e-3,
         "l0_warm_up_steps": 50_000,  # report
-        # The report says that there is such a penalty. The form (objective.WithFrequency) and w₀
+        # The report says that there is such a penalty. The form (objective.WithDensityPenalty) and w₀
         # are those of its authors' progress update of March 2025.
-        "frequency_scale": 0.01,
+        "density_penalty_scale": 0.01,
     },
     runner=GEMMA_SCOPE.runner,  # report: same
     # The report says Matryoshka, not how. These are Bussmann et al.'s (arXiv 2503.17547): blocks of

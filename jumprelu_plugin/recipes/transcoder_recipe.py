@@ -9,26 +9,26 @@ from typing_extensions import override
 
 from jumprelu_plugin.recipes.recipe import Recipe
 from jumprelu_plugin.saes.transcoder_config import (
-    JumpReLUSkipTranscoderTrainingConfig,
-    JumpReLUTranscoderTrainingConfig,
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
 )
 
 
 @dataclass(frozen=True)
 class TranscoderRecipe(Recipe):
-    """A way to train a transcoder; `sae` holds fields of `JumpReLUTranscoderTrainingConfig`."""
+    """A way to train a transcoder; `sae` holds fields of `JumpReLUTrainingTranscoderConfig`."""
 
     @override
     def sae_config(
         self, d_in: int, d_sae: int, *, skip: bool = False, **changes: Any
-    ) -> JumpReLUTranscoderTrainingConfig:
+    ) -> JumpReLUTrainingTranscoderConfig:
         """The transcoder's config for these widths; `changes` override fields of the recipe.
 
         Args:
             skip: with a linear map from input to output.
             changes: `d_out` and `hook_name_out` among them.
         """
-        kind = JumpReLUSkipTranscoderTrainingConfig if skip else JumpReLUTranscoderTrainingConfig
+        kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
         fields = {**self.sae, **self.for_width(d_sae), **changes}
         return kind(d_in=d_in, d_sae=d_sae, **fields)
 

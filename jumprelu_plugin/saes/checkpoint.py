@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jumprelu_plugin.control.density import FrequencyPrices
+from jumprelu_plugin.control.density import DensityMultipliers
 from jumprelu_plugin.control.l0 import L0Controller
 from jumprelu_plugin.control.resampling import FiringRecord
 
@@ -42,7 +42,7 @@ class Checkpoint:
         self,
         controller: L0Controller | None,
         firing: FiringRecord | None,
-        prices: FrequencyPrices | None,
+        prices: DensityMultipliers | None,
     ) -> None:
         """Hand their state back to those that there are."""
         if controller is not None and self.controller is not None:
@@ -59,7 +59,7 @@ def write(
     stored: Mapping[str, Tensor],
     controller: L0Controller | None,
     firing: FiringRecord | None,
-    prices: FrequencyPrices | None,
+    prices: DensityMultipliers | None,
 ) -> None:
     """Add the two files to a checkpoint; the one with tensors only if there are any."""
     tensors = {

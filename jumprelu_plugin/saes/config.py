@@ -17,8 +17,8 @@ import sae_lens
 from typing_extensions import override
 
 from jumprelu_plugin.control.units import INPUT_UNITS
-from jumprelu_plugin.objective import SPARSITY_MODES
 from jumprelu_plugin.step.choose import PATHS
+from jumprelu_plugin.step.losses import SPARSITY_MODES
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
@@ -51,10 +51,10 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
         normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
-        frequency_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
+        density_penalty_scale: w₀. The sparsity term, whatever its mode, gains Σ_i f_i²/w₀, f_i the share
             of the batch's tokens on which latent i fires: no latent then stays on much of the text.
             Published with 0.01. None leaves it out.
-        frequency_ceiling: the share of tokens on which a latent is to fire at most. What the
+        max_latent_density: the share of tokens on which a latent is to fire at most. What the
             firings of a latent above it cost rises until it keeps to it (`control.density`). The
             recipe `default`, made for text, has one. None is no ceiling. A steered training raises
             it to twice the mean frequency, and has none where 1.5 times the mean is above what is
@@ -62,16 +62,16 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         matryoshka_widths: the first m latents also have to rebuild the input on their own, for each
             m here (arXiv 2503.17547); the whole dictionary need not be listed. None means 1/32,
             1/16 and 1/8 of it in a steered training, and the whole dictionary alone otherwise.
-        matryoshka_weight: what the mean of the inner dictionaries' errors weighs beside the whole
+        matryoshka_loss_weight: what the mean of the inner dictionaries' errors weighs beside the whole
             one's. None means 0.5, less where L0 is more than 1/64 of the dictionary; or, if
             `matryoshka_widths` are given, their number, which makes the error the published mean.
             0 leaves the inner dictionaries out.
-        outlier_norm: the squared error of a token longer than this many times the batch's median
-            norm counts as if it were that long (`objective.worth_of_tokens`). None means 10 in an
+        outlier_norm_ratio: the squared error of a token longer than this many times the batch's median
+            norm counts as if it were that long (`objective.token_weights`). None means 10 in an
             SAE's steered training, and no limit otherwise. 0 is no limit.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
-        pre_act_loss_over: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
+        pre_act_loss_latents: which latents `pre_act_loss_coefficient` pulls towards firing: `dead`
             ones, as in SAELens, or `all`, as published.
         initialization: `saelens`, or `uniform`, Anthropic's of January 2025: W_dec uniform in
             ±1/√d_in whatever `decoder_init_norm`, W_enc = d_in/d_sae · W_decᵀ, and, from the first
@@ -81,14 +81,14 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         threshold_parameter: train θ itself, as SAELens does, or log θ, as the paper does.
         decoder_rows: `free`, as in SAELens, or `unit_norm`, as in the paper. None means unit norm
             in a steered training, free otherwise.
-        step_path: how a step is computed (`step.choose`). `auto` times the ways there are and takes
+        step_kernel: how a step is computed (`step.choose`). `auto` times the ways there are and takes
             the fastest; all give the same numbers.
-        start_l0_ratio, l0_settle_steps: a steered training starts at `start_l0_ratio` times the
+        target_l0_start_ratio, target_l0_warm_up_steps: a steered training starts at `target_l0_start_ratio` times the
             target and comes down to it over this many steps. By default it asks for the target at
             once.
-        bandwidth_in_std: where ε is taken from the data, how many standard deviations of the
+        jumprelu_bandwidth_std: where ε is taken from the data, how many standard deviations of the
             pre-activations.
-        restart_dead_latents: start dead latents again from residuals (`control.resampling`). None
+        resample_dead_latents: start dead latents again from residuals (`control.resampling`). None
             means in a steered training.
     """
 
@@ -99,71 +99,71 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
     l0_coefficient: float | None = None  # type: ignore[assignment]
     jumprelu_ste_to_input: bool = True
-    frequency_scale: float | None = None
-    frequency_ceiling: float | None = None
+    density_penalty_scale: float | None = None
+    max_latent_density: float | None = None
     matryoshka_widths: list[int] | None = None
-    matryoshka_weight: float | None = None
-    outlier_norm: float | None = None
+    matryoshka_loss_weight: float | None = None
+    outlier_norm_ratio: float | None = None
     aux_loss_coefficient: float | None = None
-    pre_act_loss_over: Literal["dead", "all"] = "dead"
+    pre_act_loss_latents: Literal["dead", "all"] = "dead"
     initialization: Literal["saelens", "uniform"] = "saelens"
     units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
     threshold_parameter: Literal["raw", "log"] = "raw"
     decoder_rows: Literal["free", "unit_norm"] | None = None
-    step_path: Literal["auto", "sparse", "screened", "dense"] = "auto"
-    start_l0_ratio: float = 1.0
-    l0_settle_steps: int = 0
-    bandwidth_in_std: float = 1.0
-    restart_dead_latents: bool | None = None
+    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
+    target_l0_start_ratio: float = 1.0
+    target_l0_warm_up_steps: int = 0
+    jumprelu_bandwidth_std: float = 1.0
+    resample_dead_latents: bool | None = None
 
     @property
-    def steers_l0(self) -> bool:
+    def controls_l0(self) -> bool:
         """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
 
     @property
-    def nests_by_default(self) -> bool:
+    def matryoshka_by_default(self) -> bool:
         """Whether there are inner dictionaries without being asked for."""
-        return self.steers_l0
+        return self.controls_l0
 
     @property
     def limits_outliers_by_default(self) -> bool:
         """Whether there is a limit on what a token counts without being asked for."""
-        return self.steers_l0
+        return self.controls_l0
 
     @property
-    def inner_widths(self) -> list[int]:
+    def prefix_widths(self) -> list[int]:
         """Widths of the nested dictionaries but the whole one; empty where there are none."""
-        if self.matryoshka_weight == 0:
+        if self.matryoshka_loss_weight == 0:
             return []
         if self.matryoshka_widths is not None:
             return [width for width in self.matryoshka_widths if width < self.d_sae]
-        if not self.nests_by_default:
+        if not self.matryoshka_by_default:
             return []
         return sorted({self.d_sae // part for part in INNER_PARTS} - {0})
 
     @property
-    def inner_weight(self) -> float:
+    def prefix_loss_weight(self) -> float:
         """What the mean of the inner dictionaries' errors weighs beside the whole one's."""
-        if self.matryoshka_weight is not None:
-            return self.matryoshka_weight
+        if self.matryoshka_loss_weight is not None:
+            return self.matryoshka_loss_weight
         if self.matryoshka_widths is not None:
-            return float(len(self.inner_widths))
+            return float(len(self.prefix_widths))
         density = (self.target_l0 or 0) / self.d_sae
         return INNER_WEIGHT * min(1.0, DENSITY_OF_FULL_WEIGHT / max(density, 1e-12)) ** 2
 
     @property
-    def longest_token(self) -> float | None:
+    def outlier_norm_limit(self) -> float | None:
         """Times the median norm: longer tokens' errors count as if they were that long, or None."""
-        if self.outlier_norm is None:
+        if self.outlier_norm_ratio is None:
             return OUTLIER_NORM if self.limits_outliers_by_default else None
-        return self.outlier_norm or None
+        return self.outlier_norm_ratio or None
 
     @property
     def ceiling(self) -> float | None:
         """The share of tokens on which a latent is to fire at most, or None."""
-        ceiling, mean = self.frequency_ceiling, (self.target_l0 or 0) / self.d_sae
-        if ceiling is None or not self.steers_l0:
+        ceiling, mean = self.max_latent_density, (self.target_l0 or 0) / self.d_sae
+        if ceiling is None or not self.controls_l0:
             return ceiling
         return None if LEAST_ROOM * mean > ceiling else max(ceiling, ROOM_UNDER_CEILING * mean)
 
@@ -171,13 +171,15 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     def unit_norm_decoder(self) -> bool:
         """Whether decoder rows are held at unit norm."""
         if self.decoder_rows is None:
-            return self.steers_l0
+            return self.controls_l0
         return self.decoder_rows == "unit_norm"
 
     @property
-    def restarts_dead_latents(self) -> bool:
+    def resamples_dead_latents(self) -> bool:
         """Whether dead latents are started again."""
-        return self.steers_l0 if self.restart_dead_latents is None else self.restart_dead_latents
+        return (
+            self.controls_l0 if self.resample_dead_latents is None else self.resample_dead_latents
+        )
 
     @override
     @classmethod
@@ -218,21 +220,21 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
                 f"{field} is {value}; it must be greater than 0 (leave it out in "
                 "jumprelu_plugin.JumpReLUTrainingSAEConfig to take it from the data)"
             )
-    for field in ("start_l0_ratio", "bandwidth_in_std"):
+    for field in ("target_l0_start_ratio", "jumprelu_bandwidth_std"):
         value = getattr(cfg, field)
         if not 0 < value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number greater than 0")
-    if cfg.frequency_scale is not None and not 0 < cfg.frequency_scale < math.inf:
+    if cfg.density_penalty_scale is not None and not 0 < cfg.density_penalty_scale < math.inf:
         raise ValueError(
-            f"frequency_scale is {cfg.frequency_scale}; it must be a finite number greater than 0 "
+            f"density_penalty_scale is {cfg.density_penalty_scale}; it must be a finite number greater than 0 "
             "(0.01 as published), or None for no frequency penalty"
         )
-    if cfg.frequency_ceiling is not None and not 0 < cfg.frequency_ceiling <= 1:
+    if cfg.max_latent_density is not None and not 0 < cfg.max_latent_density <= 1:
         raise ValueError(
-            f"frequency_ceiling is {cfg.frequency_ceiling}; it must be a share of the tokens, "
+            f"max_latent_density is {cfg.max_latent_density}; it must be a share of the tokens, "
             "greater than 0 and at most 1, or None for no ceiling"
         )
-    for field in ("matryoshka_weight", "outlier_norm"):
+    for field in ("matryoshka_loss_weight", "outlier_norm_ratio"):
         value = getattr(cfg, field)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{field} is {value}; it must be a finite number, 0 or more, or None")
@@ -263,26 +265,31 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
             "initialization is 'uniform' and jumprelu_init_threshold is None: biases are set for "
             "a known threshold; give one (0.1 as published)"
         )
-    if cfg.l0_settle_steps < 0:
-        raise ValueError(f"l0_settle_steps is {cfg.l0_settle_steps}; it must be 0 or more")
+    if cfg.target_l0_warm_up_steps < 0:
+        raise ValueError(
+            f"target_l0_warm_up_steps is {cfg.target_l0_warm_up_steps}; it must be 0 or more"
+        )
     if cfg.target_l0 is not None and not 0 < cfg.target_l0 <= cfg.d_sae:
         raise ValueError(
             f"target_l0 is {cfg.target_l0}; it must be greater than 0 and at most d_sae, "
             f"which is {cfg.d_sae}"
         )
-    if cfg.start_l0_ratio < 1 or cfg.start_l0_ratio * (cfg.target_l0 or 1) > cfg.d_sae:
+    if (
+        cfg.target_l0_start_ratio < 1
+        or cfg.target_l0_start_ratio * (cfg.target_l0 or 1) > cfg.d_sae
+    ):
         raise ValueError(
-            f"start_l0_ratio is {cfg.start_l0_ratio}; it must be at least 1, and times target_l0 "
+            f"target_l0_start_ratio is {cfg.target_l0_start_ratio}; it must be at least 1, and times target_l0 "
             f"({cfg.target_l0}) at most d_sae ({cfg.d_sae})"
         )
     choices = {
         "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
-        "pre_act_loss_over": ("dead", "all"),
+        "pre_act_loss_latents": ("dead", "all"),
         "initialization": ("saelens", "uniform"),
         "units": INPUT_UNITS,
         "threshold_parameter": ("raw", "log"),
         "decoder_rows": (None, "free", "unit_norm"),
-        "step_path": PATHS,
+        "step_kernel": PATHS,
     }
     for field, allowed in choices.items():
         if getattr(cfg, field) not in allowed:

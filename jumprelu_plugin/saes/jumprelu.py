@@ -20,11 +20,11 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from jumprelu_plugin.control.calibration import calibrate, raise_to_fire
-from jumprelu_plugin.control.decoder_norm import normalise_rows_, remove_parallel_gradient_
-from jumprelu_plugin.control.density import FrequencyPrices
+from jumprelu_plugin.control.decoder_norm import normalize_rows_, remove_parallel_gradient_
+from jumprelu_plugin.control.density import DensityMultipliers
 from jumprelu_plugin.control.l0 import L0Controller
-from jumprelu_plugin.control.optimizer_hooks import OptimizerSeam
-from jumprelu_plugin.control.resampling import FiringRecord, patience, restart_dead_
+from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
+from jumprelu_plugin.control.resampling import FiringRecord, patience, resample_dead_
 from jumprelu_plugin.control.units import (
     LogParameter,
     ScaledParameter,
@@ -32,15 +32,6 @@ from jumprelu_plugin.control.units import (
     set_value,
     stored,
     units,
-)
-from jumprelu_plugin.objective import (
-    AuxiliaryLoss,
-    PreActivationLoss,
-    Step,
-    reconstruction,
-    sparsity_term,
-    threshold_slopes,
-    worth_of_tokens,
 )
 from jumprelu_plugin.saes import checkpoint
 from jumprelu_plugin.saes.config import (
@@ -50,9 +41,18 @@ from jumprelu_plugin.saes.config import (
     with_our_fields,
 )
 from jumprelu_plugin.step.choose import PathChoice
+from jumprelu_plugin.step.dense import DenseEntries, encode_dense
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
-from jumprelu_plugin.step.reference import DenseEntries, encode_dense
+from jumprelu_plugin.step.losses import (
+    AuxiliaryLoss,
+    PreActivationLoss,
+    Step,
+    reconstruction,
+    sparsity_term,
+    threshold_slopes,
+    token_weights,
+)
 from jumprelu_plugin.step.sparse import encode_sparse
 
 # Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
@@ -93,23 +93,23 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             cfg.jumprelu_sparsity_loss_mode,
             target_l0=_quadratic_centre(cfg),
             tanh_scale=cfg.jumprelu_tanh_scale,
-            frequency_scale=cfg.frequency_scale,
-            frequency_ceiling=cfg.ceiling,
+            density_penalty_scale=cfg.density_penalty_scale,
+            max_latent_density=cfg.ceiling,
         )
         self.controller = (
-            L0Controller(cfg.target_l0, cfg.start_l0_ratio, cfg.l0_settle_steps)
-            if cfg.steers_l0 and cfg.target_l0 is not None
+            L0Controller(cfg.target_l0, cfg.target_l0_start_ratio, cfg.target_l0_warm_up_steps)
+            if cfg.controls_l0 and cfg.target_l0 is not None
             else None
         )
-        self._prices = None if cfg.ceiling is None else FrequencyPrices(cfg.d_sae, cfg.ceiling)
+        self._prices = None if cfg.ceiling is None else DensityMultipliers(cfg.d_sae, cfg.ceiling)
         known = start is not None and cfg.jumprelu_bandwidth is not None
         self._calibrated = known and cfg.initialization == "saelens"
         self._has_loaded_weights = False
-        self._seam: OptimizerSeam | None = None
-        self._path = PathChoice(cfg.step_path)
+        self._seam: OptimizerHooks | None = None
+        self._path = PathChoice(cfg.step_kernel)
         self._density = 1.0
         self._measured: tuple[float, Tensor] | None = None  # L0 and its slope, of this step
-        self._firing = FiringRecord(cfg.d_sae) if cfg.restarts_dead_latents else None
+        self._firing = FiringRecord(cfg.d_sae) if cfg.resamples_dead_latents else None
         self._latest: tuple[Tensor, Tensor] | None = None  # encoder input and residual
         self._parametrize()
 
@@ -121,7 +121,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if self.cfg.initialization == "uniform":
             nn.init.uniform_(self.W_dec.data, -(self.cfg.d_in**-0.5), self.cfg.d_in**-0.5)
         if self.cfg.unit_norm_decoder:
-            normalise_rows_(self.W_dec.data)
+            normalize_rows_(self.W_dec.data)
             self.W_enc.data = self.W_dec.data.t().clone()
         if self.cfg.initialization == "uniform":
             self.W_enc.data = self.cfg.d_in / self.cfg.d_sae * self.W_dec.data.t()
@@ -190,7 +190,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         assert bandwidth is not None  # set by the first step at the latest
         to_input = self.cfg.jumprelu_ste_to_input
 
-        x = _full_precision(self._normalised_input(sae_in))
+        x = _full_precision(self._normalized_input(sae_in))
         b_pre = b_dec if self.cfg.apply_b_dec_to_input else None
         entries = self._encode(x, W_enc, b_enc, b_pre, threshold, bandwidth)
         theta = entries.per_latent(threshold)
@@ -199,10 +199,10 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             activations = self.hook_sae_acts_post(activations)
         offset = self._decoder_offset(x, b_dec)
         target = _full_precision(target)
-        limit = self.cfg.longest_token
-        worth = None if limit is None else worth_of_tokens(target, limit)
+        limit = self.cfg.outlier_norm_limit
+        worth = None if limit is None else token_weights(target, limit)
         inner = None
-        if widths := self.cfg.inner_widths:
+        if widths := self.cfg.prefix_widths:
             sought, unit = self._as_decoded(target)
             unit = unit if worth is None else unit * worth
             decoded, inner = entries.nested(activations, W_dec, offset, sought, unit, widths)
@@ -272,13 +272,13 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         losses = {"mse_loss": reconstruction(x_hat, target, worth), "l0_loss": sparsity}
         if inner is not None:
             # Weights that sum to 1: λ keeps the meaning it has without nested dictionaries.
-            whole = 1 / (1 + cfg.inner_weight)
-            share = whole * cfg.inner_weight / len(inner)
+            whole = 1 / (1 + cfg.prefix_loss_weight)
+            share = whole * cfg.prefix_loss_weight / len(inner)
             losses["mse_loss"] = whole * losses["mse_loss"]
-            for width, error in zip(cfg.inner_widths, inner.unbind(), strict=True):
+            for width, error in zip(cfg.prefix_widths, inner.unbind(), strict=True):
                 losses[f"inner_mse_loss_{width}"] = share * error
         if cfg.pre_act_loss_coefficient is not None:
-            pre_act = PreActivationLoss(cfg.pre_act_loss_over)(step)
+            pre_act = PreActivationLoss(cfg.pre_act_loss_latents)(step)
             losses["pre_act_loss"] = cfg.pre_act_loss_coefficient * pre_act
         if cfg.aux_loss_coefficient is not None:
             auxiliary = AuxiliaryLoss()(step, (target - x_hat).flatten(1))
@@ -365,7 +365,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         return any(len(p._forward_hooks) or len(p._backward_hooks) for p in points)
 
-    def _normalised_input(self, sae_in: Tensor) -> Tensor:
+    def _normalized_input(self, sae_in: Tensor) -> Tensor:
         """`process_sae_in` up to the subtraction of b_dec, which belongs to the step."""
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(x)
@@ -398,7 +398,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         if self._seam is not None:
             self._seam.settle()
         elif self.training:
-            self._seam = OptimizerSeam(
+            self._seam = OptimizerHooks(
                 self.W_dec, before=self._gradients_ready, after=self._parameters_moved
             )
             if self.cfg.unit_norm_decoder:
@@ -408,12 +408,12 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
-        sample = _full_precision(self._normalised_input(x))
+        sample = _full_precision(self._normalized_input(x))
         if not torch.isfinite(sample).all():
             self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
-        if (limit := self.cfg.longest_token) is not None:
+        if (limit := self.cfg.outlier_norm_limit) is not None:
             # One outlier in the batch would widen every latent's spread, and with it ε.
-            sample = sample[worth_of_tokens(sample, limit) == 1]
+            sample = sample[token_weights(sample, limit) == 1]
         if self.cfg.apply_b_dec_to_input:
             if not self._has_loaded_weights:
                 set_value(self, "b_dec", sample.mean(0))
@@ -424,7 +424,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             set_value(self, "b_enc", self.b_enc + raised)
             z = z + raised
         start_l0 = 0.05 * self.cfg.d_sae if self.controller is None else self.controller.aim()
-        found = calibrate(z, start_l0, self.cfg.bandwidth_in_std)
+        found = calibrate(z, start_l0, self.cfg.jumprelu_bandwidth_std)
         if self.cfg.jumprelu_init_threshold is None and not self._has_loaded_weights:
             set_value(self, "threshold", found.threshold)
         if self.bandwidth is None:
@@ -443,7 +443,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     def _parameters_moved(self) -> None:
         if self.cfg.unit_norm_decoder:
-            normalise_rows_(self.W_dec.data)
+            normalize_rows_(self.W_dec.data)
         if self.controller is not None and self._measured is not None:
             assert self.bandwidth is not None
             shift = self.controller.shift(*self._measured, self.bandwidth)
@@ -458,12 +458,12 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
 
     def _restart_dead_latents(self, firing: FiringRecord) -> None:
         optimizer = None if self._seam is None else self._seam.optimizer
-        if optimizer is None or not firing.may_restart(optimizer) or self._latest is None:
+        if optimizer is None or not firing.may_resample(optimizer) or self._latest is None:
             return
         x, residual = self._latest
         self._latest = None
         wait = self._patience(len(x))
-        restart_dead_(
+        resample_dead_(
             self, firing, wait, x, residual, self._restart_encoders, optimizer, seed=firing.steps
         )
 
@@ -471,8 +471,8 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         self, x: Tensor, residual: Tensor, tokens: Tensor
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]]:
         """Directions in which restarted latents look, and the input that gives them z = 0."""
-        centre = torch.zeros_like(x[0]) if self.cfg.apply_b_dec_to_input else x.mean(0)
-        return residual[tokens], centre
+        center = torch.zeros_like(x[0]) if self.cfg.apply_b_dec_to_input else x.mean(0)
+        return residual[tokens], center
 
     # ---------------------------------------------------------------- inference on the training SAE
 
@@ -554,7 +554,7 @@ def _quadratic_centre(cfg: JumpReLUTrainingSAEConfig) -> float | None:
     """
     if cfg.target_l0 is None:
         return None
-    return 0.5 * cfg.target_l0 if cfg.steers_l0 else cfg.target_l0
+    return 0.5 * cfg.target_l0 if cfg.controls_l0 else cfg.target_l0
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

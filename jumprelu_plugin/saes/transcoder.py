@@ -19,14 +19,14 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jumprelu_plugin.control.decoder_norm import normalise_rows_
+from jumprelu_plugin.control.decoder_norm import normalize_rows_
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.units import set_value
-from jumprelu_plugin.parameters import fold_scales_
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.saes.parameters import fold_scales_
 from jumprelu_plugin.saes.transcoder_config import (
-    JumpReLUSkipTranscoderTrainingConfig,
-    JumpReLUTranscoderTrainingConfig,
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
     check_transcoder,
 )
 
@@ -43,9 +43,9 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
             another width or hold NaN or infinite values.
     """
 
-    cfg: JumpReLUTranscoderTrainingConfig  # type: ignore[assignment]
+    cfg: JumpReLUTrainingTranscoderConfig  # type: ignore[assignment]
 
-    def __init__(self, cfg: JumpReLUTranscoderTrainingConfig, use_error_term: bool = False):
+    def __init__(self, cfg: JumpReLUTrainingTranscoderConfig, use_error_term: bool = False):
         check_transcoder(cfg)
         super().__init__(cfg, use_error_term)
 
@@ -66,9 +66,9 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         nn.init.kaiming_uniform_(self.W_enc.data.t())  # fan_in: d_in
         nn.init.kaiming_uniform_(self.W_dec.data)
         if self.cfg.unit_norm_decoder:
-            normalise_rows_(self.W_dec.data)
+            normalize_rows_(self.W_dec.data)
         elif self.cfg.decoder_init_norm is not None:
-            normalise_rows_(self.W_dec.data)
+            normalize_rows_(self.W_dec.data)
             self.W_dec.data *= self.cfg.decoder_init_norm
         self._lay_out_encoder()
 
@@ -110,12 +110,12 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         """
         mean = target.mean(0)
         set_value(self, "b_dec", mean)
-        z = self._normalised_input(source) @ self.W_enc + self.b_enc
+        z = self._normalized_input(source) @ self.W_enc + self.b_enc
         f = z * (z > self.threshold)
         rows = f.t() @ (target - mean).to(f.dtype)
         fires = rows.norm(dim=1) > 0
         norms = self.W_dec.norm(dim=1, keepdim=True)
-        normalise_rows_(rows)
+        normalize_rows_(rows)
         self.W_dec.data[fires] = (rows * norms)[fires].to(self.dtype)
 
     @override
@@ -128,7 +128,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        return self._normalised_input(sae_in)
+        return self._normalized_input(sae_in)
 
     # ---------------------------------------------------------------- folding, saving
 
@@ -167,7 +167,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
 class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
     """As `JumpReLUTrainingTranscoder`, with W_skip [d_out, d_in], which starts at zero."""
 
-    cfg: JumpReLUSkipTranscoderTrainingConfig  # type: ignore[assignment]
+    cfg: JumpReLUTrainingSkipTranscoderConfig  # type: ignore[assignment]
 
     @override
     def initialize_weights(self) -> None:

@@ -12,10 +12,10 @@ _NORMALIZATIONS = ("none", "expected_average_only_in")
 
 
 @dataclass
-class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
+class JumpReLUTrainingTranscoderConfig(JumpReLUTrainingSAEConfig):
     """How to train a JumpReLU transcoder: latents read one hook and rebuild another.
 
-    `JumpReLUTranscoderTrainingConfig(d_in=…, d_sae=…, target_l0=30, hook_name_out=…)` is a
+    `JumpReLUTrainingTranscoderConfig(d_in=…, d_sae=…, target_l0=30, hook_name_out=…)` is a
     complete recipe. Every field of `JumpReLUTrainingSAEConfig` means the same here.
 
     Args:
@@ -24,13 +24,13 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
             config's `hook_name`.
         normalize_activations: `expected_average_only_in` divides input and target each by its own
             root mean square (E‖·‖² = d_in for both) and folds both scales when training is over.
-        bandwidth_in_std: twice an SAE's. On layer 4 of the embedded Gemma 2 (2,048 latents, L0 24,
+        jumprelu_bandwidth_std: twice an SAE's. On layer 4 of the embedded Gemma 2 (2,048 latents, L0 24,
             800k tokens) held-out FVU was 0.377 with 2 and 0.401 with 1, before λ was measured.
         apply_b_dec_to_input: must stay False, since b_dec lives in the output's space.
     """
 
     apply_b_dec_to_input: bool = False
-    bandwidth_in_std: float = 2.0
+    jumprelu_bandwidth_std: float = 2.0
     d_out: int | None = None
     hook_name_out: str | None = None
 
@@ -44,7 +44,7 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
 
     @property
     @override
-    def nests_by_default(self) -> bool:
+    def matryoshka_by_default(self) -> bool:
         # Measured on SAEs only.
         return False
 
@@ -67,8 +67,8 @@ class JumpReLUTranscoderTrainingConfig(JumpReLUTrainingSAEConfig):
 
 
 @dataclass
-class JumpReLUSkipTranscoderTrainingConfig(JumpReLUTranscoderTrainingConfig):
-    """As `JumpReLUTranscoderTrainingConfig`, with a linear map W_skip from input to output."""
+class JumpReLUTrainingSkipTranscoderConfig(JumpReLUTrainingTranscoderConfig):
+    """As `JumpReLUTrainingTranscoderConfig`, with a linear map W_skip from input to output."""
 
     @override
     @classmethod
@@ -76,7 +76,7 @@ class JumpReLUSkipTranscoderTrainingConfig(JumpReLUTranscoderTrainingConfig):
         return "jumprelu_skip_transcoder"
 
 
-def check_transcoder(cfg: JumpReLUTranscoderTrainingConfig) -> None:
+def check_transcoder(cfg: JumpReLUTrainingTranscoderConfig) -> None:
     """Refuse a config that cannot train a transcoder.
 
     Raises:

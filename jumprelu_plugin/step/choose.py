@@ -2,7 +2,7 @@
 
     sparse     the pairs that matter, found by a full-precision product
     screened   the same pairs, found by a bfloat16 product and checked in full precision
-    dense      every pair, `reference.py`
+    dense      every pair, `dense.py`
 
 All three give the same numbers, so trying one costs nothing but its own time. The dense step takes
 the same time at any density, the others less the fewer pairs are active. So: time a few steps of

@@ -1,7 +1,7 @@
 """The pre-activations a step works on: what every path of the step offers the objective.
 
 The objective never asks how pre-activations are stored. It sees *entries*: a tensor of values, one
-per (token, latent) pair that is represented, and the verbs below over them. `reference.py`
+per (token, latent) pair that is represented, and the verbs below over them. `dense.py`
 represents every pair ([batch, d_sae] values); `sparse.py` only those where anything can be non-zero
 ([nnz] values). Because each term is written once against the verbs, both paths compute the same
 loss.
@@ -69,7 +69,7 @@ class Entries(ABC):
         """Pre-activations of these latents on every token, represented or not; differentiable."""
 
     @abstractmethod
-    def shortfall(
+    def threshold_deficit(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, ""]:
         """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), for all pairs, represented or not."""

@@ -57,7 +57,7 @@ class NestedDecode(torch.autograd.Function):
         order, rows, ends = pattern.by_latent
         in_order = activations[order]
         to_W_dec, to_offset = torch.empty_like(W_dec), torch.empty_like(offset)
-        products = pattern.nothing_by_latent(activations)
+        products = pattern.zeros_by_latent(activations)
         of_errors = (2 / len(target)) * worth[:, None, None] * to_errors[:, None]
         made = _residuals(activations, W_dec, offset, target, pattern, ctx.dictionaries)
         for columns, slab, residuals in made:

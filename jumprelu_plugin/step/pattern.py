@@ -89,13 +89,13 @@ class Pattern:
         self,
         values: Float[Tensor, " nnz"],
         matrix: Float[Tensor, "batch k"],
-        centre: Float[Tensor, " k"] | None = None,
+        center: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "d_sae k"]:
-        """V.T @ (matrix - centre); the sort is shared by every call."""
+        """V.T @ (matrix - center); the sort is shared by every call."""
         order, tokens, ends = self.by_latent
-        return _weighted_sums(tokens, ends, values[order], matrix, centre)
+        return _weighted_sums(tokens, ends, values[order], matrix, center)
 
-    def nothing_by_latent(self, like: Float[Tensor, " nnz"]) -> Float[Tensor, "d_sae batch"]:
+    def zeros_by_latent(self, like: Float[Tensor, " nnz"]) -> Float[Tensor, "d_sae batch"]:
         """A sparse CSR matrix of zeros at the represented pairs, for products to be added to."""
         _, tokens, ends = self.by_latent
         _say_nothing_of_beta()
@@ -107,9 +107,9 @@ class Pattern:
         self,
         left: Float[Tensor, "batch k"],
         right: Float[Tensor, "d_sae k"],
-        centre: Float[Tensor, " k"] | None = None,
+        center: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, " nnz"]:
-        """((left - centre) @ right.T) at the represented pairs only.
+        """((left - center) @ right.T) at the represented pairs only.
 
         The value at a pair depends on its two vectors alone, not on the other pairs.
         """
@@ -119,8 +119,8 @@ class Pattern:
         # By latent, because there are fewer tokens in a batch than latents: `left` is what is
         # walked through out of order, and the smaller matrix stays in cache.
         order = self.by_latent[0]
-        products = self.nothing_by_latent(found)
-        of_left = slabs(left, SAMPLE_COLUMNS, centre)
+        products = self.zeros_by_latent(found)
+        of_left = slabs(left, SAMPLE_COLUMNS, center)
         of_right = slabs(right, SAMPLE_COLUMNS)
         for (_, a), (_, w) in zip(of_left, of_right, strict=True):
             products = torch.sparse.sampled_addmm(products, w, a.t())
@@ -129,10 +129,10 @@ class Pattern:
 
 
 def less(
-    matrix: Float[Tensor, "rows k"], centre: Float[Tensor, " k"] | None
+    matrix: Float[Tensor, "rows k"], center: Float[Tensor, " k"] | None
 ) -> Float[Tensor, "rows k"]:
-    """matrix - centre, None being zero."""
-    return matrix if centre is None else matrix - centre
+    """matrix - center, None being zero."""
+    return matrix if center is None else matrix - center
 
 
 def _weighted_sums(
@@ -140,11 +140,11 @@ def _weighted_sums(
     ends: Int[Tensor, " sums+1"],
     weights: Float[Tensor, " nnz"],
     matrix: Float[Tensor, "rows k"],
-    centre: Float[Tensor, " k"] | None = None,
+    center: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, "sums k"]:
-    """Sum weights · (matrix - centre)[index] between consecutive ends."""
+    """Sum weights · (matrix - center)[index] between consecutive ends."""
     sums = matrix.new_empty(len(ends) - 1, matrix.shape[1])
-    for columns, slab in slabs(matrix, SUM_COLUMNS, centre):
+    for columns, slab in slabs(matrix, SUM_COLUMNS, center):
         sums[:, columns] = row_sums(index, ends, weights, slab)
     return sums
 
@@ -162,9 +162,9 @@ def row_sums(
 
 
 def slabs(
-    matrix: Float[Tensor, "rows k"], columns: int, centre: Float[Tensor, " k"] | None = None
+    matrix: Float[Tensor, "rows k"], columns: int, center: Float[Tensor, " k"] | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
-    """A few columns of matrix - centre at a time, contiguous, on a CPU; and which.
+    """A few columns of matrix - center at a time, contiguous, on a CPU; and which.
 
     Every slab lies where the one before it lay. Left to themselves, the operators make such a copy
     of each slab in memory of its own, and glibc then keeps several times that memory: 49 MB in a
@@ -174,16 +174,16 @@ def slabs(
     matrix = matrix.detach()
     rows, width = matrix.shape
     if matrix.device.type != "cpu":
-        yield slice(0, width), less(matrix, centre)
+        yield slice(0, width), less(matrix, center)
         return
     buffer = matrix.new_empty(rows * min(columns, width))
     for start in range(0, width, columns):
         piece = slice(start, min(start + columns, width))
         slab = buffer[: rows * (piece.stop - start)].view(rows, -1)
-        if centre is None:
+        if center is None:
             slab.copy_(matrix[:, piece])
         else:
-            torch.sub(matrix[:, piece], centre[piece], out=slab)
+            torch.sub(matrix[:, piece], center[piece], out=slab)
         yield piece, slab
 
 

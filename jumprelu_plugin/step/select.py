@@ -58,22 +58,22 @@ def select(
     b_enc: Float[Tensor, " d_sae"],
     edge: Float[Tensor, " d_sae"],
     *,
-    centre: Float[Tensor, " d_in"] | None = None,
+    center: Float[Tensor, " d_in"] | None = None,
     screen: bool = False,
     tile_bytes: int | None = None,
 ) -> Selection:
-    """The pairs with z = (x - centre) @ W_enc + b_enc > edge, and their z.
+    """The pairs with z = (x - center) @ W_enc + b_enc > edge, and their z.
 
     Args:
-        centre: None is zero. Taken from x a tile at a time: a second x is never made.
+        center: None is zero. Taken from x a tile at a time: a second x is never made.
         screen: look for candidates in bfloat16. Ignored unless the input is float32.
         tile_bytes: how much of the product exists at one time.
     """
     weight = W_enc.t().contiguous()  # as it is, where the encoder is stored by latent
     if tile_bytes is None:
         tile_bytes = _TILE_BYTES.get(x.device.type, _TILE_BYTES_ELSEWHERE)
-    candidates = _candidates(x, weight, b_enc, edge, centre, screen, tile_bytes)
-    z = candidates.sampled_product(x, weight, centre).add_(b_enc[candidates.cols])
+    candidates = _candidates(x, weight, b_enc, edge, center, screen, tile_bytes)
+    z = candidates.sampled_product(x, weight, center).add_(b_enc[candidates.cols])
     kept, places = candidates.where(z > edge[candidates.cols])
     return kept, z[places]
 
@@ -83,7 +83,7 @@ def _candidates(
     weight: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     edge: Float[Tensor, " d_sae"],
-    centre: Float[Tensor, " d_in"] | None,
+    center: Float[Tensor, " d_in"] | None,
     screen: bool,
     tile_bytes: int,
 ) -> Pattern:
@@ -91,13 +91,13 @@ def _candidates(
     screen = screen and x.dtype == torch.float32
     look = (_by_screening if screen else _directly)(weight, b_enc, edge)
     itemsize = 2 if screen else x.element_size()
-    return _marked(look, x, centre, len(weight), tile_bytes // itemsize)
+    return _marked(look, x, center, len(weight), tile_bytes // itemsize)
 
 
 def _marked(
     look: Look,
     x: Float[Tensor, "batch d_in"],
-    centre: Float[Tensor, " d_in"] | None,
+    center: Float[Tensor, " d_in"] | None,
     d_sae: int,
     tile_elements: int,
 ) -> Pattern:
@@ -109,7 +109,7 @@ def _marked(
     flags = x.new_zeros(-(-rows_at_once * d_sae // 8) * 8, dtype=torch.bool)
     found = [flags.new_zeros(0, dtype=torch.int64)]
     for start in range(0, batch, rows_at_once):
-        tokens = less(x[start : start + rows_at_once], centre)
+        tokens = less(x[start : start + rows_at_once], center)
         mark = look(tokens)
         used = len(tokens) * d_sae
         flags[used:] = False

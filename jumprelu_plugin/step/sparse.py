@@ -1,4 +1,4 @@
-"""The fast step: the numbers of `reference.py` from the active set and the estimator's window.
+"""The fast step: the numbers of `dense.py` from the active set and the estimator's window.
 
 Only the encode needs the whole dictionary. A pair (token, latent) takes part in the rest of the
 step only where z > θ - ε/2: above θ it is active, and within ε/2 of θ the estimators let gradient
@@ -139,13 +139,15 @@ class SparseEntries(Entries):
     def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
         return self._encode_columns(latents)
 
-    def shortfall(
+    def threshold_deficit(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, ""]:
         # ReLU(θ - z) = (θ - z) + ReLU(z - θ). The first part is linear in z, so its mean over the
         # tokens needs only the mean pre-activation; the second lives on the active set.
         if self._mean_z is None:
-            raise ValueError("shortfall was asked for, but encode_sparse was told not to keep it")
+            raise ValueError(
+                "threshold_deficit was asked for, but encode_sparse was told not to keep it"
+            )
         excess = (self.z - self.per_latent(threshold)).relu()
         linear = (weight * (threshold - self._mean_z)).sum()
         return linear + (excess * self.per_latent(weight)).sum() / self.batch
@@ -183,7 +185,7 @@ def encode_sparse(
         x, W_enc, b_enc, b_pre: as in `reference.encode_dense`.
         threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are dropped.
         screen: look for the pairs in bfloat16 first (`select.py`).
-        keep_mean: also keep the mean pre-activation of every latent, which `shortfall` needs.
+        keep_mean: also keep the mean pre-activation of every latent, which `threshold_deficit` needs.
         tile_bytes: how much of the pre-activations exists at one time.
     """
     theta = threshold.detach()
@@ -192,7 +194,7 @@ def encode_sparse(
     lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
     with torch.no_grad():
         pattern, values = select(
-            x, W_enc, b_enc, lowest, centre=b_pre, screen=screen, tile_bytes=tile_bytes
+            x, W_enc, b_enc, lowest, center=b_pre, screen=screen, tile_bytes=tile_bytes
         )
     z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)
     mean_z = None

@@ -7,9 +7,9 @@ of `LanguageModelSAETrainingRunner` it
   - knows the embedded model and local model folders by `model_name`;
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
   - shows and records metrics, and saves everything when it is interrupted (`trainer.py`);
-  - resumes exactly where it stopped (`activations.py`);
+  - resumes exactly where it stopped (`activations/store.py`);
   - writes the output folder whole;
-  - trains transcoders, reading both hooks in one forward pass (`pair_store.py`).
+  - trains transcoders, reading both hooks in one forward pass (`activations/pairs.py`).
 A script that keeps SAELens' own runner trains the same SAE.
 """
 
@@ -33,15 +33,15 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from jumprelu_plugin.models import hub_errors_explained, load_model, local_folder
+from jumprelu_plugin.models.language_models import hub_errors_explained, load_model, local_folder
+from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
-from jumprelu_plugin.saes.transcoder_config import JumpReLUTranscoderTrainingConfig
-from jumprelu_plugin.text import tokenized_dataset
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.activations.store import resumable
-from jumprelu_plugin.training.health.preflight import Preflight, preflight
+from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from jumprelu_plugin.training.transcoder_evaluator import TranscoderEvaluator
@@ -62,7 +62,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             starts the file anew.
         save_buffer: whether checkpoints hold the rows that wait in the mixing buffer. Without them
             they are smaller, and a resumed run sees its data in another order
-            (`activations.py` gives the size).
+            (`activations/store.py` gives the size).
         check_first: whether `run` looks at the run before it starts (`health.preflight`), warns,
             and refuses what cannot work.
 
@@ -109,7 +109,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             metrics_path = Path(cfg.output_path, METRICS_FILENAME)
         self.metrics_path = None if metrics_path is None else Path(metrics_path)
 
-    def _read_pairs(self, transcoder: JumpReLUTranscoderTrainingConfig) -> None:
+    def _read_pairs(self, transcoder: JumpReLUTrainingTranscoderConfig) -> None:
         """Have the store give rows [input ‖ output], and evaluate what is trained on them."""
         pair = HookPair(self.cfg.hook_name, output_hook(transcoder))
         refuse_wrong_hook(self.model, pair.hook_out, transcoder.width_out, width_field="d_out")
@@ -127,7 +127,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         scaler = None
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
-        return preflight(
+        return run_preflight(
             self.cfg, self.sae, self.activations_store, scaler=scaler, repairs=self._repairs
         )
 
@@ -253,7 +253,7 @@ def refuse_used_output_folder(output_path: str | None) -> None:
         )
 
 
-def output_hook(transcoder: JumpReLUTranscoderTrainingConfig) -> str:
+def output_hook(transcoder: JumpReLUTrainingTranscoderConfig) -> str:
     """The output hook a transcoder's config names.
 
     Raises:

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.records import append_jsonl
-from jumprelu_plugin.training.health.alarms import Glance, Watch
-from jumprelu_plugin.training.health.announce import announce
+from jumprelu_plugin.training.health.alarms import Monitor, StepStats
+from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
 
 PROGRESS_EVERY = 10
@@ -45,26 +45,26 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     """
 
     metrics_path: Path | None = None
-    watch: Watch | None = None
+    monitor: Monitor | None = None
     _steps_made: int = 0
     _asked_to_stop: bool = False
 
     @override
     def fit(self) -> Any:
-        self.watch = Watch(self.sae, self.cfg.total_training_steps)
+        self.monitor = Monitor(self.sae, self.cfg.total_training_steps)
         try:
             with stop_signals_to(self._asked):
                 return super().fit()
         finally:
-            self.watch.close()
+            self.monitor.close()
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         output = super().step(batch)
-        if self.watch is not None:
+        if self.monitor is not None:
             silent = self.n_forward_passes_since_fired
-            for alarm in self.watch.step(Glance.at(output), silent, self.n_training_steps):
-                announce(alarm, self.metrics_path, self.cfg.logger.log_to_wandb)
+            for alarm in self.monitor.step(StepStats.at(output), silent, self.n_training_steps):
+                report(alarm, self.metrics_path, self.cfg.logger.log_to_wandb)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
             self._record(self.build_train_step_log_dict(output, self.n_training_samples))
@@ -77,7 +77,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         self, output: TrainStepOutput, n_training_samples: int
     ) -> dict[str, Any]:
         log = super().build_train_step_log_dict(output, n_training_samples)
-        return log if self.watch is None else {**log, **self.watch.gauges}
+        return log if self.monitor is None else {**log, **self.monitor.gauges}
 
     @override
     def full_sparsity_window_log(self) -> dict[str, Any]:

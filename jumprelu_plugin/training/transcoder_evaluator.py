@@ -15,7 +15,7 @@ from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAE
 
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.parameters import fold_scales_
+from jumprelu_plugin.saes.parameters import fold_scales_
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler

@@ -18,8 +18,8 @@ from sae_lens.training.types import DataProvider
 from torch import Tensor
 from typing_extensions import override
 
-from jumprelu_plugin.objective import worth_of_tokens
 from jumprelu_plugin.saes.config import OUTLIER_NORM
+from jumprelu_plugin.step.losses import token_weights
 
 
 class PairScaler(ActivationScaler):
@@ -79,7 +79,7 @@ class PairScaler(ActivationScaler):
         """Take a batch into the estimate."""
         for side, part in enumerate(rows.split([self.d_in, self.d_out], dim=-1)):
             values = part.double()
-            counted = worth_of_tokens(values, OUTLIER_NORM) @ values.square().sum(1)
+            counted = token_weights(values, OUTLIER_NORM) @ values.square().sum(1)
             self._squares[side] += counted.item()
         self._rows += len(rows)
 

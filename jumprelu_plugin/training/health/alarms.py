@@ -41,20 +41,20 @@ class Alarm:
     Attributes:
         name: a fixed word for it.
         step: when it was noticed.
-        says, change: what was measured, and what to do about it.
+        message, suggestion: what was measured, and what to do about it.
     """
 
     name: str
     step: int
-    says: str
-    change: str
+    message: str
+    suggestion: str
 
     def __str__(self) -> str:
-        return f"step {self.step:,}: {self.says}; {self.change}"
+        return f"step {self.step:,}: {self.message}; {self.suggestion}"
 
 
 @dataclass(frozen=True)
-class Glance:
+class StepStats:
     """What one step leaves to be judged later, on its device.
 
     Attributes:
@@ -68,7 +68,7 @@ class Glance:
     error: Float[Tensor, ""]
 
     @classmethod
-    def at(cls, output: TrainStepOutput) -> Glance:
+    def at(cls, output: TrainStepOutput) -> StepStats:
         """At a step of SAELens'."""
         acts = output.feature_acts
         active = acts._nnz() if acts.is_sparse else acts.count_nonzero()
@@ -77,7 +77,7 @@ class Glance:
         return cls(active, len(output.sae_in), error.detach())
 
 
-class Watch:
+class Monitor:
     """Watches one SAE in training.
 
     Args:
@@ -129,7 +129,7 @@ class Watch:
         self._moved = moved if self._moved is None else self._moved.logical_or_(moved)
 
     @torch.no_grad()
-    def step(self, seen: Glance, silent: Float[Tensor, " d_sae"], step: int) -> list[Alarm]:
+    def step(self, seen: StepStats, silent: Float[Tensor, " d_sae"], step: int) -> list[Alarm]:
         """Take in a step that was made; return the alarms it raised.
 
         Args:
@@ -252,7 +252,7 @@ class Watch:
         cfg = self._sae.cfg
         controller = getattr(self._sae, "controller", None)
         target = getattr(cfg, "target_l0", None)
-        settled = getattr(cfg, "l0_settle_steps", 0)
+        settled = getattr(cfg, "target_l0_warm_up_steps", 0)
         if controller is None:
             settled = getattr(cfg, "l0_warm_up_steps", 0)
         if step < settled:

@@ -27,7 +27,7 @@ _PAIRS = 2**22
 _DENSE_ABOVE = 0.1
 
 # Of two pulls on a threshold, one that is so many times the other decides alone.
-OUTWEIGHS = 10.0
+DOMINANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class FirstStep:
         bandwidth: ε.
         l0: active latents a token.
         most_l0: the same with every threshold at 0.
-        l0_in_reach: L0 with every threshold as far up, and as far down, as `travel` says.
+        l0_in_reach: L0 with every threshold as far up, and as far down, as `threshold_reach` says.
         target_shift: the shift of all thresholds together that gives the target, or None.
         occupancy: share of tokens in a latent's window, mean over latents.
         median_occupancy: the same for the median latent.
         entries: pairs above the window's lower edge, a token.
         variance: E‖y - E y‖² of what is rebuilt, in the config's units of the loss.
-        outweighed, outweighing: shares of latents whose threshold a fixed λ pulls at least ten
+        penalty_dominates, error_dominates: shares of latents whose threshold a fixed λ pulls at least ten
             times as hard as the reconstruction does, and the other way round; None if λ is not
             fixed or no window holds a token.
         rounding: root mean square of what rounding the input to the SAE's dtype does to z.
@@ -65,13 +65,13 @@ class FirstStep:
     median_occupancy: float
     entries: float
     variance: float
-    outweighed: float | None
-    outweighing: float | None
+    penalty_dominates: float | None
+    error_dominates: float | None
     rounding: float
 
 
 @dataclass(frozen=True)
-class Travel:
+class ThresholdReach:
     """How far a threshold can get in a run, by Adam's steps of about the learning rate.
 
     Attributes:
@@ -84,9 +84,9 @@ class Travel:
     shift: float = 0.0
 
 
-def travel(
+def threshold_reach(
     sae: JumpReLUTrainingSAE, threshold: float, bandwidth: float, lr_sum: float, steps: int
-) -> Travel:
+) -> ThresholdReach:
     """How far `threshold` can get.
 
     Args:
@@ -100,7 +100,7 @@ def travel(
         down = min(up, threshold)  # never below 0
     controller = sae.controller
     furthest = 0.0 if controller is None else 0.5 * controller.gain * bandwidth * steps
-    return Travel(up, down, furthest)
+    return ThresholdReach(up, down, furthest)
 
 
 def first_step(
@@ -111,7 +111,7 @@ def first_step(
     Args:
         rows: what a batch of the training holds: its calibration sees all of them, the rest of this
             as many as 16 MB of pre-activations allow.
-        lr_sum, steps: see `travel`.
+        lr_sum, steps: see `threshold_reach`.
 
     Raises:
         ValueError: the activations are not finite, or all the same.
@@ -132,15 +132,15 @@ def first_step(
     fidelity, penalty = _pulls(
         trial, rows, dense=_mean_active(z, theta) > _DENSE_ABOVE * len(theta)
     )
-    outweighed = outweighing = None
+    penalty_dominates = error_dominates = None
     pressed = penalty != 0
     if sae.cfg.l0_coefficient is not None and pressed.any():
         pull = sae.cfg.l0_coefficient * penalty[pressed].abs()
         other = fidelity[pressed].abs()
-        outweighed = (pull > OUTWEIGHS * other).float().mean().item()
-        outweighing = (other > OUTWEIGHS * pull).float().mean().item()
+        penalty_dominates = (pull > DOMINANCE * other).float().mean().item()
+        error_dominates = (other > DOMINANCE * pull).float().mean().item()
     median = theta.median().item()
-    reach = travel(sae, median, bandwidth, lr_sum, steps)
+    reach = threshold_reach(sae, median, bandwidth, lr_sum, steps)
     log = isinstance(parametrized(sae, "threshold"), LogParameter)
     factor = 1.0 + reach.up / median if log else 1.0
     highest = theta * factor if log else theta + reach.up
@@ -159,8 +159,8 @@ def first_step(
         median_occupancy=inside.median().item(),
         entries=_mean_active(z, theta - 0.5 * bandwidth),
         variance=variance / sae.units.loss,
-        outweighed=outweighed,
-        outweighing=outweighing,
+        penalty_dominates=penalty_dominates,
+        error_dominates=error_dominates,
         rounding=rounding,
     )
 
@@ -171,7 +171,7 @@ def _pre_activations(
 ) -> tuple[Float[Tensor, "tokens d_sae"], float, float]:
     """z, what rounding the input does to it, and the variance of the target."""
     source, target = trial._input_and_target(rows)
-    x = trial._normalised_input(source).float()
+    x = trial._normalized_input(source).float()
     lost = source.float() - source.to(trial.dtype).float()
     if trial.cfg.apply_b_dec_to_input:
         x = x - trial.b_dec.float()

@@ -109,7 +109,7 @@ def _same(device: torch.device, other: str | None) -> bool:
 
 
 def _step_bytes(cfg: Any, sae: Any, entries: float, device: torch.device) -> int:
-    batch, path = cfg.train_batch_size_tokens, getattr(sae.cfg, "step_path", "dense")
+    batch, path = cfg.train_batch_size_tokens, getattr(sae.cfg, "step_kernel", "dense")
     dense = 4 * DENSE_ARRAYS * batch * sae.cfg.d_sae
     tile = TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE)
     sparse = int(BYTES_PER_ENTRY * entries * batch) + tile

@@ -18,12 +18,17 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
-from jumprelu_plugin.training.health.finding import Finding
-from jumprelu_plugin.training.health.first_step import FirstStep, Travel, first_step, travel
-from jumprelu_plugin.training.health.judge import (
+from jumprelu_plugin.training.health.findings import (
+    Finding,
     first_step_findings,
     memory_findings,
     precision_findings,
+)
+from jumprelu_plugin.training.health.first_step import (
+    FirstStep,
+    ThresholdReach,
+    first_step,
+    threshold_reach,
 )
 from jumprelu_plugin.training.health.memory import MemoryForecast, forecast, size
 from jumprelu_plugin.training.health.sample import first_rows, scaled
@@ -44,14 +49,14 @@ class Preflight:
         memory: what it takes at its peak.
         first: its first step; None for another architecture than JumpReLU, and where a run is
             resumed.
-        travel: how far a threshold can get.
+        threshold_reach: how far a threshold can get.
         findings: what follows, the worst first.
     """
 
     steps: int
     memory: MemoryForecast | None
     first: FirstStep | None
-    travel: Travel | None
+    threshold_reach: ThresholdReach | None
     findings: tuple[Finding, ...]
 
     def of(self, severity: str) -> list[Finding]:
@@ -96,7 +101,7 @@ class Preflight:
                     + f" ({', '.join(f'{name} {size(part)}' for name, part in parts)})",
                 )
             )
-        found, reach = self.first, self.travel
+        found, reach = self.first, self.threshold_reach
         if found is None or reach is None:
             return rows
         low, high = found.l0_in_reach
@@ -111,7 +116,7 @@ class Preflight:
                 f"(median latent {found.median_occupancy:.2%})",
             ),
             (
-                "θ can travel",
+                "θ can move",
                 f"{reach.up / found.spread:+.2g} and -{reach.down / found.spread:.2g} spreads from "
                 f"{found.threshold:.3g} by learning rate, L0 {low:.1f} to {high:.1f}"
                 + (
@@ -124,18 +129,18 @@ class Preflight:
         ]
 
     def _penalty(self, found: FirstStep) -> list[tuple[str, str]]:
-        if found.outweighed is None or found.outweighing is None:
+        if found.penalty_dominates is None or found.error_dominates is None:
             return []
         return [
             (
                 "penalty",
-                f"pulls ten times as hard as the error at {found.outweighed:.0%} of the "
-                f"thresholds, a tenth as hard at {found.outweighing:.0%}",
+                f"pulls ten times as hard as the error at {found.penalty_dominates:.0%} of the "
+                f"thresholds, a tenth as hard at {found.error_dominates:.0%}",
             )
         ]
 
 
-def preflight(
+def run_preflight(
     cfg: Any,
     sae: Any,
     store: ActivationsStore | None,
@@ -167,7 +172,7 @@ def preflight(
             fresh = copy.deepcopy(scaler) if scaler is not None else ActivationScaler()
             far = lr_sum(cfg)
             found = first_step(sae, scaled(rows, sae.cfg, fresh), far, steps)
-        reach = travel(sae, found.threshold, found.bandwidth, far, steps)
+        reach = threshold_reach(sae, found.threshold, found.bandwidth, far, steps)
         findings += first_step_findings(sae, found, cfg, reach)
     if isinstance(sae, JumpReLUTrainingSAE):
         findings += precision_findings(sae, cfg.lr, found)

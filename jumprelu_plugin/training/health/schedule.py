@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from jumprelu_plugin.control.resampling import patience
-from jumprelu_plugin.training.health.finding import Finding
+from jumprelu_plugin.training.health.findings import Finding
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
 REPAIRED_SHARE = 0.5
@@ -116,7 +116,7 @@ def _length_findings(sae: Any, steps: int, batch: int) -> list[Finding]:
     if firings < FEWEST_FIRINGS:
         enough = FEWEST_FIRINGS * sae.d_sae / target
         dead = f"; dead latents restart after {wait:,} steps of {steps:,}"
-        restarts = getattr(sae, "restarts_dead_latents", False) and wait >= steps
+        restarts = getattr(sae, "resamples_dead_latents", False) and wait >= steps
         findings.append(
             Finding(
                 "warning",

@@ -1,0 +1,1 @@
+"""Circuits through transcoders: circuit-tracer on a local model, and checks of its graphs."""

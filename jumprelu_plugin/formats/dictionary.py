@@ -1,0 +1,120 @@
+"""A dictionary on its way from one format to another: parameters, hooks and what is known of it.
+
+It reads and writes nothing; the formats' own files do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from jumprelu_plugin.saes.parameters import Parameters
+
+_LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A JumpReLU SAE or transcoder with the place it belongs to.
+
+    Attributes:
+        parameters: in float32, in the units of the model's own activations.
+        hook_name: TransformerLens name of the hook it reads, or None where a format has no field
+            for it and the user did not say.
+        hook_name_out: the hook it writes, for a transcoder; None for an SAE.
+        model_name: as TransformerLens or a model folder names it.
+        metadata: what else a SAELens folder recorded (context size, dataset, ...).
+    """
+
+    parameters: Parameters
+    hook_name: str | None = None
+    hook_name_out: str | None = None
+    model_name: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        square = self.parameters.d_in == self.parameters.d_out
+        if not self.is_transcoder and not square:
+            raise ValueError(
+                f"the dictionary reads width {self.parameters.d_in} and writes width "
+                f"{self.parameters.d_out}, so it is a transcoder: give the hook it writes "
+                "(--hook-name-out)"
+            )
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.hook_name_out not in (None, self.hook_name) or self.has_skip
+
+    @property
+    def has_skip(self) -> bool:
+        return self.parameters.W_skip is not None
+
+    @property
+    def architecture(self) -> str:
+        """SAELens' name for it."""
+        if not self.is_transcoder:
+            return "jumprelu"
+        return "jumprelu_skip_transcoder" if self.has_skip else "jumprelu_transcoder"
+
+    def site(self) -> tuple[int, str]:
+        """Layer and hook name inside the block that it reads.
+
+        Raises ValueError when the hook is not known or not in a block.
+        """
+        return split_hook(self.hook_name)
+
+    def site_out(self) -> tuple[int, str]:
+        """The same for what it writes (an SAE writes where it reads)."""
+        return split_hook(self.hook_name_out or self.hook_name)
+
+    @torch.no_grad()
+    def as_sae(self) -> Any:
+        """A stock SAELens inference object with these parameters."""
+        from sae_lens.registry import get_sae_class
+
+        parameters = self.parameters
+        sae_class, config_class = get_sae_class(self.architecture)
+        config = {
+            "architecture": self.architecture,
+            "d_in": parameters.d_in,
+            "d_sae": parameters.d_sae,
+            "dtype": "float32",
+            "apply_b_dec_to_input": parameters.subtracts_b_dec,
+            "normalize_activations": "none",
+            "metadata": self._full_metadata(),
+        }
+        if self.is_transcoder:
+            config["d_out"] = parameters.d_out
+        elif (self.hook_name or "").endswith("hook_z"):
+            config["reshape_activations"] = "hook_z"
+        sae = sae_class(config_class.from_dict(config))
+        sae.load_state_dict(dict(parameters.tensors()))
+        return sae.eval()
+
+    def _full_metadata(self) -> dict[str, Any]:
+        known = {
+            "hook_name": self.hook_name,
+            "hook_name_out": self.hook_name_out if self.is_transcoder else None,
+            "model_name": self.model_name,
+        }
+        return {**self.metadata, **{k: v for k, v in known.items() if v is not None}}
+
+
+def split_hook(hook: str | None) -> tuple[int, str]:
+    """`blocks.3.ln2.hook_normalized` as `(3, "ln2.hook_normalized")`."""
+    if hook is None:
+        raise ValueError(
+            "it is not known which hook the dictionary reads: the files it came from have no field "
+            "for it. Give it with --hook-name, for example --hook-name blocks.12.hook_resid_post"
+        )
+    found = _LAYER.match(hook)
+    if found is None:
+        raise ValueError(
+            f"the hook {hook!r} is not inside a block; expected blocks.<layer>.<hook>, for "
+            "example blocks.12.hook_resid_post"
+        )
+    return int(found[1]), found[2]

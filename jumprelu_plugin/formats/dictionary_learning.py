@@ -1,0 +1,128 @@
+"""dictionary_learning's `ae.pt` and `config.json`.
+
+Its JumpReluAutoEncoder does not subtract b_dec from the input, and a file made without folding it
+into b_enc loads and is silently wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jumprelu_plugin.formats.checking import Check, Loader, compare
+from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.saes.parameters import Parameters
+
+FILENAME = "ae.pt"
+CONFIG = "config.json"
+LOADER = Loader(
+    "load_dictionary",
+    "dictionary_learning",
+    "dictionary-learning",
+    "pip install nnsight zstandard && pip install --no-deps dictionary-learning==0.1.0",
+)
+
+_KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_CLASS = "JumpReluAutoEncoder"
+# dictionary_learning's names for what a layer gives.
+_SUBMODULES = {
+    "hook_resid_post": "resid_post",
+    "hook_mlp_out": "mlp_out",
+    "hook_attn_out": "attn_out",
+}
+
+
+def write(dictionary: Dictionary, folder: Path) -> None:
+    """ae.pt and config.json, b_dec folded into b_enc.
+
+    Raises:
+        ValueError: for a transcoder, which the format has no class for, or an unknown hook.
+    """
+    if dictionary.is_transcoder:
+        raise ValueError(
+            "dictionary_learning has no JumpReLU transcoder: its autoencoders read and write one "
+            "activation. Export to saelens, circuit-tracer or gemma-scope-2 instead"
+        )
+    layer, hook = dictionary.site()
+    if hook not in _SUBMODULES:
+        raise ValueError(
+            f"dictionary_learning reads {', '.join(_SUBMODULES)} of a layer, not {hook!r}"
+        )
+    parameters = dictionary.parameters.fold_b_dec()
+    torch.save({key: parameters.tensors()[key] for key in _KEYS}, folder / FILENAME)
+    config = {
+        "trainer": {
+            "trainer_class": "JumpReluTrainer",
+            "dict_class": _CLASS,
+            "activation_dim": parameters.d_in,
+            "dict_size": parameters.d_sae,
+            "layer": layer,
+            "lm_name": dictionary.model_name,
+            "submodule_name": f"{_SUBMODULES[hook]}_layer_{layer}",
+        },
+        "buffer": {
+            "ctx_len": dictionary.metadata.get("context_size"),
+            "d_submodule": parameters.d_in,
+        },
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check(dictionary: Dictionary, folder: Path) -> Check:
+    """Compare with what dictionary_learning's `load_dictionary` makes of the files."""
+    load_dictionary = import_module("dictionary_learning.utils").load_dictionary
+    autoencoder, _ = load_dictionary(str(folder), device="cpu")
+    return compare(dictionary.parameters, autoencoder.encode, autoencoder, str(LOADER))
+
+
+def is_here(folder: Path) -> bool:
+    return (folder / FILENAME).is_file()
+
+
+def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
+    """A JumpReLU autoencoder of dictionary_learning. Loads weights only, never other objects.
+
+    Raises:
+        ValueError: for another class, a pickle that is more than tensors, wrong keys or shapes.
+    """
+    path = folder / FILENAME
+    trainer = _trainer(folder)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a file of tensors alone ({error}). Other pickled objects are never "
+            "loaded, because unpickling runs code"
+        ) from error
+    if sorted(tensors) != sorted(_KEYS):
+        raise ValueError(f"{path} holds {sorted(tensors)}; expected {sorted(_KEYS)}")
+    try:
+        parameters = Parameters.named({key: value.float() for key, value in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Dictionary(parameters, hook_name or _hook(trainer), None, trainer.get("lm_name"))
+
+
+def _trainer(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} has {FILENAME} and no {CONFIG}, which names its class")
+    trainer = json.loads(path.read_text()).get("trainer", {})
+    if trainer.get("dict_class") != _CLASS:
+        raise ValueError(
+            f"{path} says dict_class {trainer.get('dict_class')!r}; expected {_CLASS!r}: only "
+            "JumpReLU dictionaries are read"
+        )
+    return trainer
+
+
+def _hook(trainer: dict[str, Any]) -> str | None:
+    names = {place: hook for hook, place in _SUBMODULES.items()}
+    hook = names.get(str(trainer.get("submodule_name")).split("_layer_")[0])
+    layer = trainer.get("layer")
+    return None if hook is None or layer is None else f"blocks.{layer}.{hook}"

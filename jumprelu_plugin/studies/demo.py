@@ -1,0 +1,282 @@
+"""The main job in one go: train on the embedded Gemma 2, judge, look, steer, save.
+
+Every piece is the one a user would call; this file only puts them in a row and prints. It keeps
+nothing when it is interrupted, and replaces only its own earlier result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from torch import Tensor
+
+from jumprelu_plugin.analysis.steering import Add, steer
+from jumprelu_plugin.analysis.top_activations import LatentExamples, clearest, collect
+from jumprelu_plugin.evaluation import Evaluation, evaluate
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
+from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
+
+RECORD_FILENAME = "demo.json"
+SAE_FOLDER = "sae"
+STEERING_AMOUNT = 2.0  # times the strongest activation of the latent
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo trains. The defaults take about two minutes on two cores."""
+
+    hook_name: str = "blocks.3.hook_resid_post"
+    d_sae: int = 2048
+    target_l0: float = 32.0
+    steps: int = 1000
+    batch_tokens: int = 1024
+    context_size: int = 128
+    eval_sequences: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Steered:
+    """One latent's effect on one prompt.
+
+    Attributes:
+        tokens: what most often follows where the latent fires, in held-out text.
+        probability_before, probability_after: of these tokens together, as the next token after
+            the prompt, without and with steering.
+    """
+
+    latent: int
+    amount: float
+    prompt: str
+    tokens: list[str]
+    probability_before: float
+    probability_after: float
+    text_before: str
+    text_after: str
+
+
+def run_demo(output: str | Path, settings: DemoSettings, console: Console) -> Path:
+    """Run the demo into `output` and return the folder of the trained SAE.
+
+    Raises:
+        ValueError: `output` holds something that is not an earlier demo.
+    """
+    output = Path(output)
+    _refuse_foreign_folder(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Into a folder beside it, moved into place when everything is there.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as unfinished:
+        folder = Path(unfinished, "demo")
+        _run(folder, settings, console)
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    sae_folder = output / SAE_FOLDER
+    _say_what_next(console, sae_folder, output)
+    return sae_folder
+
+
+def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
+    torch.manual_seed(settings.seed)
+    model = load_model(EMBEDDED_MODEL, "HookedSAETransformer")
+    documents = corpus()
+    train = tokenized_dataset(model.tokenizer, settings.context_size, "train", documents)
+    test = tokenized_dataset(model.tokenizer, settings.context_size, "test", documents)
+    console.print(
+        f"[bold]{EMBEDDED_MODEL}[/] · {settings.hook_name} · {settings.d_sae:,} latents · "
+        f"target L0 {settings.target_l0:g} · {settings.steps * settings.batch_tokens:,} tokens"
+    )
+    _train(folder / SAE_FOLDER, model, train, settings)
+    # What was saved is what is judged: loaded by stock SAELens, as any other tool would.
+    sae = SAE.load_from_disk(folder / SAE_FOLDER)
+    held_out = torch.tensor(test[: settings.eval_sequences]["tokens"])
+    result = evaluate(model, sae, held_out)
+    console.print(result.table())
+    special = list(model.tokenizer.all_special_ids)
+    examples = collect(model, sae, held_out, special_token_ids=special)
+    latents = clearest(examples, among=_whole_words(model))
+    console.print(_latent_table(model, examples, latents))
+    steered = _strongest(model, sae, examples, latents, settings.seed)
+    if steered is not None:
+        _show_steering(console, steered)
+    _record(folder, model, documents, settings, result, latents, steered)
+
+
+def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> None:
+    steps, batch = settings.steps, settings.batch_tokens
+    cfg = LanguageModelSAERunnerConfig(
+        sae=DEFAULT.sae_config(model.cfg.d_model, settings.d_sae, target_l0=settings.target_l0),
+        model_name=EMBEDDED_MODEL,
+        hook_name=settings.hook_name,
+        training_tokens=steps * batch,
+        train_batch_size_tokens=batch,
+        context_size=settings.context_size,
+        store_batch_size_prompts=64,
+        n_batches_in_buffer=512,
+        n_batches_for_norm_estimate=20,
+        exclude_special_tokens=True,
+        lr=DEFAULT.runner["lr"],
+        lr_decay_steps=DEFAULT.decay_steps(steps),
+        dead_feature_window=max(1, steps // 5),
+        seed=settings.seed,
+        checkpoint_path=None,
+        output_path=str(folder),
+        verbose=False,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    JumpReLUTrainingRunner(
+        cfg,
+        override_dataset=dataset,
+        override_model=model,
+        metrics_path=folder.parent / METRICS_FILENAME,
+    ).run()
+
+
+def _latent_table(model: Any, examples: LatentExamples, latents: list[int]) -> Table:
+    table = Table(title="The ten clearest latents, on held-out text", show_lines=False)
+    table.add_column("latent", justify="right")
+    table.add_column("fires on", justify="right")
+    table.add_column("strongest examples")
+    for latent in latents:
+        table.add_row(
+            str(latent),
+            f"{examples.firing_frequency[latent]:.2%}",
+            Text("\n").join(_in_context(model, examples, latent, rank) for rank in (0, 2)),
+        )
+    return table
+
+
+def _in_context(model: Any, examples: LatentExamples, latent: int, rank: int) -> Text:
+    ids, index = examples.context(latent, rank)
+    pieces = [model.tokenizer.decode([token]).replace("\n", "⏎") for token in ids.tolist()]
+    text = Text("".join(pieces[:index]), overflow="ellipsis", no_wrap=True)
+    text.append(pieces[index], style="bold reverse")
+    text.append("".join(pieces[index + 1 :]))
+    return text
+
+
+def _strongest(
+    model: Any, sae: Any, examples: LatentExamples, latents: list[int], seed: int
+) -> Steered | None:
+    """The latent of the list that steering shows best; None for an empty list.
+
+    Each is added at twice its strongest activation. Best is where what follows the latent in the
+    text becomes likelier by the largest factor, in a text that still varies.
+    """
+    prompt = "The government of the country"
+    tokens = model.to_tokens(prompt)
+    text_before = generate(model, prompt, seed)
+    best: tuple[float, Steered] | None = None
+    for latent in latents:
+        ids = examples.followers(latent)
+        amount = STEERING_AMOUNT * float(examples.activation[latent, 0])
+        before = _probability(model, tokens, ids)
+        with steer(model, sae, Add(latent, amount)):
+            after = _probability(model, tokens, ids)
+            text_after = generate(model, prompt, seed)
+        names = [model.tokenizer.decode([token]) for token in ids.tolist()]
+        found = Steered(latent, amount, prompt, names, before, after, text_before, text_after)
+        score = math.log(after / before) * _variety(model, text_after) ** 2
+        if best is None or score > best[0]:
+            best = score, found
+    return None if best is None else best[1]
+
+
+def _whole_words(model: Any) -> Bool[Tensor, " d_vocab"]:
+    """Tokens that are a word of four letters or more, with its space."""
+    words = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
+    return torch.tensor([w[:1] == " " and w[1:].isalpha() and len(w) > 4 for w in words])
+
+
+def _variety(model: Any, text: str) -> float:
+    """Share of a text's tokens that differ: low where steering made it repeat itself."""
+    tokens = model.tokenizer(text)["input_ids"]
+    return len(set(tokens)) / len(tokens)
+
+
+@torch.no_grad()
+def _probability(model: Any, tokens: torch.Tensor, ids: torch.Tensor) -> float:
+    return float(model(tokens)[0, -1].softmax(-1)[ids].sum())
+
+
+def generate(model: Any, prompt: str, seed: int, new_tokens: int = 40) -> str:
+    """Sampled text, the same for the same seed, prompt and steering."""
+    torch.manual_seed(seed)
+    return model.generate(
+        prompt, max_new_tokens=new_tokens, temperature=0.7, top_k=20, verbose=False
+    )
+
+
+def _show_steering(console: Console, steered: Steered) -> None:
+    tokens = " ".join(repr(token) for token in steered.tokens)
+    table = Table(
+        title=f"Steering with latent {steered.latent}: x += {steered.amount:.1f} · W_dec[latent]",
+        caption=f"next-token probability of what follows where it fires: {tokens}",
+        show_lines=True,
+    )
+    table.add_column("")
+    table.add_column("text")
+    table.add_column("probability", justify="right")
+    table.add_row("without", Text(steered.text_before), f"{steered.probability_before:.2%}")
+    table.add_row("with", Text(steered.text_after), f"{steered.probability_after:.2%}")
+    console.print(table)
+
+
+def _record(
+    folder: Path,
+    model: Any,
+    documents: Any,
+    settings: DemoSettings,
+    result: Evaluation,
+    latents: list[int],
+    steered: Steered | None,
+) -> None:
+    write_json(
+        folder / RECORD_FILENAME,
+        {
+            "kind": "demo",
+            "settings": settings,
+            "evaluation": result.to_dict(),
+            "clearest_latents": latents,
+            "steering": steered,
+            "provenance": provenance(
+                seed=settings.seed,
+                model_digest=model_digest(model),
+                data_digest=documents_digest(documents),
+            ),
+        },
+    )
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    record = output / RECORD_FILENAME
+    if not record.is_file() or json.loads(record.read_text()).get("kind") != "demo":
+        raise ValueError(
+            f"{output} exists and is not an earlier demo (no {RECORD_FILENAME} in it); "
+            "give another folder with --output"
+        )
+
+
+def _say_what_next(console: Console, sae_folder: Path, output: Path) -> None:
+    console.print(f"\nSaved: [bold]{sae_folder}[/] (a stock SAELens folder), {output}/demo.json")
+    console.print("Next:")
+    console.print(f"  jumprelu steer {sae_folder} --latent 7 --amount 20 --prompt 'The people'")
+    console.print(f"  jumprelu evaluate {sae_folder}")
+    console.print("  docs/quickstart.md: your own model, hook and text")

@@ -1,0 +1,1 @@
+"""Many layers at once: a transcoder for each, or one whose latents write to all later layers."""

@@ -1,0 +1,80 @@
+"""One forward pass of training: every layer's latents, and all outputs from them.
+
+Each layer is encoded and decoded by the exact step of an SAE (`step/`), whose decoder is as wide as
+all the outputs it writes to. The outputs are one tensor, [batch, layers · d_out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jumprelu_plugin.step.dense import encode_dense
+from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.losses import Step
+from jumprelu_plugin.step.sparse import encode_sparse
+from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
+
+
+class _SumOfLater(torch.autograd.Function):
+    """Adds up what the layers write: the l-th to the columns from its own layer's to the last."""
+
+    @staticmethod
+    def forward(ctx: Any, *written: Tensor) -> Tensor:
+        total = written[0].clone()
+        for part in written[1:]:
+            total[:, -part.shape[1] :] += part
+        ctx.widths = [part.shape[1] for part in written]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(grad[:, -width:] for width in ctx.widths)
+
+
+def forward(
+    model: CrossLayerTranscoder,
+    inputs: Sequence[Float[Tensor, "batch d_in"]],
+    bandwidths: Sequence[float],
+    *,
+    path: str = "sparse",
+    to_input: bool = True,
+) -> tuple[list[Step], Float[Tensor, "batch layers*d_out"]]:
+    """What the objective needs of each layer, and ŷ of all layers side by side.
+
+    Args:
+        inputs: x of each layer.
+        bandwidths: ε of each layer.
+        path: `sparse`, `screened` or `dense`; all give the same numbers.
+        to_input: whether the estimators' gradient also reaches the encoders.
+    """
+    steps, written = [], []
+    for source, x, bandwidth in zip(model.sources, inputs, bandwidths, strict=True):
+        # A node of its own in the graph, so that the gradient of θ can be listened to.
+        threshold = source.threshold.view(-1)
+        entries = _encode(source, x, threshold, bandwidth, path)
+        theta = entries.per_latent(threshold)
+        activations = jumprelu(entries.z, theta, bandwidth, to_input)
+        step = Step(entries, activations, threshold, bandwidth, to_input, source.W_dec)
+        steps.append(step)
+        written.append(entries.decode(activations, source.W_dec))
+    biases = torch.cat([source.b_dec for source in model.sources])
+    total: Tensor = _SumOfLater.apply(*written)  # type: ignore[assignment]
+    return steps, total + biases
+
+
+def _encode(
+    source: SourceLayer, x: Tensor, threshold: Tensor, bandwidth: float, path: str
+) -> Entries:
+    if path == "dense":
+        return encode_dense(x, source.W_enc, source.b_enc, None)
+    return encode_sparse(
+        x, source.W_enc, source.b_enc, None, threshold, bandwidth, screen=path == "screened"
+    )

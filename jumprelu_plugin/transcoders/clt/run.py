@@ -1,0 +1,274 @@
+"""A cross-layer transcoder from a model and text to a folder: `jumprelu train-clt`.
+
+Interrupted, it leaves a checkpoint, and the same call goes on from there. What cannot work is
+refused before it trains.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import get_special_token_ids
+
+from jumprelu_plugin.evaluation.splice import SplicedSet
+from jumprelu_plugin.models.hooks import hook_point
+from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.transcoders.clt import folder as folders
+from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
+from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt
+from jumprelu_plugin.transcoders.clt.memory import estimate_memory
+from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
+from jumprelu_plugin.transcoders.clt.trainer import Schedule, Trainer, pair_name
+from jumprelu_plugin.transcoders.memory import MemoryEstimate, fitting_chunk, smallest_chunk
+from jumprelu_plugin.transcoders.output_folder import (
+    CHECKPOINTS,
+    METRICS_FILENAME,
+    SETTINGS_FILENAME,
+    claim_output_folder,
+)
+from jumprelu_plugin.transcoders.settings import (
+    DEFAULT_EXPANSION,
+    DEFAULT_TARGET_L0,
+    LayerRunSettings,
+)
+
+RECORD_FILENAME = "cross_layer_record.json"
+
+# Share of the steps over which the learning rate falls to 0, at their end; as for transcoders.
+_DECAY_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class CLTSettings(LayerRunSettings):
+    """What `train_clt` trains; the other settings are `LayerRunSettings`'.
+
+    Attributes:
+        layers: consecutive.
+        l0_warm_up_steps: over which a fixed penalty rises from 0.
+        sparsity, tanh_scale: `step` or `tanh`, see `CLTTrainingConfig`.
+        step_kernel: see `step.choose`.
+        lr: it falls to 0.
+    """
+
+    lr: float = 4e-3
+    batch_tokens: int = 2048
+    l0_warm_up_steps: int = 0
+    sparsity: Literal["step", "tanh"] = "step"
+    tanh_scale: float = 4.0
+    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
+
+
+def train_clt(
+    output: str | Path,
+    settings: CLTSettings,
+    *,
+    model: Any = None,
+    dataset: Any = None,
+    log: Callable[[Any], None] = print,
+) -> Path:
+    """Train, save the folder (`transcoders.clt.folder`) and a record; return `output`.
+
+    An unfinished run in `output` with the same settings is continued.
+
+    Args:
+        model: a hooked model to use in place of loading `settings.model_name`.
+        dataset: tokenised text to use in place of `settings.dataset_path`.
+        log: takes the memory estimate before training starts, and the evaluation's table.
+
+    Raises:
+        ValueError: `output` holds something else, the settings differ from those of the run it
+            holds, layers or hooks do not exist or do not fit, or the memory does not suffice.
+        sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
+            checkpoint is saved.
+    """
+    output = Path(output)
+    training = _training_config(settings)
+    checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
+    if model is None:
+        model = load_model(settings.model_name, "HookedSAETransformer", settings.device)
+    cfg = _config(model, settings)
+    chunk, estimate = _within_memory(model, cfg, settings)
+    schedule = _schedule(settings)
+    held_out = None
+    if dataset is None and not settings.dataset_path:
+        dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
+        held_out = settings.held_out(model)
+    log(f"memory: {estimate}, beside Python and PyTorch themselves")
+    torch.manual_seed(settings.seed)
+    trainer = Trainer(
+        CrossLayerTranscoder(cfg).to(settings.device),
+        training,
+        schedule,
+        _store(model, cfg, settings, chunk, dataset),
+        checkpoints=output / CHECKPOINTS,
+        metrics_path=output / METRICS_FILENAME,
+    )
+    write_json(output / SETTINGS_FILENAME, settings)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    trainer.fit()
+    trainer.fold_scales()
+    folders.save_clt(trainer.model, output)
+    found = None
+    if held_out is not None:
+        # What was saved is what is judged.
+        saved = folders.load_clt(output, settings.device)
+        found = evaluate_clt(model, saved, held_out)
+        log(found.table())
+    _record(output, settings, cfg, trainer, estimate, found, model)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    Path(output, SETTINGS_FILENAME).unlink()
+    return output
+
+
+# ---------------------------------------------------------------- before training
+
+
+def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
+    target = settings.target_l0
+    if target is None and settings.l0_coefficient is None:
+        target = DEFAULT_TARGET_L0
+    if target is not None and settings.l0_coefficient is not None:
+        raise ValueError(
+            f"both target_l0={target:g} and l0_coefficient={settings.l0_coefficient:g} are set: "
+            "a target has its coefficient measured, so give one of them"
+        )
+    return CLTTrainingConfig(
+        target_l0=target,
+        l0_coefficient=settings.l0_coefficient,
+        l0_warm_up_steps=settings.l0_warm_up_steps,
+        jumprelu_sparsity_loss_mode=settings.sparsity,
+        jumprelu_tanh_scale=settings.tanh_scale,
+        step_kernel=settings.step_kernel,
+        outlier_norm_ratio=settings.outlier_norm_ratio,
+    )
+
+
+def _config(model: Any, settings: CLTSettings) -> CLTConfig:
+    n_layers = model.cfg.n_layers
+    layers = tuple(range(n_layers)) if settings.layers is None else settings.layers
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"there is no layer {layer}: {settings.model_name} has {n_layers}")
+    # The widths are read at the hooks, which the config names; so a first one without them.
+    named = CLTConfig(1, 1, 1, layers, settings.hook_in, settings.hook_out, settings.model_name)
+    for pair in named.pairs:
+        hook_point(model, pair.hook_in)
+        hook_point(model, pair.hook_out)
+    widths = pair_widths(model, named.pairs)
+    d_in = _one_width({pair.hook_in: widths[pair.hook_in] for pair in named.pairs}, "input")
+    d_out = _one_width({pair.hook_out: widths[pair.hook_out] for pair in named.pairs}, "output")
+    d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
+    return CLTConfig(
+        d_in, d_out, d_sae, layers, settings.hook_in, settings.hook_out, settings.model_name
+    )
+
+
+def _one_width(widths: dict[str, int], what: str) -> int:
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{hook}: {width}" for hook, width in widths.items())
+        raise ValueError(
+            f"the {what} hooks have unequal widths ({listed}); a cross-layer transcoder takes one "
+            "for all: choose other hooks, or layers of one width"
+        )
+    return next(iter(widths.values()))
+
+
+def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[int, MemoryEstimate]:
+    """Sequences in a chunk, and what the run takes."""
+
+    def estimate(chunk_sequences: int) -> MemoryEstimate:
+        return estimate_memory(
+            model,
+            cfg,
+            batch_tokens=settings.batch_tokens,
+            context_size=settings.context_size,
+            sequences_per_pass=settings.sequences_per_pass,
+            chunk_sequences=chunk_sequences,
+        )
+
+    smallest = smallest_chunk(
+        settings.batch_tokens, settings.context_size, settings.sequences_per_pass
+    )
+    return fitting_chunk(estimate, settings.chunk_sequences, smallest, settings.memory_gb)
+
+
+def _schedule(settings: CLTSettings) -> Schedule:
+    steps = settings.training_tokens // settings.batch_tokens
+    if steps < 1:
+        raise ValueError(
+            f"training_tokens is {settings.training_tokens}, less than a batch of "
+            f"{settings.batch_tokens} tokens"
+        )
+    return Schedule(
+        steps=steps,
+        lr=settings.lr,
+        decay_steps=round(_DECAY_SHARE * steps),
+        norm_batches=settings.norm_batches,
+        checkpoints=settings.checkpoints,
+    )
+
+
+def _store(
+    model: Any, cfg: CLTConfig, settings: CLTSettings, chunk: int, dataset: Any
+) -> PairStore:
+    special = torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
+    pairs = {pair_name(index): pair for index, pair in enumerate(cfg.pairs)}
+    text = ActivationsStore(
+        model=model,
+        dataset=settings.dataset_path if dataset is None else dataset,
+        streaming=True,
+        hook_name=cfg.pairs[0].hook_in,
+        hook_head_index=None,
+        context_size=settings.context_size,
+        d_in=cfg.d_in,
+        n_batches_in_buffer=chunk,
+        total_training_tokens=settings.training_tokens,
+        store_batch_size_prompts=settings.sequences_per_pass,
+        train_batch_size_tokens=settings.batch_tokens,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(settings.device),
+        dtype="float32",
+        exclude_special_tokens=special.to(settings.device),
+    )
+    return PairStore.like(text, pairs, pair_widths(model, pairs.values()), settings.seed)
+
+
+# ---------------------------------------------------------------- after training
+
+
+def _record(
+    output: Path,
+    settings: CLTSettings,
+    cfg: CLTConfig,
+    trainer: Trainer,
+    estimate: MemoryEstimate,
+    found: SplicedSet | None,
+    model: Any,
+) -> None:
+    last = trainer.last
+    write_json(
+        output / RECORD_FILENAME,
+        {
+            "kind": "cross_layer_transcoder",
+            "settings": settings,
+            "config": cfg,
+            "l0_in_training": None if last is None else last.l0,
+            "coefficients": None if last is None else [float(c) for c in last.coefficients],
+            "dead_in_training": trainer.learner.dead_share(),
+            "memory_estimate": {**asdict(estimate), "total": estimate.total},
+            "held_out": None if found is None else found.to_dict(),
+            "provenance": provenance(seed=settings.seed, model_digest=model_digest(model)),
+        },
+    )

@@ -1,0 +1,252 @@
+"""The training loop: batches of every layer's pair, scaled, one optimiser, saved as it goes.
+
+SAELens' trainers give each dictionary an optimiser of its own and know no joint loss, so this one
+is ours. Schedules, activation store, scales and the shape of a checkpoint are SAELens'. Stopped
+between two steps it saves everything, and a resumed run is the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sae_lens import logger
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.optim import get_lr_scheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from jumprelu_plugin.records import append_jsonl, write_json
+from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.health.reporting import report
+from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
+from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
+from jumprelu_plugin.transcoders.clt.monitors import LayerMonitors
+from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep, StepOutput
+from jumprelu_plugin.transcoders.per_layer.runner import InterruptibleIterator
+
+_STATE, _TENSORS, _OPTIMIZER = "training_state.json", "training_state.safetensors", "optimizer.pt"
+_UPDATE_EVERY = 10
+# SAELens' trainer clips at this.
+_CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        steps: of the run.
+        lr: its peak, constant until it decays.
+        decay_steps: at the end, over which it falls to 0.
+        norm_batches: that the scales are measured on.
+        checkpoints: how many are saved along the way; each replaces the one before.
+        log_every: steps between two lines of metrics.
+    """
+
+    steps: int
+    lr: float
+    decay_steps: int
+    norm_batches: int = 20
+    checkpoints: int = 0
+    log_every: int = 10
+
+
+class Trainer:
+    """Trains a cross-layer transcoder on a store of its pairs, named by `pair_name`.
+
+    Args:
+        checkpoints: folder that checkpoints go to.
+        metrics_path: JSON lines with each layer's L0, FVU and coefficient, and one for each alarm
+            (`health.alarms`).
+    """
+
+    def __init__(
+        self,
+        model: CrossLayerTranscoder,
+        cfg: CLTTrainingConfig,
+        schedule: Schedule,
+        store: PairStore,
+        *,
+        checkpoints: Path,
+        metrics_path: Path,
+    ):
+        self.model, self.schedule, self.store = model, schedule, store
+        self.checkpoints, self.metrics_path = checkpoints, metrics_path
+        self.learner = CLTTrainingStep(model, cfg)
+        shape = model.cfg
+        self.scalers = [PairScaler(shape.d_in, shape.d_out) for _ in shape.layers]
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
+        self.scheduler = get_lr_scheduler(
+            "constant",
+            self.optimizer,
+            training_steps=schedule.steps,
+            lr=schedule.lr,
+            warm_up_steps=0,
+            decay_steps=schedule.decay_steps,
+            lr_end=schedule.lr,
+            num_cycles=1,
+        )
+        self.step = 0
+        self.last: StepOutput | None = None
+
+    def fit(self) -> None:
+        """Train to the end, from where `load` left it.
+
+        Raises:
+            InterruptedException: stopped by Ctrl-C or SIGTERM; the step was finished and a
+                checkpoint saved.
+        """
+        batches = InterruptibleIterator(self.store.get_multi_hook_data_loader())
+        due = self._checkpoint_steps()
+        monitors = LayerMonitors(self.learner, self.schedule.steps)
+        with (
+            closing(monitors),
+            batches.stopped_by_signals(),
+            tqdm(total=self.schedule.steps, initial=self.step, desc="training", unit="step") as bar,
+        ):
+            try:
+                if self.scalers[0].scaling_factor is None:
+                    self._measure_scales(batches)
+                while self.step < self.schedule.steps:
+                    self.last = self._take_step(next(batches))
+                    for index, alarm in monitors.step(self.last, self.step - 1):
+                        layer = self.model.cfg.layers[index]
+                        report(alarm, self.metrics_path, to_wandb=False, of=f"layer_{layer}")
+                    self._show(bar, self.last)
+                    if self.step in due:
+                        self.save()
+            except InterruptedException:
+                # Before the first step there is nothing that a fresh start would not give.
+                if self.step > 0:
+                    self.save()
+                    logger.warning(f"interrupted; saved {self.checkpoints}")
+                raise
+
+    @torch.no_grad()
+    def fold_scales(self) -> None:
+        """Make the weights take and give the model's own activations: when training is over."""
+        self.learner.settle()
+        self.model.fold_scales_([scaler.scaling_factor for scaler in self.scalers])
+
+    # ---------------------------------------------------------------- one step
+
+    def _measure_scales(self, batches: InterruptibleIterator) -> None:
+        for _ in range(self.schedule.norm_batches):
+            rows = next(batches)
+            for index, scaler in enumerate(self.scalers):
+                scaler.observe(rows[pair_name(index)])
+        for scaler in self.scalers:
+            scaler.settle()
+
+    def _take_step(self, rows: Mapping[str, Tensor]) -> StepOutput:
+        inputs, targets = [], []
+        for index, scaler in enumerate(self.scalers):
+            scaled = scaler.scale(rows[pair_name(index)].to(self.model.device))
+            x, y = scaled.split([scaler.d_in, scaler.d_out], dim=1)
+            # Copied apart: the sparse products read whole rows.
+            inputs.append(x.contiguous())
+            targets.append(y)
+        outcome = self.learner.loss(inputs, targets)
+        self.optimizer.zero_grad()
+        outcome.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        return outcome
+
+    def _show(self, bar: tqdm, outcome: StepOutput) -> None:
+        bar.update(1)
+        shown, logged = (
+            self.step % every == 0 for every in (_UPDATE_EVERY, self.schedule.log_every)
+        )
+        if not (shown or logged):
+            return
+        errors, n_layers = outcome.fvu(self.model.cfg.n_layers), self.model.cfg.n_layers
+        dead = self.learner.dead_share()
+        if shown:
+            bar.set_postfix(
+                loss=f"{outcome.loss.item():.3g}",
+                L0=f"{sum(outcome.l0) / n_layers:.1f}",
+                FVU=f"{sum(errors) / n_layers:.3f} ({min(errors):.3f} to {max(errors):.3f})",
+                dead=f"{dead:.1%}",
+            )
+        if logged:
+            finite = [error if math.isfinite(error) else None for error in errors]
+            line = {
+                "step": self.step,
+                "loss": outcome.loss.item(),
+                "l0": outcome.l0,
+                "fvu": finite,
+                "coefficient": [float(value) for value in outcome.coefficients],
+                "dead": dead,
+                "lr": self.optimizer.param_groups[0]["lr"],
+            }
+            append_jsonl(self.metrics_path, line)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _checkpoint_steps(self) -> set[int]:
+        count, steps = self.schedule.checkpoints, self.schedule.steps
+        return {round(steps * (i + 1) / (count + 1)) for i in range(count)}
+
+    def save(self) -> Path:
+        """Write a checkpoint in one piece and remove those before it."""
+        self.learner.settle()
+        name = str(self.step)
+        partial, whole = self.checkpoints / f".{name}", self.checkpoints / name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        save_file({**weights, **self.learner.firing_tensors()}, partial / _TENSORS)
+        moving = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        torch.save(moving, partial / _OPTIMIZER)
+        state = {
+            "step": self.step,
+            "scales": [scaler.scaling_factor for scaler in self.scalers],
+            "learner": self.learner.state(),
+        }
+        write_json(partial / _STATE, state)
+        self.store.save_to_checkpoint(partial)
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        for older in self.checkpoints.iterdir():
+            if older != whole:
+                shutil.rmtree(older)
+        return whole
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Go on from a checkpoint of a training with the same settings; call before `fit`."""
+        checkpoint = Path(checkpoint)
+        tensors = load_file(checkpoint / _TENSORS, device=str(self.model.device))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors.pop(f"model.{name}"))
+        moving = torch.load(checkpoint / _OPTIMIZER, weights_only=True)
+        self.optimizer.load_state_dict(moving["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = None  # for the seam to switch on, which then turns what it has to
+        self.scheduler.load_state_dict(moving["scheduler"])
+        state = json.loads((checkpoint / _STATE).read_text())
+        self.step = state["step"]
+        for scaler, factors in zip(self.scalers, state["scales"], strict=True):
+            scaler.scaling_factor = tuple(factors)
+        self.learner.load_state(state["learner"], tensors)
+        self.store.load_from_checkpoint(checkpoint)
+
+
+def pair_name(index: int) -> str:
+    """The name of a layer's pair in the store."""
+    return f"layer_{index}"

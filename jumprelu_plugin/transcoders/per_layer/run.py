@@ -1,0 +1,292 @@
+"""One transcoder a layer, trained in a single pass over the text: `jumprelu train-transcoders`.
+
+Gives a folder with a stock SAELens folder a layer and a record. Interrupted, it leaves a
+checkpoint, and the same call goes on from there. It refuses what cannot work before it trains.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE, LoggingConfig
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+
+from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_transcoders
+from jumprelu_plugin.models.hooks import hook_point
+from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.recipes import get_transcoder_recipe
+from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
+from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.activations.pairs import HookPair
+from jumprelu_plugin.transcoders.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    fitting_chunk,
+    smallest_chunk,
+)
+from jumprelu_plugin.transcoders.output_folder import (
+    CHECKPOINTS,
+    METRICS_FILENAME,
+    SETTINGS_FILENAME,
+    claim_output_folder,
+)
+from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner
+from jumprelu_plugin.transcoders.settings import (
+    DEFAULT_EXPANSION,
+    DEFAULT_TARGET_L0,
+    LayerRunSettings,
+)
+
+RECORD_FILENAME = "transcoders.json"
+
+
+@dataclass(frozen=True)
+class TranscoderSettings(LayerRunSettings):
+    """What `train_transcoders` trains; the other settings are `LayerRunSettings`'.
+
+    Attributes:
+        target_l0: None takes 24, or the recipe's fixed coefficient where it has one.
+        skip: with a linear map from input to output.
+        recipe: a recipe for transcoders.
+        lr, batch_tokens: None takes the recipe's; lr decays to a tenth.
+    """
+
+    skip: bool = False
+    recipe: str = "transcoder"
+
+
+def train_transcoders(
+    output: str | Path,
+    settings: TranscoderSettings,
+    *,
+    model: Any = None,
+    dataset: Any = None,
+    log: Callable[[Any], None] = print,
+) -> Path:
+    """Train, save one stock folder a layer (`layer_0`, …) and a record; return `output`.
+
+    An unfinished run in `output` with the same settings is continued.
+
+    Args:
+        model: a hooked model to use in place of loading `settings.model_name`.
+        dataset: tokenised text to use in place of `settings.dataset_path`.
+        log: takes the memory estimate before training starts, and the evaluation's table.
+
+    Raises:
+        ValueError: `output` holds something else, the settings differ from those of the run it
+            holds, a layer, hook or recipe does not exist, or the memory does not suffice.
+        sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
+            checkpoint is saved.
+    """
+    output = Path(output)
+    checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
+    if model is None:
+        model = load_model(settings.model_name, "HookedSAETransformer", settings.device)
+    pairs = _pairs(model, settings)
+    widths = pair_widths(model, pairs.values())
+    configs = {name: _config(pair, widths, settings) for name, pair in pairs.items()}
+    settings_now, estimate = _within_memory(model, configs, widths, settings)
+    log(f"memory: {estimate}, beside Python and PyTorch themselves")
+    held_out = None
+    if dataset is None and not settings.dataset_path:
+        dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
+        held_out = settings.held_out(model)
+    write_json(output / SETTINGS_FILENAME, settings)
+    unfinished = output / ".unfinished"
+    runner = LayerwiseRunner(
+        _runner_config(configs, pairs, settings_now, unfinished, checkpoint),
+        pairs,
+        override_dataset=dataset,
+        override_model=model,
+        metrics_path=output / METRICS_FILENAME,
+    )
+    trained = runner.run()
+    for folder in sorted(path for path in unfinished.iterdir() if path.is_dir()):
+        shutil.rmtree(output / folder.name, ignore_errors=True)
+        folder.rename(output / folder.name)
+    found = None
+    if held_out is not None:
+        # What was saved is what is judged: loaded by stock SAELens, as any other tool would.
+        saved = [SAE.load_from_disk(output / name, settings.device) for name in pairs]
+        found = evaluate_transcoders(model, saved, held_out)
+        log(found.table())
+    _record(output, settings, pairs, trained, estimate, found, model)
+    for leftover in (unfinished, output / CHECKPOINTS):
+        shutil.rmtree(leftover, ignore_errors=True)
+    Path(output, SETTINGS_FILENAME).unlink()
+    return output
+
+
+# ---------------------------------------------------------------- before training
+
+
+def _pairs(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
+    n_layers = model.cfg.n_layers
+    layers = range(n_layers) if settings.layers is None else settings.layers
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"there is no layer {layer}: {settings.model_name} has {n_layers}")
+    if len(layers) > 1 and not all("{layer}" in h for h in (settings.hook_in, settings.hook_out)):
+        raise ValueError(
+            f"hook_in {settings.hook_in!r} and hook_out {settings.hook_out!r} must both hold "
+            "{layer}, or all transcoders would have the same hook"
+        )
+    pairs = {
+        f"layer_{layer}": HookPair(
+            settings.hook_in.replace("{layer}", str(layer)),
+            settings.hook_out.replace("{layer}", str(layer)),
+        )
+        for layer in layers
+    }
+    if not pairs:
+        raise ValueError("layers is empty; leave it out to train all")
+    for pair in pairs.values():
+        hook_point(model, pair.hook_in)
+        hook_point(model, pair.hook_out)
+    return pairs
+
+
+def _config(
+    pair: HookPair, widths: dict[str, int], settings: TranscoderSettings
+) -> JumpReLUTrainingTranscoderConfig:
+    recipe = get_transcoder_recipe(settings.recipe)
+    given: dict[str, Any] = {}
+    target = settings.target_l0
+    if settings.l0_coefficient is not None:
+        given["l0_coefficient"] = settings.l0_coefficient
+    elif target is not None or "l0_coefficient" not in recipe.sae:
+        # A target is steered to, also where the recipe would fix the coefficient.
+        given["l0_coefficient"] = None
+        target = DEFAULT_TARGET_L0 if target is None else target
+    d_in = widths[pair.hook_in]
+    return recipe.sae_config(
+        d_in,
+        settings.d_sae or DEFAULT_EXPANSION * d_in,
+        skip=settings.skip,
+        d_out=widths[pair.hook_out],
+        hook_name_out=pair.hook_out,
+        target_l0=target,
+        outlier_norm_ratio=settings.outlier_norm_ratio,
+        device=settings.device,
+        **given,
+    )
+
+
+def _within_memory(
+    model: Any, configs: dict[str, Any], widths: dict[str, int], settings: TranscoderSettings
+) -> tuple[TranscoderSettings, MemoryEstimate]:
+    """The settings with a chunk that fits, and what they take."""
+    batch = _batch_tokens(settings)
+    smallest = smallest_chunk(batch, settings.context_size, settings.sequences_per_pass)
+
+    def estimate(chunk_sequences: int) -> MemoryEstimate:
+        return estimate_memory(
+            model,
+            list(configs.values()),
+            hook_widths=list(widths.values()),
+            batch_tokens=batch,
+            context_size=settings.context_size,
+            sequences_per_pass=settings.sequences_per_pass,
+            chunk_sequences=chunk_sequences,
+        )
+
+    chunk, found = fitting_chunk(estimate, settings.chunk_sequences, smallest, settings.memory_gb)
+    return replace(settings, chunk_sequences=chunk), found
+
+
+def _batch_tokens(settings: TranscoderSettings) -> int:
+    recipe = get_transcoder_recipe(settings.recipe)
+    return settings.batch_tokens or recipe.runner["train_batch_size_tokens"]
+
+
+def _runner_config(
+    configs: dict[str, Any],
+    pairs: dict[str, HookPair],
+    settings: TranscoderSettings,
+    output: Path,
+    checkpoint: Path | None,
+) -> MultiSAETrainingRunnerConfig:
+    recipe = get_transcoder_recipe(settings.recipe)
+    batch = _batch_tokens(settings)
+    steps = settings.training_tokens // batch
+    if steps < 1:
+        raise ValueError(
+            f"training_tokens is {settings.training_tokens}, less than a batch of {batch} tokens"
+        )
+    fields = {
+        name: value
+        for name, value in recipe.runner.items()
+        if name not in ("context_size", "train_batch_size_tokens", "lr")
+    }
+    cfg = MultiSAETrainingRunnerConfig(
+        saes=configs,
+        hook_names={name: pair.hook_in for name, pair in pairs.items()},
+        model_name=settings.model_name,
+        model_from_pretrained_kwargs={},  # loaded without processing
+        dataset_path=settings.dataset_path,
+        context_size=settings.context_size,
+        training_tokens=steps * batch,
+        train_batch_size_tokens=batch,
+        n_batches_in_buffer=settings.chunk_sequences,
+        store_batch_size_prompts=settings.sequences_per_pass,
+        n_batches_for_norm_estimate=settings.norm_batches,
+        lr=recipe.runner["lr"] if settings.lr is None else settings.lr,
+        lr_decay_steps=steps // 5,
+        dead_feature_window=max(1, min(1000, steps // 5)),
+        device=settings.device,
+        seed=settings.seed,
+        n_checkpoints=settings.checkpoints,
+        checkpoint_path=None,
+        resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+        output_path=str(output),
+        logger=LoggingConfig(log_to_wandb=False),
+        **fields,
+    )
+    # Set afterwards: the constructor puts a random folder below it.
+    cfg.checkpoint_path = str(output.parent / CHECKPOINTS)
+    return cfg
+
+
+# ---------------------------------------------------------------- after training
+
+
+def _record(
+    output: Path,
+    settings: TranscoderSettings,
+    pairs: dict[str, HookPair],
+    trained: dict[str, Any],
+    estimate: MemoryEstimate,
+    found: SplicedSet | None,
+    model: Any,
+) -> None:
+    layers = [
+        {
+            "folder": name,
+            "hook_in": pair.hook_in,
+            "hook_out": pair.hook_out,
+            "architecture": trained[name].cfg.architecture(),
+            "d_in": trained[name].cfg.d_in,
+            "d_out": trained[name].cfg.width_out,
+            "d_sae": trained[name].cfg.d_sae,
+            "l0_in_training": trained[name].cfg.metadata.l0,
+            "dead_in_training": trained[name].cfg.metadata.num_dead_features,
+        }
+        for name, pair in pairs.items()
+    ]
+    write_json(
+        output / RECORD_FILENAME,
+        {
+            "kind": "transcoders",
+            "settings": settings,
+            "layers": layers,
+            "memory_estimate": {**asdict(estimate), "total": estimate.total},
+            "held_out": None if found is None else found.to_dict(),
+            "provenance": provenance(seed=settings.seed, model_digest=model_digest(model)),
+        },
+    )
