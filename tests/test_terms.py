@@ -34,8 +34,8 @@ from jumprelu_plugin.step.losses import (
     Term,
     WithDensityLimit,
     WithDensityPenalty,
+    outlier_token_weights,
     reconstruction,
-    token_weights,
 )
 
 BATCH, D_SAE = 40_009, 7
@@ -111,7 +111,7 @@ def test_the_ceiling_charges_each_latents_price() -> None:
     step = Step(DenseEntries(z), z * (z > threshold), threshold, 0.3, False, torch.randn(4, 3))
     term = WithDensityLimit(L0(), 0.3)
     assert float(term(step)) == pytest.approx(0.2 + 0.6 + 1.0, rel=1e-6)
-    priced = replace(step, prices=torch.tensor([2.0, 3.0, 5.0, 7.0]))
+    priced = replace(step, density_multipliers=torch.tensor([2.0, 3.0, 5.0, 7.0]))
     excess = 2 * (0.0 - 0.3) + 3 * (0.2 - 0.3) + 5 * (0.6 - 0.3) + 7 * (1.0 - 0.3)
     assert float(term(priced)) == pytest.approx(1.8 + excess, rel=1e-6)
 
@@ -120,7 +120,7 @@ def test_the_ceilings_threshold_gradient_is_the_densitys() -> None:
     """-(1 + μ_i) p(θ_i)."""
     step, mean, spread, _ = gaussian_step()
     prices = torch.linspace(0.0, 7.0, D_SAE, dtype=torch.float64)
-    WithDensityLimit(L0(), 0.2)(replace(step, prices=prices)).backward()
+    WithDensityLimit(L0(), 0.2)(replace(step, density_multipliers=prices)).backward()
     assert step.threshold.grad is not None
     for i in range(D_SAE):
         distance = float((step.threshold[i] - mean[i]) / spread[i])
@@ -262,7 +262,7 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
     target = torch.randn(67, 13, generator=torch.Generator().manual_seed(3))
     target[11] *= 150
     norm = target.norm(dim=1)
-    worth = token_weights(target, 5.0)
+    worth = outlier_token_weights(target, 5.0)
     assert (worth[norm <= 5 * norm.median()] == 1).all()
     assert float(worth[11].sqrt() * norm[11]) == pytest.approx(float(5 * norm.median()), rel=1e-5)
     x_hat = 0.9 * target
@@ -270,7 +270,7 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
     torch.testing.assert_close(reconstruction(x_hat, target, worth), expected)
     silent = torch.zeros(5, 13)
     silent[2] = 1.7  # the median norm is 0, and says nothing
-    assert (token_weights(silent, 5.0) == 1).all()
+    assert (outlier_token_weights(silent, 5.0) == 1).all()
 
 
 def test_only_an_saes_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
@@ -297,7 +297,7 @@ def test_an_outlier_weighs_less_in_every_dictionary(path: Literal["sparse", "den
     out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
     limit = sae.cfg.outlier_norm_limit
     assert limit is not None
-    acts, worth = out.feature_acts.to_dense(), token_weights(x, limit)
+    acts, worth = out.feature_acts.to_dense(), outlier_token_weights(x, limit)
     assert float(worth.min()) < 0.01
     for m, name, share in (
         (23, "inner_mse_loss_23", 0.35),
@@ -329,7 +329,7 @@ def more_terms(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tenso
     acts = jumprelu(entries.z, entries.per_latent(theta), p.bandwidth, p.to_input)
     step = Step(entries, acts, theta, p.bandwidth, p.to_input, leaves["W_dec"], p.dead)
     offset = 0.3 * p.target.mean(0)
-    x_hat, errors = entries.nested(
+    x_hat, errors = entries.decode_prefixes(
         acts, leaves["W_dec"], offset, p.target, worth_of(p), WIDTHS[:-1]
     )
     nested = (errors.sum() + reconstruction(x_hat, p.target)) / len(WIDTHS)

@@ -17,7 +17,7 @@ import sae_lens
 from typing_extensions import override
 
 from jumprelu_plugin.control.units import INPUT_UNITS
-from jumprelu_plugin.step.choose import PATHS
+from jumprelu_plugin.step.choose import STEP_PATHS
 from jumprelu_plugin.step.losses import SPARSITY_MODES
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
@@ -67,7 +67,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             `matryoshka_widths` are given, their number, which makes the error the published mean.
             0 leaves the inner dictionaries out.
         outlier_norm_ratio: the squared error of a token longer than this many times the batch's median
-            norm counts as if it were that long (`objective.token_weights`). None means 10 in an
+            norm counts as if it were that long (`objective.outlier_token_weights`). None means 10 in an
             SAE's steered training, and no limit otherwise. 0 is no limit.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents rebuild what
             the others leave (`objective.AuxiliaryLoss`). Published with 1/32. None leaves it out.
@@ -289,7 +289,7 @@ def check(cfg: JumpReLUTrainingSAEConfig) -> None:
         "units": INPUT_UNITS,
         "threshold_parameter": ("raw", "log"),
         "decoder_rows": (None, "free", "unit_norm"),
-        "step_kernel": PATHS,
+        "step_kernel": STEP_PATHS,
     }
     for field, allowed in choices.items():
         if getattr(cfg, field) not in allowed:

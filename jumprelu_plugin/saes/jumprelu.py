@@ -48,10 +48,10 @@ from jumprelu_plugin.step.losses import (
     AuxiliaryLoss,
     PreActivationLoss,
     Step,
+    outlier_token_weights,
     reconstruction,
     sparsity_term,
     threshold_slopes,
-    token_weights,
 )
 from jumprelu_plugin.step.sparse import encode_sparse
 
@@ -200,12 +200,14 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
         offset = self._decoder_offset(x, b_dec)
         target = _full_precision(target)
         limit = self.cfg.outlier_norm_limit
-        worth = None if limit is None else token_weights(target, limit)
+        worth = None if limit is None else outlier_token_weights(target, limit)
         inner = None
         if widths := self.cfg.prefix_widths:
             sought, unit = self._as_decoded(target)
             unit = unit if worth is None else unit * worth
-            decoded, inner = entries.nested(activations, W_dec, offset, sought, unit, widths)
+            decoded, inner = entries.decode_prefixes(
+                activations, W_dec, offset, sought, unit, widths
+            )
         else:
             decoded = entries.decode(activations, W_dec).add_(offset)
         x_hat = self.run_time_activation_norm_fn_out(self.hook_sae_recons(decoded))
@@ -219,7 +221,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             to_input,
             W_dec,
             dead=step_input.dead_neuron_mask,
-            prices=None if self._prices is None else self._prices.prices.to(x.device),
+            density_multipliers=None if self._prices is None else self._prices.prices.to(x.device),
         )
         coefficient = self._coefficient(step_input)
         penalty = self.sparsity(step)
@@ -413,7 +415,7 @@ class JumpReLUTrainingSAE(StockTrainingSAE):
             self._refuse_non_finite(sample.sum() * torch.nan, x, 0)
         if (limit := self.cfg.outlier_norm_limit) is not None:
             # One outlier in the batch would widen every latent's spread, and with it ε.
-            sample = sample[token_weights(sample, limit) == 1]
+            sample = sample[outlier_token_weights(sample, limit) == 1]
         if self.cfg.apply_b_dec_to_input:
             if not self._has_loaded_weights:
                 set_value(self, "b_dec", sample.mean(0))

@@ -26,9 +26,9 @@ from jumprelu_plugin.step import product
 
 logger = logging.getLogger(__name__)
 
-Path = Literal["sparse", "screened", "dense"]
-_ALL: tuple[Path, ...] = ("sparse", "screened", "dense")
-PATHS: tuple[str, ...] = ("auto", *_ALL)
+StepPath = Literal["sparse", "screened", "dense"]
+_ALL: tuple[StepPath, ...] = ("sparse", "screened", "dense")
+STEP_PATHS: tuple[str, ...] = ("auto", *_ALL)
 
 # The first step of a path pays for page faults and library start-up; it is run and not counted.
 WARM_UP_STEPS = 1
@@ -51,14 +51,14 @@ class PathChoice:
     """
 
     def __init__(self, forced: str = "auto"):
-        if forced not in PATHS:
-            raise ValueError(f"step path is {forced!r}; it must be one of {', '.join(PATHS)}")
-        self.current: Path = "sparse" if forced == "auto" else forced  # type: ignore[assignment]
+        if forced not in STEP_PATHS:
+            raise ValueError(f"step path is {forced!r}; it must be one of {', '.join(STEP_PATHS)}")
+        self.current: StepPath = "sparse" if forced == "auto" else forced  # type: ignore[assignment]
         self._forced = forced != "auto"
         self._logged = False
         self._device = torch.device("cpu")
         self._sizes: tuple[int, int, int] | None = None
-        self._seconds: dict[Path, list[float]] = {path: [] for path in _ALL}
+        self._seconds: dict[StepPath, list[float]] = {path: [] for path in _ALL}
         self._decided_at: float | None = None
         self._started: float | None = None
 
@@ -67,7 +67,7 @@ class PathChoice:
         """Whether the next steps are being timed."""
         return not self._forced and self._decided_at is None
 
-    def start(self, device: torch.device, sizes: tuple[int, int, int] | None = None) -> Path:
+    def start(self, device: torch.device, sizes: tuple[int, int, int] | None = None) -> StepPath:
         """The path to take now; call at the start of a step on `device`.
 
         `sizes` are (batch, d_in, d_sae). While paths are being timed, the device's work is awaited
@@ -97,7 +97,7 @@ class PathChoice:
             for path in ("sparse", "screened"):
                 self._seconds[path].clear()
 
-    def _untimed(self, path: Path) -> bool:
+    def _untimed(self, path: StepPath) -> bool:
         if len(self._seconds[path]) == WARM_UP_STEPS + TIMED_STEPS:
             return False
         if path != "dense" or self._untimed("sparse") or self._untimed("screened"):
@@ -111,7 +111,7 @@ class PathChoice:
         one = None if self._sizes is None else product.seconds(*self._sizes)
         return 0.0 if one is None else DENSE_PRODUCTS * one
 
-    def _median(self, path: Path) -> float:
+    def _median(self, path: StepPath) -> float:
         return statistics.median(self._seconds[path][WARM_UP_STEPS:])
 
     def _outdated(self, density: float) -> bool:
@@ -120,7 +120,9 @@ class PathChoice:
         return not 1 / RETRY_FACTOR < density / self._decided_at < RETRY_FACTOR
 
     def _decide(self, density: float) -> None:
-        took: dict[Path, float] = {path: self._median(path) for path in _ALL if self._seconds[path]}
+        took: dict[StepPath, float] = {
+            path: self._median(path) for path in _ALL if self._seconds[path]
+        }
         self.current = min(took, key=lambda path: took[path])
         self._decided_at = max(density, 1e-12)
         times = [f"{path} {1e3 * seconds:.1f} ms" for path, seconds in took.items()]

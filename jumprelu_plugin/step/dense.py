@@ -36,19 +36,19 @@ class DenseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return activations @ W_dec
 
-    def nested(
+    def decode_prefixes(
         self,
         activations: Float[Tensor, "batch d_sae"],
         W_dec: Float[Tensor, "d_sae d_out"],
         offset: Float[Tensor, "*batch d_out"],
-        target: Float[Tensor, "batch d_out"],
-        worth: Float[Tensor, " batch"],
+        decoder_target: Float[Tensor, "batch d_out"],
+        loss_scale: Float[Tensor, " batch"],
         widths: Sequence[int],
-    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
         x_hat, start, errors = offset, 0, []
         for width in widths:
             x_hat = x_hat + activations[:, start:width] @ W_dec[start:width]
-            errors.append((worth * (x_hat - target).square().sum(1)).mean())
+            errors.append((loss_scale * (x_hat - decoder_target).square().sum(1)).mean())
             start = width
         return x_hat + activations[:, start:] @ W_dec[start:], torch.stack(errors)
 

@@ -49,19 +49,30 @@ class Entries(ABC):
         """activations @ W_dec, differentiable in both."""
 
     @abstractmethod
-    def nested(
+    def decode_prefixes(
         self,
         activations: Float[Tensor, "*entries"],
         W_dec: Float[Tensor, "d_sae d_out"],
         offset: Float[Tensor, "*batch d_out"],
-        target: Float[Tensor, "batch d_out"],
-        worth: Float[Tensor, " batch"],
+        decoder_target: Float[Tensor, "batch d_out"],
+        loss_scale: Float[Tensor, " batch"],
         widths: Sequence[int],
-    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
-        """offset + activations @ W_dec, and the error of the first m latents for each width m.
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
+        """offset + activations @ W_dec, and the error of each Matryoshka prefix.
 
-        The error is the mean over tokens of worth · ‖offset + activations[:m] @ W_dec[:m] -
-        target‖². Differentiable in activations, W_dec and offset.
+        The prefix of width m decodes the first m latents. Its error is the mean over tokens of
+        loss_scale · ‖offset + activations[:m] @ W_dec[:m] - decoder_target‖².
+
+        Args:
+            activations: JumpReLU(z) at the represented pairs.
+            offset: what the decoder adds to the decoded latents, b_dec or one row a token.
+            decoder_target: what offset + activations @ W_dec is to equal.
+            loss_scale: the factor of each token's squared error.
+            widths: the prefixes' widths, ascending, without d_sae.
+
+        Returns:
+            The whole dictionary's reconstruction and the prefixes' errors, both differentiable in
+            activations, W_dec and offset.
         """
 
     @abstractmethod

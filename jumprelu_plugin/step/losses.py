@@ -1,8 +1,9 @@
-"""The terms of the training loss: one small frozen type each, holding only its own numbers.
+"""The terms of the training loss, each a small frozen dataclass that holds only its own constants.
 
-A term is a callable of a `Step` (what one forward pass produced) that returns a scalar. Every term
-is written once against the verbs of `step.entries.Entries`, so the dense and the sparse step train
-on the same loss. Coefficients multiply outside: they change during training, terms do not.
+A term is a callable that takes a `Step` (the results of one forward pass) and returns a scalar.
+Each term is written once against the interface of `step.entries.Entries`, so the dense and the
+sparse step train on the same loss. The caller multiplies by the coefficients, because coefficients
+change during training and terms do not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jumprelu_plugin.step.estimators import heaviside
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass gives the terms.
+    """The results of one forward pass, from which the terms are computed.
 
     Attributes:
         entries: the represented pre-activations.
@@ -30,9 +31,10 @@ class Step:
         bandwidth: ε, in the units of the pre-activations.
         to_input: whether the estimators also pass gradient to the pre-activations.
         W_dec: [d_sae, d_out].
-        dead: latents that have not fired for the trainer's window, [d_sae], or None if not tracked.
-        prices: what a firing of each latent costs beside 1 (`control.density`), [d_sae], or None
-            where there is no ceiling.
+        dead: mask of the latents that have not fired within the trainer's window, [d_sae]; None if
+            dead latents are not tracked.
+        density_multipliers: μ ≥ 0, [d_sae], the multiplier of each latent's density limit
+            (`control.density`); None without a limit.
     """
 
     entries: Entries
@@ -42,27 +44,28 @@ class Step:
     to_input: bool
     W_dec: Float[Tensor, "d_sae d_out"]
     dead: Bool[Tensor, " d_sae"] | None = None
-    prices: Float[Tensor, " d_sae"] | None = None
+    density_multipliers: Float[Tensor, " d_sae"] | None = None
 
     def gates(self) -> Float[Tensor, "*entries"]:
-        """H(z - θ) with its estimator."""
+        """H(z - θ), with the straight-through estimator's gradient."""
         theta = self.entries.per_latent(self.threshold)
         return heaviside(self.entries.z, theta, self.bandwidth, self.to_input)
 
     def l0(self) -> Float[Tensor, " batch"]:
-        """Active latents of each token, with the estimator's gradient."""
+        """Number of active latents per token, with the estimator's gradient."""
         return self.entries.sum_latents(self.gates())
 
-    def frequencies(self) -> Float[Tensor, " d_sae"]:
-        """Share of the batch's tokens each latent fires on, with the estimator's gradient."""
+    def latent_densities(self) -> Float[Tensor, " d_sae"]:
+        """Fraction of the batch's tokens each latent fires on, with the estimator's gradient."""
         return self.entries.sum_tokens(self.gates()) / self.entries.batch
 
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """‖d_i‖ of each latent's decoder row."""
         return self.W_dec.norm(dim=1)
 
 
 class Term(Protocol):
-    """A summand of the loss, before its coefficient."""
+    """One summand of the loss, before it is multiplied by its coefficient."""
 
     def __call__(self, step: Step) -> Float[Tensor, ""]: ...
 
@@ -70,30 +73,33 @@ class Term(Protocol):
 def reconstruction(
     x_hat: Float[Tensor, "batch d_out"],
     target: Float[Tensor, "batch d_out"],
-    worth: Float[Tensor, " batch"] | None = None,
+    token_weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9), each times its worth if given."""
-    # Fused: half the passes over [batch, d_out], forward and backward, of subtract, square and sum.
-    if worth is None:
+    """Mean over tokens of ‖x̂ - x‖² (arXiv 2407.14435, eq. 9), each times the token's weight."""
+    # The fused operator makes half as many passes over [batch, d_out], forward and backward, as
+    # subtracting, squaring and summing.
+    if token_weights is None:
         return functional.mse_loss(x_hat, target, reduction="sum") / len(x_hat)
-    squares = functional.mse_loss(x_hat, target, reduction="none").flatten(1).sum(1)
-    return worth @ squares / len(x_hat)
+    squared_errors = functional.mse_loss(x_hat, target, reduction="none").flatten(1).sum(1)
+    return token_weights @ squared_errors / len(x_hat)
 
 
 @torch.no_grad()
-def token_weights(
+def outlier_token_weights(
     target: Float[Tensor, "batch d_out"], outlier_norm_ratio: float
 ) -> Float[Tensor, " batch"]:
-    """What each token's squared error counts: 1, and less for a token whose norm is more than
-    `outlier_norm_ratio` times the batch's median, as if it were no longer than that.
+    """The weight of each token's squared error: 1, and (limit/‖x‖)² if ‖x‖ exceeds the limit.
 
-    Language models put norms a hundred times the others' on a few tokens ("massive activations",
-    arXiv 2402.17762). Unweighted, one such token in a thousand is most of a batch's gradient.
+    The limit is `outlier_norm_ratio` times the batch's median norm, so an outlier's relative error
+    counts as if its norm were the limit. All weights are 1 if the median norm is 0.
+
+    In language models a few tokens have norms a hundred times the others' ("massive activations",
+    arXiv 2402.17762). Unweighted, one such token in a thousand dominates a batch's gradient.
     """
     norm = target.flatten(1).norm(dim=1)
-    longest = outlier_norm_ratio * norm.median()
-    worth = (longest / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0).square()
-    return torch.where(longest > 0, worth, torch.ones_like(worth))
+    limit = outlier_norm_ratio * norm.median()
+    weights = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0).square()
+    return torch.where(limit > 0, weights, torch.ones_like(weights))
 
 
 @dataclass(frozen=True)
@@ -128,55 +134,67 @@ class TanhL0:
 
 @dataclass(frozen=True)
 class WithDensityPenalty:
-    """A sparsity term plus Σ_i f_i²/w₀, f_i the share of the batch's tokens latent i fires on.
+    """A sparsity term plus Σ_i p_i²/w₀, where p_i is latent i's density in the batch.
 
-    On `L0` it is Σ_i f_i (1 + f_i/w₀) (Google DeepMind's interpretability team, progress update of
-    March 2025): a firing of latent i costs 1 + 2f_i/w₀ where it costs 1 there. Rare latents hardly
-    notice, and with w₀ = 0.01 one that fires on 10 % of tokens pays 21 times as much.
+    With `L0` the sum is Σ_i p_i (1 + p_i/w₀) (Google DeepMind's interpretability team, progress
+    update of March 2025). Its slope in p_i is 1 + 2p_i/w₀, where that of `L0` alone is 1: with
+    w₀ = 0.01 the penalty hardly changes for rare latents, and is 21 times as steep for a latent
+    that fires on 10 % of tokens.
 
-    f_i² is the batch's, N tokens, whose mean is f_i² + f_i(1 - f_i)/N: about Σ_i f_i/(N w₀) too
-    much, 5 % of L0 at N = 2,048 and w₀ = 0.01, the same for every latent.
+    p_i² is computed from a batch of N tokens, so its expectation is p_i² + p_i(1 - p_i)/N. The term
+    is too large by about Σ_i p_i/(N w₀): 5 % of L0 at N = 2,048 and w₀ = 0.01, and the same for
+    every firing of every latent.
+
+    Attributes:
+        term: the sparsity term.
+        density_penalty_scale: w₀.
     """
 
     term: Term
-    scale: float
+    density_penalty_scale: float
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        return self.term(step) + step.frequencies().square().sum() / self.scale
+        return self.term(step) + step.latent_densities().square().sum() / self.density_penalty_scale
 
 
 @dataclass(frozen=True)
 class WithDensityLimit:
-    """A sparsity term plus Σ_i μ_i (f_i - ceiling), f_i as in `WithDensityPenalty` and μ_i the step's
-    prices: the Lagrangian of f_i ≤ ceiling.
+    """A sparsity term plus Σ_i μ_i (p_i - c): the Lagrangian of p_i ≤ c for every latent.
 
-    A firing costs 1 + μ_i times as much, and on a latent whose price is 0 what it always costs:
-    `WithDensityPenalty` with a w₀ that keeps latents under 10 % of tokens also bends the many that fire
-    on a few per cent (docs/results.md).
+    p_i is latent i's density in the batch, c the limit, and μ_i the step's density multiplier. The
+    slope in p_i grows by μ_i; it does not change for a latent whose multiplier is 0.
+    `WithDensityPenalty` with a w₀ small enough to keep every density under 10 % also distorts the
+    many latents that fire on a few per cent of tokens (docs/results.md).
+
+    Attributes:
+        term: the sparsity term.
+        max_latent_density: c, a fraction of the tokens.
     """
 
     term: Term
-    ceiling: float
+    max_latent_density: float
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        if step.prices is None:
+        if step.density_multipliers is None:
             return self.term(step)
-        return self.term(step) + step.prices @ (step.frequencies() - self.ceiling)
+        excess = step.latent_densities() - self.max_latent_density
+        return self.term(step) + step.density_multipliers @ excess
 
 
 @dataclass(frozen=True)
 class PreActivationLoss:
-    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖: pulls latents towards firing.
+    """Mean of Σ_i ReLU(θ_i - z_i)‖d_i‖: it raises pre-activations that are below the threshold.
 
     Attributes:
-        over: `all` latents, as Anthropic's (January 2025), or `dead` ones, as SAELens restricts it.
+        latents: `all` latents, as Anthropic does (January 2025), or only `dead` ones, as SAELens
+            does.
     """
 
-    over: str = "dead"
+    latents: str = "dead"
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         weight = step.decoder_norms()
-        if self.over == "dead":
+        if self.latents == "dead":
             if step.dead is None or not step.dead.any():
                 return step.W_dec.new_zeros(())
             weight = weight * step.dead
@@ -185,26 +203,27 @@ class PreActivationLoss:
 
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """Mean of ‖e - ê‖², ê what dead latents make of the residual e (AuxK; arXiv 2406.04093, A.2).
+    """Mean of ‖e - ê‖², where dead latents reconstruct the residual e as ê (AuxK).
 
-    ê decodes, for each token, the dead latents with the k largest pre-activations, as far as those
-    are positive and whatever their thresholds; k is half the output's width, at most (B.1). e gets
-    no gradient. As in SAELens, fewer than k dead latents weigh less, in proportion.
+    Source: arXiv 2406.04093, A.2. For each token, ê decodes the k dead latents with the largest
+    pre-activations, as far as these are positive, whatever their thresholds; k is half the output's
+    width (B.1). No gradient reaches e. With fewer than k dead latents the loss is scaled down in
+    proportion, as in SAELens.
     """
 
     def __call__(self, step: Step, residual: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
         dead = None if step.dead is None else step.dead.nonzero().squeeze(1)
         if dead is None or not len(dead):
             return step.W_dec.new_zeros(())
-        most = max(1, residual.shape[1] // 2)
+        k = max(1, residual.shape[1] // 2)
         z = step.entries.columns(dead)
-        top = z.topk(min(most, len(dead)), dim=1, sorted=False)
+        top = z.topk(min(k, len(dead)), dim=1, sorted=False)
         activations = torch.zeros_like(z).scatter(1, top.indices, top.values.relu())
-        rebuilt = activations @ step.W_dec.index_select(0, dead)
-        return min(1.0, len(dead) / most) * reconstruction(rebuilt, residual.detach())
+        decoded = activations @ step.W_dec.index_select(0, dead)
+        return min(1.0, len(dead) / k) * reconstruction(decoded, residual.detach())
 
 
-# The sparsity terms by the name SAELens' `jumprelu_sparsity_loss_mode` gives them.
+# Values of SAELens' `jumprelu_sparsity_loss_mode`.
 SPARSITY_MODES = ("step", "tanh", "quadratic")
 
 
@@ -216,10 +235,17 @@ def sparsity_term(
     density_penalty_scale: float | None = None,
     max_latent_density: float | None = None,
 ) -> Term:
-    """The sparsity term of a SAELens config, with the frequency penalties it asks for.
+    """The sparsity term that a SAELens config describes, with its density penalties.
+
+    Args:
+        mode: one of `SPARSITY_MODES`.
+        target_l0: L0*, needed by `quadratic`.
+        tanh_scale: c of `TanhL0`.
+        density_penalty_scale: w₀ of `WithDensityPenalty`; None leaves the penalty out.
+        max_latent_density: c of `WithDensityLimit`; None leaves the limit out.
 
     Raises:
-        ValueError: the mode is unknown, or `quadratic` has no target.
+        ValueError: the mode is unknown, or it is `quadratic` and target_l0 is None.
     """
     if mode == "step":
         term: Term = L0()
@@ -243,11 +269,11 @@ def sparsity_term(
 
 @dataclass(frozen=True)
 class ThresholdSlopes:
-    """What raising every threshold together changes: Σ_i ∂/∂θ_i by the estimators, no gradient.
+    """Derivatives along a shift of all thresholds together: Σ_i ∂/∂θ_i by the estimators.
 
     Attributes:
-        l0: of the mean L0.
-        penalty: of the sparsity term, before its coefficient.
+        l0: the derivative of the mean L0.
+        penalty: the derivative of the sparsity term, before its coefficient.
     """
 
     l0: Float[Tensor, ""]
@@ -255,11 +281,11 @@ class ThresholdSlopes:
 
 
 def threshold_slopes(term: Term, step: Step, penalty: Float[Tensor, ""]) -> ThresholdSlopes:
-    """The slopes at this batch; `penalty` is term(step), and its graph stays usable."""
+    """The slopes on this batch, detached; `penalty` is term(step), whose graph is kept."""
 
     def slope(value: Tensor) -> Tensor:
         return torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
 
-    of_penalty = slope(penalty)
-    of_l0 = of_penalty if isinstance(term, L0) else slope(step.l0().mean())
-    return ThresholdSlopes(of_l0, of_penalty)
+    penalty_slope = slope(penalty)
+    l0_slope = penalty_slope if isinstance(term, L0) else slope(step.l0().mean())
+    return ThresholdSlopes(l0_slope, penalty_slope)

@@ -128,7 +128,7 @@ class Pattern:
         return found
 
 
-def less(
+def subtract(
     matrix: Float[Tensor, "rows k"], center: Float[Tensor, " k"] | None
 ) -> Float[Tensor, "rows k"]:
     """matrix - center, None being zero."""
@@ -174,7 +174,7 @@ def slabs(
     matrix = matrix.detach()
     rows, width = matrix.shape
     if matrix.device.type != "cpu":
-        yield slice(0, width), less(matrix, center)
+        yield slice(0, width), subtract(matrix, center)
         return
     buffer = matrix.new_empty(rows * min(columns, width))
     for start in range(0, width, columns):

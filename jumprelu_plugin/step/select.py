@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step import product
-from jumprelu_plugin.step.pattern import Pattern, less
+from jumprelu_plugin.step.pattern import Pattern, subtract
 
 Selection = tuple[Pattern, Float[Tensor, " nnz"]]
 # Some latents, and where to put which of their pairs with a tile's tokens are candidates.
@@ -109,7 +109,7 @@ def _marked(
     flags = x.new_zeros(-(-rows_at_once * d_sae // 8) * 8, dtype=torch.bool)
     found = [flags.new_zeros(0, dtype=torch.int64)]
     for start in range(0, batch, rows_at_once):
-        tokens = less(x[start : start + rows_at_once], center)
+        tokens = subtract(x[start : start + rows_at_once], center)
         mark = look(tokens)
         used = len(tokens) * d_sae
         flags[used:] = False

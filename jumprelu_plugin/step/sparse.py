@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.heap import make_room
-from jumprelu_plugin.step.nested import NestedDecode
-from jumprelu_plugin.step.pattern import Pattern, less
+from jumprelu_plugin.step.matryoshka import PrefixDecode
+from jumprelu_plugin.step.pattern import Pattern, subtract
 from jumprelu_plugin.step.select import select
 
 
@@ -122,18 +122,18 @@ class SparseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return _SparseDecode.apply(activations, W_dec, self.pattern)  # type: ignore[return-value]
 
-    def nested(
+    def decode_prefixes(
         self,
         activations: Float[Tensor, " nnz"],
         W_dec: Float[Tensor, "d_sae d_out"],
         offset: Float[Tensor, "*batch d_out"],
-        target: Float[Tensor, "batch d_out"],
-        worth: Float[Tensor, " batch"],
+        decoder_target: Float[Tensor, "batch d_out"],
+        loss_scale: Float[Tensor, " batch"],
         widths: Sequence[int],
-    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " inner"]]:
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
         blocks = self.pattern.in_blocks([*widths, self.d_sae])
-        return NestedDecode.apply(  # type: ignore[return-value]
-            activations, W_dec, offset, target, worth, blocks, len(widths) + 1
+        return PrefixDecode.apply(  # type: ignore[return-value]
+            activations, W_dec, offset, decoder_target, loss_scale, blocks, len(widths) + 1
         )
 
     def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
@@ -205,6 +205,6 @@ def encode_sparse(
     def encode_columns(latents: Tensor) -> Tensor:
         # Rows of the transpose: the gradient then comes stored by latent, as the parameter is.
         weight = W_enc.t().index_select(0, latents)
-        return less(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
+        return subtract(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
 
     return SparseEntries(z, pattern, mean_z, encode_columns)  # type: ignore[arg-type]

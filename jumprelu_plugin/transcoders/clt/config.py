@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jumprelu_plugin.step.choose import PATHS
+from jumprelu_plugin.step.choose import STEP_PATHS
 from jumprelu_plugin.training.activations.pairs import HookPair
 
 SPARSITY_MODES = ("step", "tanh")
@@ -141,7 +141,7 @@ class CLTTrainingConfig:
         choices = {
             "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
             "decoder_rows": (None, "free", "unit_norm"),
-            "step_kernel": PATHS,
+            "step_kernel": STEP_PATHS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -27,10 +27,10 @@ from jumprelu_plugin.control.resampling import (
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
 from jumprelu_plugin.step.losses import (
     Step,
+    outlier_token_weights,
     reconstruction,
     sparsity_term,
     threshold_slopes,
-    token_weights,
 )
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.forward import forward
@@ -151,11 +151,11 @@ class CLTTrainingStep:
     def _worth(
         self, targets: Sequence[Float[Tensor, "batch d_out"]]
     ) -> Float[Tensor, "batch layers"] | None:
-        """What a token's squared error counts at each output (`token_weights`); None: in full."""
+        """What a token's squared error counts at each output (`outlier_token_weights`); None: in full."""
         limit = self.cfg.outlier_norm_ratio
         if limit is None:
             return None
-        return torch.stack([token_weights(target, limit) for target in targets], dim=1)
+        return torch.stack([outlier_token_weights(target, limit) for target in targets], dim=1)
 
     def _reconstruction(
         self,
