@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jumprelu_plugin.step.activity import firings_by_latent
+
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
@@ -78,7 +80,9 @@ class StreamingMetrics:
         self._residual += residual
         self._cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=-1).sum().item()
         self._merge(count, mean, deviation)
-        firings = _firings(acts)
+        if acts.layout != torch.strided:
+            acts = acts.to_sparse_coo().coalesce()
+        firings = firings_by_latent(acts).cpu()
         self._firings = firings if self._firings is None else self._firings + firings
 
     def compute(self) -> Metrics:
@@ -141,15 +145,20 @@ class StreamingMetrics:
         self._width = x.shape[1]
 
 
-def _firings(acts: Tensor) -> Int[Tensor, " d_sae"]:
-    """How many tokens each latent fired on, on the CPU."""
-    if acts.layout == torch.strided:
-        return (acts != 0).sum(dim=0).cpu()
-    acts = acts.to_sparse_coo().coalesce()
-    latents = acts.indices()[1][acts.values() != 0]
-    return torch.bincount(latents, minlength=acts.shape[1]).cpu()
-
-
 def _float64(tensor: Tensor) -> Tensor:
     # Apple's GPUs have no float64.
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()
+
+
+@torch.no_grad()
+def batch_fvu(
+    target: Float[Tensor, "batch *groups d"], output: Float[Tensor, "batch *groups d"]
+) -> Float[Tensor, "*groups"]:
+    """Fraction of variance unexplained on one batch: Σ‖ŷ − y‖² / Σ‖y − mean(y)‖².
+
+    Over the tokens and the last dimension; what lies between (layers) is kept apart. It stays in
+    the tensors' own precision and on their device, for a progress bar or a log: `StreamingMetrics`
+    is for results.
+    """
+    residual = (output - target).square().sum(0).sum(-1)
+    return residual / (target - target.mean(0)).square().sum(0).sum(-1)

@@ -23,7 +23,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
 from typing_extensions import override
 
+from jumprelu_plugin.evaluation.metrics import batch_fvu
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
@@ -177,14 +179,10 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
             self._stop()
 
     def _show(self, step_output: TrainStepOutput, pbar: tqdm) -> None:
-        x, x_hat = step_output.sae_in, step_output.sae_out
-        residual = (x_hat - x).pow(2).sum()
-        variance = (x - x.mean(0)).pow(2).sum()
-        acts = step_output.feature_acts
-        active = acts._nnz() if acts.is_sparse else acts.count_nonzero()
+        fvu = batch_fvu(step_output.sae_in, step_output.sae_out)
         pbar.set_postfix(
             loss=f"{step_output.loss.item():.3g}",
-            L0=f"{float(active) / len(x):.1f}",
-            FVU=f"{(residual / variance).item():.3f}",
+            L0=f"{mean_l0(step_output.feature_acts):.1f}",
+            FVU=f"{fvu.item():.3f}",
             dead=f"{self.dead_neurons.float().mean().item():.1%}",
         )

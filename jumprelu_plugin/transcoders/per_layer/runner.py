@@ -26,7 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
+from jumprelu_plugin.evaluation.metrics import batch_fvu
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
@@ -103,11 +105,11 @@ class LayerwiseTrainer(MultiSAETrainer):
         if self.n_training_steps % update_interval:
             return
         outputs = step_outputs.values()
-        errors = [_fvu(output) for output in outputs]
+        errors = [batch_fvu(output.sae_in, output.sae_out).item() for output in outputs]
         dead = [trainer.dead_neurons.float().mean().item() for trainer in self.trainers.values()]
         pbar.set_postfix(
             loss=f"{_mean([output.loss.item() for output in outputs]):.3g}",
-            L0=f"{_mean([_l0(output) for output in outputs]):.1f}",
+            L0=f"{_mean([mean_l0(output.feature_acts) for output in outputs]):.1f}",
             FVU=f"{_mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})",
             dead=f"{_mean(dead):.1%}",
         )
@@ -260,18 +262,6 @@ def _refuse_widths(name: str, pair: HookPair, cfg: Any, widths: Mapping[str, int
 def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
     """Numbers that are not finite as null, which JSON has."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def _fvu(output: TrainStepOutput) -> float:
-    target = output.sae_in
-    residual = (output.sae_out - target).square().sum()
-    return (residual / (target - target.mean(0)).square().sum()).item()
-
-
-def _l0(output: TrainStepOutput) -> float:
-    acts = output.feature_acts
-    active = acts._nnz() if acts.is_sparse else acts.count_nonzero()
-    return float(active) / len(output.sae_in)
 
 
 def _mean(values: list[float]) -> float:
