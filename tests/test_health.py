@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -417,7 +419,25 @@ def test_peak_memory_is_what_a_run_takes(
 # ---------------------------------------------------------------- alarms
 
 
-def trained(steps: int, lr: float = 3e-3, **fields: Any) -> JumpReLUTrainer:
+def lengthening_encoder(
+    batches: Iterator[torch.Tensor], sae: JumpReLUTrainingSAE, factor: float, after: int
+) -> Iterator[torch.Tensor]:
+    """The batches; the encoder is multiplied by `factor` when `after` of them have been drawn."""
+    yield from islice(batches, after)
+    with torch.no_grad():
+        sae.W_enc.mul_(factor)
+    yield from batches
+
+
+def trained(
+    steps: int, lr: float = 3e-3, lengthen_encoder: float = 1.0, **fields: Any
+) -> JumpReLUTrainer:
+    """A trainer on sums of known directions, not yet run.
+
+    Args:
+        lengthen_encoder: the encoder is multiplied by this in mid-run. What a learning rate far too
+            high does to it is chaotic, so it differs from one processor to the next.
+    """
     sae = JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, step_kernel="sparse", **fields)
     )
@@ -430,12 +450,13 @@ def trained(steps: int, lr: float = 3e-3, **fields: Any) -> JumpReLUTrainer:
         checkpoint_path=None,
         logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=50),
     )
-    return JumpReLUTrainer(cfg=cfg, sae=sae, data_provider=tokens(3))
+    batches = lengthening_encoder(tokens(3), sae, lengthen_encoder, after=steps // 2)
+    return JumpReLUTrainer(cfg=cfg, sae=sae, data_provider=batches)
 
 
 SICK: dict[str, tuple[dict[str, Any], str]] = {
     "thresholds starved": ({"target_l0": 5, "jumprelu_bandwidth": 1e-6}, "raise jumprelu_bandw"),
-    "encoder runaway": ({"target_l0": 5, "lr": 1.0}, "lower lr"),
+    "encoder runaway": ({"target_l0": 5, "lengthen_encoder": 20.0}, "lower lr"),
     "loss spike": ({"target_l0": 5, "lr": 0.3}, "lower lr"),
     "latents dying": ({"l0_coefficient": 300.0}, "lower lr or l0_coefficient"),
     "L0 off target": ({"l0_coefficient": 300.0}, "lower l0_coefficient"),
@@ -458,7 +479,7 @@ def test_a_sick_run_raises_its_alarm_once_and_says_what_to_change(
     said = [
         record.getMessage() for record in caplog.records if line["message"] in record.getMessage()
     ]
-    assert said == [f"step {line['step']}: {line['says']}; {line['change']}"]
+    assert said == [f"step {line['step']}: {line['message']}; {line['suggestion']}"]
     measured = [line for line in lines if "health/encoder_growth" in line]
     assert measured and all("health/thresholds_without_gradient" in line for line in measured)
 
