@@ -32,7 +32,7 @@ from jumprelu_plugin.step.pattern import Pattern
 # What is timed, by the place it is looked up in.
 PARTS: dict[str, tuple[Any, str]] = {
     "encode product, float32": (product, "linear"),
-    "finding candidates, without that product": (select, "_candidates"),
+    "finding candidates, without that product": (select, "find_candidates"),
     "z and gradient of activations at the pairs": (Pattern, "sampled_product"),
     "decode": (Pattern, "times"),
     "gradients of W_dec and W_enc": (Pattern, "transposed_times"),

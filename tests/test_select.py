@@ -1,6 +1,6 @@
-"""However candidates are looked for, the same pairs are selected, with the same bits.
+"""Every way to find candidates selects the same pairs, with bit-identical values.
 
-Edges are put on the pre-activations themselves, so that rounding alone decides those pairs.
+The edges are equal to pre-activations, so that rounding alone decides those pairs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jumprelu_plugin.step.sparse import encode_sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(37, 23, 101), (301, 257, 1009), (521, 769, 4099)]
-BACKENDS = tuple(product._BACKENDS)
+BACKENDS = tuple(product.BACKENDS)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each library in turn computes the full-precision product."""
-    choice = product._Choice(request.param, 1e-9, 1)
-    monkeypatch.setattr(product, "_choice", lambda *_: choice)
+    choice = product.Choice(request.param, 1e-9, 1)
+    monkeypatch.setattr(product, "choice_for", lambda *_: choice)
     return request.param
 
 
@@ -52,7 +52,7 @@ def same(found: tuple, expected: tuple) -> bool:
 
 @pytest.mark.parametrize("seed", [3, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_way_to_look_selects_the_same_pairs(
+def test_screened_and_full_precision_search_select_the_same_pairs(
     shape: tuple[int, int, int], seed: int, backend: str
 ) -> None:
     x, W_enc, b_enc = weights(*shape, seed)
@@ -95,26 +95,26 @@ def test_active_and_window_are_the_same_pairs_when_rounding_decides(
 
 
 def test_few_candidates_besides_the_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bounds are tight enough to be worth it, also beside an attention sink."""
+    """The bounds are tight, also with an attention sink in the batch."""
     from jumprelu_plugin.step import select as module
 
     counts: list[int] = []
-    inner: Callable = module._marked
+    find_candidates: Callable = module.find_candidates
 
     def counting(*arguments: object) -> object:
-        marked = inner(*arguments)
-        counts.append(marked.cols.numel())
-        return marked
+        candidates = find_candidates(*arguments)
+        counts.append(candidates.cols.numel())
+        return candidates
 
-    monkeypatch.setattr(module, "_marked", counting)
+    monkeypatch.setattr(module, "find_candidates", counting)
     x, W_enc, b_enc = weights(*SHAPES[2], seed=13)
     z = torch.addmm(b_enc, x, W_enc)
     edge = z.quantile(0.98, dim=0)
     selected = int((z > edge).sum())
     for screen in (False, True):
         select(x, W_enc, b_enc, edge, screen=screen)
-    directly, screened = counts
-    assert selected <= directly < 1.05 * selected
+    full_precision, screened = counts
+    assert selected <= full_precision < 1.05 * selected
     assert selected <= screened < 1.6 * selected
 
 
@@ -139,7 +139,7 @@ def test_a_product_in_fewer_bits_selects_the_same_pairs(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True])
 def test_the_same_pairs_on_a_gpu(tf32: bool) -> None:
-    """By every way to look, TF32 included, and with no more waiting than the counts need."""
+    """Screened and in full precision, with and without TF32."""
     x, W_enc, b_enc = (tensor.cuda() for tensor in weights(*SHAPES[2], seed=37))
     z = torch.addmm(b_enc.double(), x.double(), W_enc.double())
     edge = z.quantile(0.98, dim=0).float()
@@ -152,8 +152,8 @@ def test_the_same_pairs_on_a_gpu(tf32: bool) -> None:
     assert same(*found)
     kept = torch.zeros_like(z, dtype=torch.bool)
     kept[found[0][0].rows, found[0][0].cols] = True
-    doubt = 3e-5 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0)
-    assert kept[z > edge + doubt].all() and not kept[z < edge - doubt].any()
+    margin = 3e-5 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0)
+    assert kept[z > edge + margin].all() and not kept[z < edge - margin].any()
 
 
 # ---------------------------------------------------------------- the product
@@ -172,16 +172,16 @@ def test_each_library_is_within_the_bound_of_float64(backend: str) -> None:
 
 def test_the_fastest_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc = weights(41, 29, 67, seed=29)
-    took = {"_by_blas": 0.003, "_by_onednn": 0.002, "_by_onednn_layout": 0.0025}
+    took = {"_blas": 0.003, "_onednn": 0.002, "_onednn_layout": 0.0025}
     monkeypatch.setattr(product, "_choices", {})
-    monkeypatch.setattr(product, "_seconds", lambda way, *_: took[way.__name__])
+    monkeypatch.setattr(product, "_seconds", lambda multiply, *_: took[multiply.__name__])
     weight, out = W_enc.t().contiguous(), x.new_empty(41, 67)
     assert product.backend(29) is None and product.seconds(82, 29, 67) is None
     product.linear(x, weight, b_enc, out)
     assert product.backend(29) == "oneDNN"
     assert product.seconds(82, 29, 67) == pytest.approx(0.004)
-    took["_by_blas"] = 0.001
-    assert product.backend(29) == "oneDNN"  # asked once
+    took["_blas"] = 0.001
+    assert product.backend(29) == "oneDNN"  # timed once
     monkeypatch.setattr(product, "_choices", {})
     product.linear(x, weight, b_enc, out)
     assert product.backend(29) == "BLAS"
@@ -193,8 +193,9 @@ def test_a_library_that_computes_something_else_is_not_used(
     x, W_enc, b_enc = weights(41, 29, 67, seed=31)
     monkeypatch.setattr(product, "_choices", {})
     wrong = {"wrong": lambda x, w, b, out: (x @ w.t() + b) * 1.001, "absent": _missing}
-    monkeypatch.setattr(product, "_BACKENDS", {**product._BACKENDS, **wrong})
-    monkeypatch.setattr(product, "_seconds", lambda way, *_: 1.0 if way is product._by_blas else 0)
+    monkeypatch.setattr(product, "BACKENDS", {**product.BACKENDS, **wrong})
+    blas = product.BACKENDS["BLAS"]
+    monkeypatch.setattr(product, "_seconds", lambda multiply, *_: 1.0 if multiply is blas else 0)
     product.linear(x, W_enc.t().contiguous(), b_enc, x.new_empty(41, 67))
     assert product.backend(29) in ("oneDNN", "oneDNN with a copy")
 

@@ -248,7 +248,7 @@ def test_sums_and_broadcast(pair) -> None:  # type: ignore[no-untyped-def]
     assert torch.equal(sparse.per_latent(p.threshold), p.threshold.expand(BATCH, -1)[represented])
 
 
-def test_shortfall_counts_the_pairs_that_are_not_represented(pair) -> None:  # type: ignore[no-untyped-def]
+def test_threshold_deficit_counts_the_pairs_that_are_not_represented(pair) -> None:  # type: ignore[no-untyped-def]
     sparse, z, _, p = pair
     weight = torch.rand(D_SAE, dtype=torch.float64)
     expected = sum(
@@ -260,7 +260,7 @@ def test_shortfall_counts_the_pairs_that_are_not_represented(pair) -> None:  # t
     torch.testing.assert_close(found.detach(), torch.as_tensor(expected), rtol=1e-12, atol=0.0)
 
 
-def test_shortfall_without_the_mean_is_refused() -> None:
+def test_threshold_deficit_without_the_mean_is_refused() -> None:
     p = problem()
     entries = encode_sparse(p.x, p.W_enc, p.b_enc, p.b_pre, p.threshold, p.bandwidth)
     with pytest.raises(ValueError, match="threshold_deficit"):
@@ -328,7 +328,7 @@ def test_on_a_gpu(kind: str) -> None:
         assert_three_way(fast[name].cpu(), plain[name].cpu(), truth[name], name)
 
 
-# ---------------------------------------------------------------- which path
+# ---------------------------------------------------------------- choosing a path
 
 
 class Clock:
@@ -391,10 +391,10 @@ def test_paths_are_timed_again_when_density_has_halved_and_not_before(clock: Clo
 def test_dense_is_tried_only_where_its_products_leave_room(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, product_seconds: float | None, tried: bool
 ) -> None:
-    asked = []
+    requested = []
 
     def seconds(*sizes: int) -> float | None:
-        asked.append(sizes)
+        requested.append(sizes)
         return product_seconds
 
     monkeypatch.setattr("jumprelu_plugin.step.choose.product.seconds", seconds)
@@ -407,7 +407,7 @@ def test_dense_is_tried_only_where_its_products_leave_room(
         choice.finish(0.03)
     assert ("dense" in paths) == tried
     assert choice.current == ("dense" if tried else "screened")
-    assert set(asked) == {(37, 23, 101)}
+    assert set(requested) == {(37, 23, 101)}
 
 
 def test_the_choice_and_its_reasons_are_logged(
@@ -419,7 +419,7 @@ def test_the_choice_and_its_reasons_are_logged(
             PathChoice("auto"), clock, 13, 0.03, {"sparse": 0.31, "screened": 0.47, "dense": 2.3}
         )
     forced, chosen = (record.getMessage() for record in caplog.records)
-    assert forced == "step path: screened, as asked for"
+    assert forced == "step path: screened, as configured"
     assert chosen.startswith("step path: sparse at 3 % density (sparse 310.0 ms, screened 470.0 ms")
 
 

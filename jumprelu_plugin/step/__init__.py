@@ -1,1 +1,1 @@
-"""The JumpReLU training step: `dense.py` defines it, `sparse.py` computes the same numbers."""
+"""The math of a training step: `dense.py` defines it, `sparse.py` computes the same numbers."""

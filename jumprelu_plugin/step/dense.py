@@ -1,7 +1,7 @@
-"""The dense step: the definition of what is computed, and the oracle of the fast path.
+"""The dense step: the definition of what a step computes, and the reference for the fast paths.
 
-Every pre-activation is kept, [batch, d_sae], and PyTorch's autograd does the rest. Costs five
-[batch, d_in, d_sae] matrix products a step. Nothing here is optimised, on purpose.
+It keeps every pre-activation, [batch, d_sae], and leaves the gradients to PyTorch's autograd. A
+step takes five [batch, d_in, d_sae] matrix products. It is deliberately not optimized.
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ def encode_dense(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"] | None,
 ) -> DenseEntries:
-    """z = (x - b_pre) W_enc + b_enc for every latent; `b_pre` is b_dec, or None to use x as is."""
-    centred = x if b_pre is None else x - b_pre
-    return DenseEntries(torch.addmm(b_enc, centred, W_enc))
+    """z = (x - b_pre) W_enc + b_enc at every pair.
+
+    Args:
+        x: the encoder's input.
+        W_enc: encoder weights.
+        b_enc: encoder biases.
+        b_pre: b_dec where the encoder subtracts it, else None.
+    """
+    centered = x if b_pre is None else x - b_pre
+    return DenseEntries(torch.addmm(b_enc, centered, W_enc))

@@ -1,10 +1,9 @@
-"""The pre-activations a step works on: what every path of the step offers the objective.
+"""The interface through which the loss reads the pre-activations of a step.
 
-The objective never asks how pre-activations are stored. It sees *entries*: a tensor of values, one
-per (token, latent) pair that is represented, and the verbs below over them. `dense.py`
-represents every pair ([batch, d_sae] values); `sparse.py` only those where anything can be non-zero
-([nnz] values). Because each term is written once against the verbs, both paths compute the same
-loss.
+The loss does not depend on how pre-activations are stored. It reads *entries*: a tensor with one
+value for each represented (token, latent) pair, and the operations below. `dense.py` represents
+every pair ([batch, d_sae] values), `sparse.py` only those that can contribute ([nnz] values). Each
+loss term is written once against this interface, so all paths compute the same loss.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch import Tensor
 
 
 class Entries(ABC):
-    """Pre-activations z of a batch, at the represented (token, latent) pairs.
+    """Pre-activations z of a batch at the represented (token, latent) pairs.
 
     Attributes:
-        z: pre-activations, [batch, d_sae] or [nnz], differentiable with respect to W_enc, b_enc
-            and, where the encoder subtracts it, b_dec.
+        z: pre-activations, [batch, d_sae] or [nnz], differentiable in W_enc, b_enc and, where the
+            encoder subtracts it, b_dec.
         batch: number of tokens.
         d_sae: number of latents.
     """
@@ -32,15 +31,15 @@ class Entries(ABC):
 
     @abstractmethod
     def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, "..."]:
-        """Bring one value per latent to where it broadcasts against `z`."""
+        """Expand one value per latent to a tensor that broadcasts against `z`."""
 
     @abstractmethod
     def sum_latents(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " batch"]:
-        """Sum entry values over the latents of each token."""
+        """The sum of entry values over each token's latents."""
 
     @abstractmethod
     def sum_tokens(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
-        """Sum entry values over the tokens of each latent."""
+        """The sum of entry values over each latent's tokens."""
 
     @abstractmethod
     def decode(
@@ -77,17 +76,22 @@ class Entries(ABC):
 
     @abstractmethod
     def columns(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
-        """Pre-activations of these latents on every token, represented or not; differentiable."""
+        """Pre-activations of these latents at every token, represented or not; differentiable."""
 
     @abstractmethod
     def threshold_deficit(
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, ""]:
-        """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), for all pairs, represented or not."""
+        """Σ_i weight_i · mean over tokens of ReLU(θ_i - z_i), over all pairs, represented or not.
+
+        Raises:
+            ValueError: the entries were computed without what this needs.
+        """
 
     @abstractmethod
     def as_matrix(self, values: Float[Tensor, "*entries"], where: Tensor | None = None) -> Tensor:
-        """Entry values as SAELens' trainer reads them: [batch, d_sae], dense or sparse COO.
+        """Entry values as SAELens' trainer reads them: [batch, d_sae], dense or COO, detached.
 
-        `where` may drop entries known to be zero, to make a sparse answer smaller. Detached.
+        `where` masks the entries to keep. A sparse result leaves out the others, which must be
+        zero; a dense result ignores it.
         """

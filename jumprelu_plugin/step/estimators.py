@@ -1,16 +1,16 @@
 """The two straight-through estimators of JumpReLU training, elementwise.
 
-Notation of "Jumping Ahead" (arXiv 2407.14435): z is a pre-activation, θ its latent's threshold,
-ε the bandwidth, H the Heaviside step and K the rectangle kernel, 1 on (-1/2, 1/2).
+In the notation of "Jumping Ahead" (arXiv 2407.14435), z is a pre-activation, θ its latent's
+threshold, ε the bandwidth, H the Heaviside step and K the rectangle kernel, 1 on (-1/2, 1/2).
 
     jumprelu(z) = z H(z - θ)        ∂/∂θ := -(θ/ε) K((z - θ)/ε)        (eq. 11)
     heaviside(z) = H(z - θ)         ∂/∂θ := -(1/ε) K((z - θ)/ε)        (eq. 12)
 
-In the paper no estimator gradient reaches z. With `to_input=True` it does, with the opposite sign
-(both functions jump where z - θ changes sign), as in Anthropic's January 2025 recipe.
+In the paper no estimator gradient reaches z. With `to_input=True` z receives it with the opposite
+sign, as in Anthropic's January 2025 recipe: both functions depend on the sign of z - θ.
 
-Both functions broadcast θ against z, so one definition serves a dense batch of pre-activations
-[batch, d_sae] with θ [d_sae] and a list of selected entries [nnz] with θ gathered to [nnz].
+Both functions broadcast θ against z. They take a dense batch of pre-activations [batch, d_sae] with
+θ [d_sae], and selected entries [nnz] with θ gathered to [nnz].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 def in_window(
     z: Float[Tensor, "*entries"], threshold: Float[Tensor, "..."], bandwidth: float
 ) -> Bool[Tensor, "*entries"]:
-    """Where K((z - θ)/ε) = 1: strictly inside the window, on both sides of the threshold."""
+    """Mask of K((z - θ)/ε) = 1: z lies less than ε/2 above or below θ."""
     distance = (z - threshold) / bandwidth
     return (distance > -0.5) & (distance < 0.5)
 

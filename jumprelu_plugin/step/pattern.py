@@ -1,9 +1,9 @@
-"""Which (token, latent) pairs a sparse step works on, and products over those pairs alone.
+"""The (token, latent) pairs of a sparse step, and products restricted to those pairs.
 
-Both products walk through one large matrix in an order the pairs decide. On a CPU they are done a
-few columns at a time, so that what is walked through stays in cache: with 77 pairs a token, 4096
+Both kinds of product read the rows of a large matrix in the order of the pairs. On a CPU they are
+computed a few columns at a time, so that these columns stay in cache: with 77 pairs a token, 4096
 tokens and a 16384 × 2304 matrix (Zen 5, one thread), the weighted sum took 38 ms and the sampled
-product 73 ms, against 200 and 222 ms for PyTorch's CSR operators on whole rows.
+product 73 ms; PyTorch's CSR operators on whole rows took 200 and 222 ms.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-# Columns at a time on a CPU. A GPU hides the latency of memory and takes all of them.
+# Columns at a time on a CPU. A GPU hides the latency of memory, so it processes all at once.
 SUM_COLUMNS = 64
 SAMPLE_COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which (token, latent) pairs are represented: rows ascending, columns ascending in each.
+    """The represented (token, latent) pairs, sorted by token and then by latent.
 
-    `latent_order` is what sorts the entries by latent, and where each latent's end, if known.
+    Attributes:
+        pairs: the tokens (row 0) and latents (row 1).
+        batch: number of tokens.
+        d_sae: number of latents.
+        latent_order: the permutation that sorts the entries by latent, and the offsets of each
+            latent's entries in that order; None computes them when they are needed.
     """
 
     pairs: Int[Tensor, "2 nnz"]
@@ -47,12 +52,12 @@ class Pattern:
 
     @cached_property
     def row_ends(self) -> Int[Tensor, " batch+1"]:
-        """Where each token's entries end."""
+        """Offsets: token t's entries are those from row_ends[t] to row_ends[t + 1]."""
         return _ends(self.rows, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
-        """The order that sorts entries by latent, their tokens in that order, and its ends."""
+        """The order that sorts entries by latent, their tokens in it, and each latent's offsets."""
         if self.latent_order is None:
             latents, order = torch.sort(self.cols, stable=True)
             ends = _ends(latents, self.d_sae)
@@ -61,20 +66,20 @@ class Pattern:
         return order, self.rows[order], ends
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> tuple[Pattern, Int[Tensor, " kept"]]:
-        """The pattern of the kept pairs, and their places in this one."""
+        """The pattern of the kept pairs, and their indices in this one."""
         places = kept.nonzero().squeeze(1)
         return Pattern(self.pairs[:, places], self.batch, self.d_sae), places
 
     def in_blocks(self, ends: Sequence[int]) -> Pattern:
-        """The same entries, each token's row cut into one row for each block of latents.
+        """The same entries, with each token's row split into one row for each block of latents.
 
-        Row t·len(ends) + k has the entries of token t and block k, latents ends[k - 1] (or 0) to
-        ends[k].
+        Row t·len(ends) + k holds the entries of token t in block k, the latents from ends[k - 1]
+        (0 for k = 0) to ends[k].
         """
         latents = torch.arange(self.d_sae, device=self.cols.device)
         block = torch.bucketize(latents, latents.new_tensor(ends), right=True)
         rows = self.rows * len(ends) + block[self.cols]
-        # The order by latent is the same: not sorted again.
+        # The order by latent stays the same, so it is passed on and not sorted again.
         order, _, latent_ends = self.by_latent
         pairs = torch.stack((rows, self.cols))
         return Pattern(pairs, self.batch * len(ends), self.d_sae, (order, latent_ends))
@@ -82,7 +87,7 @@ class Pattern:
     def times(
         self, values: Float[Tensor, " nnz"], matrix: Float[Tensor, "d_sae k"]
     ) -> Float[Tensor, "batch k"]:
-        """V @ matrix, V the [batch, d_sae] matrix that holds `values` at the represented pairs."""
+        """V @ matrix, where V [batch, d_sae] holds `values` at the pairs and zeros elsewhere."""
         return _weighted_sums(self.cols, self.row_ends, values, matrix)
 
     def transposed_times(
@@ -91,14 +96,14 @@ class Pattern:
         matrix: Float[Tensor, "batch k"],
         center: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "d_sae k"]:
-        """V.T @ (matrix - center); the sort is shared by every call."""
+        """V.T @ (matrix - center), V as in `times`. All calls share one sort."""
         order, tokens, ends = self.by_latent
         return _weighted_sums(tokens, ends, values[order], matrix, center)
 
     def zeros_by_latent(self, like: Float[Tensor, " nnz"]) -> Float[Tensor, "d_sae batch"]:
-        """A sparse CSR matrix of zeros at the represented pairs, for products to be added to."""
+        """A sparse CSR matrix with explicit zeros at the pairs, to which products are added."""
         _, tokens, ends = self.by_latent
-        _say_nothing_of_beta()
+        _silence_beta_warning()
         shape = (self.d_sae, self.batch)
         zeros = torch.zeros_like(like)
         return torch.sparse_csr_tensor(ends, tokens, zeros, shape, check_invariants=False)
@@ -113,25 +118,25 @@ class Pattern:
 
         The value at a pair depends on its two vectors alone, not on the other pairs.
         """
-        found = left.new_empty(self.cols.numel())
+        values = left.new_empty(self.cols.numel())
         if self.cols.numel() == 0:
-            return found
-        # By latent, because there are fewer tokens in a batch than latents: `left` is what is
-        # walked through out of order, and the smaller matrix stays in cache.
+            return values
+        # Sorted by latent, the rows of `left` are the ones read out of order. A batch has fewer
+        # tokens than latents, so `left` is the smaller matrix and stays in cache.
         order = self.by_latent[0]
-        products = self.zeros_by_latent(found)
-        of_left = slabs(left, SAMPLE_COLUMNS, center)
-        of_right = slabs(right, SAMPLE_COLUMNS)
-        for (_, a), (_, w) in zip(of_left, of_right, strict=True):
+        products = self.zeros_by_latent(values)
+        left_slabs = slabs(left, SAMPLE_COLUMNS, center)
+        right_slabs = slabs(right, SAMPLE_COLUMNS)
+        for (_, a), (_, w) in zip(left_slabs, right_slabs, strict=True):
             products = torch.sparse.sampled_addmm(products, w, a.t())
-        found[order] = products.values()
-        return found
+        values[order] = products.values()
+        return values
 
 
 def subtract(
     matrix: Float[Tensor, "rows k"], center: Float[Tensor, " k"] | None
 ) -> Float[Tensor, "rows k"]:
-    """matrix - center, None being zero."""
+    """matrix - center, where None stands for zero."""
     return matrix if center is None else matrix - center
 
 
@@ -142,7 +147,7 @@ def _weighted_sums(
     matrix: Float[Tensor, "rows k"],
     center: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, "sums k"]:
-    """Sum weights · (matrix - center)[index] between consecutive ends."""
+    """Sums of weights · (matrix - center)[index] between consecutive offsets in `ends`."""
     sums = matrix.new_empty(len(ends) - 1, matrix.shape[1])
     for columns, slab in slabs(matrix, SUM_COLUMNS, center):
         sums[:, columns] = row_sums(index, ends, weights, slab)
@@ -155,7 +160,7 @@ def row_sums(
     weights: Float[Tensor, " nnz"],
     matrix: Float[Tensor, "rows k"],
 ) -> Float[Tensor, "sums k"]:
-    """Sum weights · matrix[index] between consecutive ends: PyTorch's embedding bag."""
+    """Sums of weights · matrix[index] between consecutive offsets, by PyTorch's embedding bag."""
     return functional.embedding_bag(
         index, matrix, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -164,13 +169,14 @@ def row_sums(
 def slabs(
     matrix: Float[Tensor, "rows k"], columns: int, center: Float[Tensor, " k"] | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
-    """A few columns of matrix - center at a time, contiguous, on a CPU; and which.
+    """Yield matrix - center in contiguous slabs: which columns, and their values.
 
-    Every slab lies where the one before it lay. Left to themselves, the operators make such a copy
-    of each slab in memory of its own, and glibc then keeps several times that memory: 49 MB in a
-    sampled product whose slabs take 11 MB.
+    On a CPU a slab has `columns` columns; elsewhere one slab holds them all. Every slab reuses the
+    memory of the one before, so use it before the next is drawn. Given strided columns, the
+    operators would allocate such a copy for each slab, and glibc would keep several times that
+    memory: 49 MB in a sampled product whose slabs take 11 MB.
     """
-    # Detached: the embedding bag prepares for a backward pass where its weights want gradients.
+    # Detached, because the embedding bag prepares a backward pass if its weights require gradients.
     matrix = matrix.detach()
     rows, width = matrix.shape
     if matrix.device.type != "cpu":
@@ -188,13 +194,13 @@ def slabs(
 
 
 def _ends(ascending: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
-    """For indices in ascending order, how many are below 0, 1, …, size."""
+    """For ascending indices, how many are below 0, 1, …, size."""
     return torch.searchsorted(ascending, torch.arange(size + 1, device=ascending.device))
 
 
 @cache
-def _say_nothing_of_beta() -> None:
-    # PyTorch warns once a process that sparse CSR is in beta: nothing a user of this could change.
+def _silence_beta_warning() -> None:
+    # PyTorch warns once per process that sparse CSR is in beta. A user cannot act on that.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))

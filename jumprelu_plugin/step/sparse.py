@@ -1,17 +1,17 @@
-"""The fast step: the numbers of `dense.py` from the active set and the estimator's window.
+"""The fast step: the numbers of `dense.py` from the active pairs and the estimator's window.
 
-Only the encode needs the whole dictionary. A pair (token, latent) takes part in the rest of the
-step only where z > θ - ε/2: above θ it is active, and within ε/2 of θ the estimators let gradient
-through. Everywhere else the activation, the gate and all of their gradients are exactly zero. So:
+Only encoding needs the whole dictionary. A pair (token, latent) affects the rest of the step only
+where z > θ - ε/2: above θ the latent is active, and within ε/2 of θ the estimators pass gradient.
+Everywhere else the activation, the gate and all their gradients are exactly zero. Therefore:
 
     z        one dense product, tile by tile, kept only where z > θ - ε/2
     x̂        sparse × dense
-    ∂f       sampled dense × dense product at the kept entries
-    ∂W_enc   sparse^T × dense, and so is ∂W_dec
+    ∂f       sampled dense × dense product at the kept pairs
+    ∂W_enc   sparse^T × dense; ∂W_dec likewise
     ∂b_dec   through the encoder is -W_enc ∂b_enc: a matrix-vector product
 
-The products are PyTorch's own operators (`pattern.py`). No [batch, d_sae] tensor outlives the
-forward pass. Nothing is approximated: what is dropped is zero.
+The products are PyTorch's own operators (`pattern.py`). No [batch, d_sae] tensor is kept for the
+backward pass. Nothing is approximated: everything that is left out is zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jumprelu_plugin.step.select import select
 
 
 class _SelectedPreActivations(torch.autograd.Function):
-    """Gives the selected z, whose values are already known, their gradients."""
+    """Attaches gradients to the selected z, whose values are already computed."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,7 @@ class _SelectedPreActivations(torch.autograd.Function):
         pattern: Pattern,
         z: Tensor,
     ) -> Tensor:
-        # Not x - b_pre: one [batch, d_in] tensor less to keep for one more subtraction.
+        # The backward pass subtracts b_pre again, so that x - b_pre, [batch, d_in], is not kept.
         ctx.save_for_backward(x, W_enc, b_pre)
         ctx.pattern = pattern
         return z
@@ -58,7 +58,7 @@ class _SelectedPreActivations(torch.autograd.Function):
         to_W_enc = to_x = to_b_pre = None
         if ctx.needs_input_grad[1]:
             if W_enc.device.type == "cpu":
-                make_room(W_enc.nbytes)  # the last gradient: the step's memory is at its peak
+                make_room(W_enc.nbytes)  # the step's memory peaks here, at the last gradient
             to_W_enc = pattern.transposed_times(grad, x, b_pre).t()
         if ctx.needs_input_grad[0]:
             to_x = pattern.times(grad, W_enc.t())
@@ -93,7 +93,14 @@ class _SparseDecode(torch.autograd.Function):
 
 
 class SparseEntries(Entries):
-    """The pre-activations above the estimator's lower window edge, z [nnz]."""
+    """The pre-activations above the lower edge of the estimator's window, z [nnz].
+
+    Args:
+        z: their values.
+        pattern: their tokens and latents.
+        mean_z: mean pre-activation of each latent over all tokens; None if it was not computed.
+        encode_columns: computes the pre-activations of given latents for every token.
+    """
 
     def __init__(
         self,
@@ -143,10 +150,11 @@ class SparseEntries(Entries):
         self, threshold: Float[Tensor, " d_sae"], weight: Float[Tensor, " d_sae"]
     ) -> Float[Tensor, ""]:
         # ReLU(θ - z) = (θ - z) + ReLU(z - θ). The first part is linear in z, so its mean over the
-        # tokens needs only the mean pre-activation; the second lives on the active set.
+        # tokens needs only the mean pre-activation; the second is zero unless the pair is active.
         if self._mean_z is None:
             raise ValueError(
-                "threshold_deficit was asked for, but encode_sparse was told not to keep it"
+                "threshold_deficit needs the mean pre-activations: call encode_sparse with "
+                "keep_mean=True"
             )
         excess = (self.z - self.per_latent(threshold)).relu()
         linear = (weight * (threshold - self._mean_z)).sum()
@@ -157,7 +165,7 @@ class SparseEntries(Entries):
         if where is not None:
             pattern, places = pattern.where(where)
             values = values[places]
-        # Sorted and without duplicates by construction: marking it so spares a sort in every sum.
+        # Pairs are sorted and unique by construction. Saying so saves a sort in every sum.
         return torch.sparse_coo_tensor(
             pattern.pairs,
             values,
@@ -179,22 +187,22 @@ def encode_sparse(
     keep_mean: bool = False,
     tile_bytes: int | None = None,
 ) -> SparseEntries:
-    """z = (x - b_pre) W_enc + b_enc at the pairs where a JumpReLU step can differ from zero.
+    """z = (x - b_pre) W_enc + b_enc at the pairs that can contribute to the step.
 
     Args:
-        x, W_enc, b_enc, b_pre: as in `reference.encode_dense`.
-        threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are dropped.
-        screen: look for the pairs in bfloat16 first (`select.py`).
-        keep_mean: also keep the mean pre-activation of every latent, which `threshold_deficit` needs.
-        tile_bytes: how much of the pre-activations exists at one time.
+        x, W_enc, b_enc, b_pre: as in `dense.encode_dense`.
+        threshold, bandwidth: θ and ε; pairs with z ≤ θ - ε/2 are left out.
+        screen: find the pairs in bfloat16 first (`select.py`).
+        keep_mean: also compute each latent's mean pre-activation, for `threshold_deficit`.
+        tile_bytes: size of the part of the pre-activations that exists at one time.
     """
     theta = threshold.detach()
-    # A little below θ - ε/2, so that rounding of the edge itself can drop nothing; the estimators
-    # test every kept entry with the reference's own expressions.
-    lowest = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
+    # Slightly below θ - ε/2, so that rounding of the edge loses no pair. The estimators test every
+    # kept pair with the same expressions as in the dense step.
+    edge = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
     with torch.no_grad():
         pattern, values = select(
-            x, W_enc, b_enc, lowest, center=b_pre, screen=screen, tile_bytes=tile_bytes
+            x, W_enc, b_enc, edge, center=b_pre, screen=screen, tile_bytes=tile_bytes
         )
     z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)
     mean_z = None
@@ -203,7 +211,7 @@ def encode_sparse(
         mean_z = mean_x @ W_enc + b_enc
 
     def encode_columns(latents: Tensor) -> Tensor:
-        # Rows of the transpose: the gradient then comes stored by latent, as the parameter is.
+        # Rows of the transpose, so that the gradient is stored by latent, as the parameter is.
         weight = W_enc.t().index_select(0, latents)
         return subtract(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
 
