@@ -33,7 +33,7 @@ settings = TranscoderSettings(
     norm_batches=5,  # batches that the two scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
-train_transcoders(OUTPUT, settings, model=model, say=console.print)
+train_transcoders(OUTPUT, settings, model=model, log=console.print)
 
 # What was saved needs no plugin: SAELens loads it.
 transcoders = [SAE.load_from_disk(f"{OUTPUT}/layer_{layer}") for layer in range(model.cfg.n_layers)]

@@ -50,7 +50,7 @@ cfg = LanguageModelSAERunnerConfig(
 )
 text = tokenized_dataset(model.tokenizer, 128, "train", corpus()[:200])
 runner = FinetuningRunner(
-    OUTPUT / "released" / "params.npz", cfg, override_dataset=text, override_model=model, say=print
+    OUTPUT / "released" / "params.npz", cfg, override_dataset=text, override_model=model, log=print
 )
 runner.run()
 

@@ -51,6 +51,6 @@ sweep_points = run_l0_sweep(
     settings=settings,
     model=model,
     tokens=held_out[:16],
-    say=print,
+    log=print,
 )
 print(table(sweep_points))

@@ -71,4 +71,4 @@ runner("narrow", check_first=False, **narrow).run()
 for line in (FOLDER / "narrow" / "metrics.jsonl").read_text().splitlines():
     record = json.loads(line)
     if "alarm" in record:
-        print(f"step {record['step']}, {record['alarm']}: {record['says']}; {record['change']}")
+        print(f"step {record['step']}, {record['alarm']}: {record['message']}; {record['suggestion']}")

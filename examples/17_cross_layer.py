@@ -35,7 +35,7 @@ settings = CLTSettings(
     norm_batches=5,  # batches that the scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
-train_clt(f"{OUTPUT}/trained", settings, model=model, say=console.print)
+train_clt(f"{OUTPUT}/trained", settings, model=model, log=console.print)
 
 # All MLPs replaced at once, and each output's error by itself.
 transcoder = load_clt(f"{OUTPUT}/trained")

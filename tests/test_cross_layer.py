@@ -23,7 +23,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
-from jumprelu_plugin.formats import circuit_tracer, cross_layer, export
+from jumprelu_plugin.formats import circuit_tracer, circuit_tracer_clt, export
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.transcoders.clt import (
     CLTConfig,
@@ -449,7 +449,7 @@ def test_every_layer_is_watched_and_its_alarm_names_it(
     said = [record.getMessage() for record in caplog.records]
     for name, line in raised.items():
         assert line["step"] == 99 and "lower lr" in line["suggestion"]
-        assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
+        assert said.count(f"{name}, step 99: {line['message']}; {line['suggestion']}") == 1
 
 
 def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
@@ -695,10 +695,10 @@ def test_circuit_tracer_reads_the_same_function(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
 def test_a_file_that_reads_differently_is_not_written(name: str) -> None:
     right, wrong = random_clt(), random_clt()
-    cross_layer.compare(right, random_clt(), "itself")
+    circuit_tracer_clt.compare(right, random_clt(), "itself")
     getattr(wrong.sources[1], name).data.mul_(1.001)
     with pytest.raises(ValueError, match="read back with itself, the .* differ"):
-        cross_layer.compare(right, wrong, "itself")
+        circuit_tracer_clt.compare(right, wrong, "itself")
 
 
 @pytest.mark.parametrize(
@@ -736,7 +736,7 @@ def test_the_command_hands_over_its_settings(
 ) -> None:
     given: list[Any] = []
 
-    def note(output: Path, chosen: CLTSettings, say: Any) -> Path:
+    def note(output: Path, chosen: CLTSettings, log: Any) -> Path:
         given.append((output, chosen))
         return output
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTION = {
     "circuit_tracer": "circuit-tracer",
     "huggingface_hub": "huggingface-hub",
+    "lazy_loader": "lazy-loader",
     "dictionary_learning": "dictionary-learning",
     "sae_dashboard": "sae-dashboard",
     "sae_lens": "sae-lens",

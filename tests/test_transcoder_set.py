@@ -366,7 +366,7 @@ def test_every_layer_is_watched_and_its_alarm_names_it(
     said = [record.getMessage() for record in caplog.records]
     for name, line in raised.items():
         assert line["step"] == 99 and "lower lr" in line["suggestion"]
-        assert said.count(f"{name}, step 99: {line['says']}; {line['change']}") == 1
+        assert said.count(f"{name}, step 99: {line['message']}; {line['suggestion']}") == 1
     measured = [line for line in lines if "layer_0" in line]
     assert all("health/encoder_growth" in measured[-1][name] for name in names)
 
@@ -594,7 +594,7 @@ def test_the_command_hands_over_its_settings(
 ) -> None:
     given: list[Any] = []
 
-    def run(output: Path, chosen: TranscoderSettings, say: Any) -> Path:
+    def run(output: Path, chosen: TranscoderSettings, log: Any) -> Path:
         given.append((output, chosen))
         return output
 
