@@ -20,7 +20,7 @@ from benchmarks.speed import IN_SWEEPS, PRODUCT, RESULTS, megabytes
 from benchmarks.tables import Records, fill, read, table
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
-FIGURE = DOCUMENT.with_suffix(".png")
+FIGURE = DOCUMENT.parent / "figures" / "speed.png"
 
 COLOURS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
 

@@ -9,18 +9,21 @@ import os
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
-from jumprelu_plugin import JumpReLUTrainingSAEConfig  # importing it registers it
-from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.models.text import tokenized_dataset
-from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin import (  # importing the package registers it
+    EMBEDDED_MODEL,
+    JumpReLUTrainingSAEConfig,
+    get_recipe,
+    load_model,
+    tokenized_dataset,
+)
 
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 1024
-TARGET_L0 = 32  # how many latents should be active on a token
-# A taste; 1,000 and more for a dictionary worth looking at.
+TARGET_L0 = 32  # active latents a token
+# Enough to see it work. Train for 1,000 steps or more to get latents that can be read.
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "100"))
-BATCH = 1024  # tokens in a step
-CONTEXT = 128  # tokens in a sequence
+BATCH = 1024  # tokens a step
+CONTEXT = 128  # tokens a sequence
 OUTPUT = "output/01_train"
 
 # A Gemma 2 and English text that come with the package: nothing is downloaded.
@@ -30,7 +33,7 @@ text = tokenized_dataset(model.tokenizer, CONTEXT, split="train")
 # SAELens does not use `seed` itself. Seed PyTorch to get the same run twice.
 torch.manual_seed(0)
 
-# With a target alone, thresholds, bandwidth and coefficient are found from the data.
+# Give the target L0 alone: thresholds, bandwidth and coefficient are then found from the data.
 sae_cfg = JumpReLUTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, target_l0=TARGET_L0)
 cfg = LanguageModelSAERunnerConfig(
     sae=sae_cfg,
@@ -42,7 +45,7 @@ cfg = LanguageModelSAERunnerConfig(
     n_batches_in_buffer=128,  # 128 x CONTEXT activations are shuffled together
     n_batches_for_norm_estimate=10,
     exclude_special_tokens=True,
-    lr=DEFAULT.runner["lr"],
+    lr=get_recipe("default").runner["lr"],
     lr_decay_steps=STEPS // 5,
     dead_feature_window=STEPS // 5,
     checkpoint_path=None,
@@ -52,5 +55,5 @@ cfg = LanguageModelSAERunnerConfig(
 sae = LanguageModelSAETrainingRunner(cfg, override_dataset=text, override_model=model).run()
 
 print(f"trained by {type(sae).__module__}.{type(sae).__name__}")
-print(f"asked for L0 {TARGET_L0}; mean over the run {sae.cfg.metadata.l0:.1f}")
+print(f"target L0 {TARGET_L0}; mean over the run {sae.cfg.metadata.l0:.1f}")
 print(f"saved: {OUTPUT}")

@@ -1,14 +1,15 @@
-"""Put an SAE into a model, and steer with a latent: HookedSAETransformer and the new bridge.
+"""Splice an SAE into a model and steer with a latent: HookedSAETransformer and the bridge.
 
 Run 01_train.py first. Writes ./output/03_steering.json.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp, steer
-from jumprelu_plugin.models.language_models import load_model
-from jumprelu_plugin.records import write_json
+from jumprelu_plugin import Ablate, Add, Clamp, load_model, steer
 
 PROMPT = "The government of the country"
 
@@ -31,7 +32,7 @@ strongest = acts.topk(3)
 latent, value = int(strongest.indices[0]), float(strongest.values[0])
 print(f"strongest latents {strongest.indices.tolist()} at {strongest.values.tolist()}")
 
-# 3. Steer. Inside the block every forward pass is changed, `generate` included; after it, also
+# 3. Steer. The block changes every forward pass inside it, `generate` included. After it, also
 # after an exception, the model is exactly what it was.
 changes = {
     "add": Add(latent, 3 * value),
@@ -56,6 +57,7 @@ with steer(model, sae, changes["add"]):
     expected = model(tokens)
 with steer(bridge, sae, changes["add"]):
     found = bridge(tokens)
-print(f"a bridge, steered, differs by {(found - expected).abs().max():.0e} at most")
+print(f"the steered bridge differs by {(found - expected).abs().max():.0e} at most")
 
-write_json("output/03_steering.json", {"latent": latent, "value": value, "texts": texts})
+record = {"latent": latent, "value": value, "texts": texts}
+Path("output/03_steering.json").write_text(json.dumps(record, indent=2))

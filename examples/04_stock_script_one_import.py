@@ -1,6 +1,6 @@
 """A script written for SAELens, stock config and stock runner, with one line added.
 
-Losses and gradients stay SAELens' own; the step that computes them is this package's. Writes
+Losses and gradients stay SAELens' own; this package computes them, faster. Writes
 ./output/04_stock.
 """
 
@@ -17,8 +17,8 @@ from sae_lens import (
 import jumprelu_plugin  # the line that was added
 
 # These two stand in for a hub model and a hub dataset, so that the script runs without a network.
-model = jumprelu_plugin.models.language_models.load_model("tiny-gemma-2")
-text = jumprelu_plugin.models.text.tokenized_dataset(model.tokenizer, 128, split="train")
+model = jumprelu_plugin.load_model("tiny-gemma-2")
+text = jumprelu_plugin.tokenized_dataset(model.tokenizer, 128, split="train")
 
 steps = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "100"))
 torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Stop a run and go on: the resumed run ends with the same weights, bit for bit.
+"""Stop a run and resume it: it ends with the same weights, bit for bit.
 
-Ctrl-C or a SIGTERM ends a run of `JumpReLUTrainingRunner` after the step it is in, with a
-checkpoint like the ones made here, and says how to continue. Writes ./output/05_resume.
+Ctrl-C or a SIGTERM ends a run of `JumpReLUTrainingRunner` after the current step, saves a
+checkpoint like the one made here, and prints how to resume. Writes ./output/05_resume.
 """
 
 import os
@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
-from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.models.language_models import load_model
-from jumprelu_plugin.models.text import corpus, tokenized_dataset
-from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin import (
+    JumpReLUTrainingRunner,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    corpus,
+    load_model,
+    tokenized_dataset,
+)
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
 FOLDER = Path("output/05_resume")
@@ -22,8 +26,8 @@ shutil.rmtree(FOLDER, ignore_errors=True)  # a used output folder is refused
 
 
 def config(name: str, **fields) -> LanguageModelSAERunnerConfig:
-    # "auto" would take whichever way of computing a step is fastest now, and so round differently
-    # from run to run: one way is fixed here.
+    # "auto" takes whichever kernel is fastest at the time, and kernels round differently: fix one
+    # to repeat a run bit for bit.
     sae = JumpReLUTrainingSAEConfig(d_in=256, d_sae=512, target_l0=32, step_kernel="sparse")
     return LanguageModelSAERunnerConfig(
         sae=sae,

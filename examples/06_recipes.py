@@ -1,7 +1,7 @@
-"""Recipes are data with citations; their units are converted in one place.
+"""Recipes are published hyper-parameters as data, each with the units it was published in.
 
-Gemma Scope gives θ, ε and λ for activations scaled to E‖x‖² = 1, and SAELens scales to
-E‖x‖ = √d_in. `units="unit_rms"` says which is meant. Here one recipe trains on activations and on
+Gemma Scope gives θ, ε and λ for activations scaled to E‖x‖² = 1; SAELens scales to E‖x‖ = √d_in.
+The config's units field says which one a recipe means. Here one recipe trains on activations and on
 the same activations times ten: the encoder comes out ten times smaller, the decoder ten times
 larger, and the latents are the same. Writes ./output/06_recipes.
 """
@@ -13,16 +13,20 @@ import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from jumprelu_plugin import JumpReLUTrainingSAE
-from jumprelu_plugin.models.language_models import load_model
-from jumprelu_plugin.models.text import tokenized_dataset
-from jumprelu_plugin.recipes import GEMMA_SCOPE, RECIPES
+from jumprelu_plugin import (
+    RECIPES,
+    JumpReLUTrainingSAE,
+    get_recipe,
+    load_model,
+    tokenized_dataset,
+)
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
 BATCH, D_SAE, HOOK = 512, 512, "blocks.3.hook_resid_post"
+recipe = get_recipe("gemma_scope")
 
-for recipe in RECIPES.values():
-    print(f"{recipe.name}: {recipe.source}\n  {dict(recipe.sae)}\n  {dict(recipe.runner)}")
+for one in RECIPES.values():
+    print(f"{one.name}: {one.source}\n  {dict(one.sae)}\n  {dict(one.runner)}")
 
 model = load_model("tiny-gemma-2")
 text = tokenized_dataset(model.tokenizer, 128, split="test")
@@ -39,13 +43,13 @@ def batches(scale: float) -> Iterator[torch.Tensor]:
 
 def train(scale: float) -> JumpReLUTrainingSAE:
     torch.manual_seed(0)
-    # The recipe's own numbers; lr below is raised for a run this short.
-    sae = JumpReLUTrainingSAE(GEMMA_SCOPE.sae_config(256, D_SAE, step_kernel="sparse"))
+    # The recipe's own numbers. Only lr, below, is raised for a run this short.
+    sae = JumpReLUTrainingSAE(recipe.sae_config(256, D_SAE, step_kernel="sparse"))
     cfg = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,
         n_batches_for_norm_estimate=16,
-        adam_beta1=GEMMA_SCOPE.runner["adam_beta1"],
+        adam_beta1=recipe.runner["adam_beta1"],
         lr=1e-3,
         lr_end=1e-4,
         checkpoint_path=None,
@@ -56,8 +60,8 @@ def train(scale: float) -> JumpReLUTrainingSAE:
 
 once, tenfold = train(1.0), train(10.0)
 for name in ("W_enc", "W_dec", "b_dec", "threshold"):
-    found, of = getattr(tenfold, name), getattr(once, name)
-    print(f"{name:>9} x {found.norm() / of.norm():.4f}")
+    ratio = getattr(tenfold, name).norm() / getattr(once, name).norm()
+    print(f"{name:>9} x {ratio:.4f}")
 acts, expected = tenfold.encode(10 * activations), once.encode(activations)
 print(f"the latents differ by {(acts - expected).norm() / expected.norm():.1e}")
 

@@ -10,15 +10,19 @@ import torch
 from rich.console import Console
 from sae_lens import SAE
 
-from jumprelu_plugin.evaluation import evaluate_transcoders
-from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.models.text import tokenized_dataset
-from jumprelu_plugin.transcoders.per_layer.run import TranscoderSettings, train_transcoders
+from jumprelu_plugin import (
+    EMBEDDED_MODEL,
+    TranscoderSettings,
+    evaluate_transcoders,
+    load_model,
+    tokenized_dataset,
+    train_transcoders,
+)
 
 OUTPUT = "output/07_transcoders"
-# A taste; 1,000 and more for transcoders worth using.
+# Enough to see it work. Train for 1,000 steps or more to use the result.
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", 80))
-BATCH = 512  # tokens in a step
+BATCH = 512  # tokens a step
 console = Console()
 
 model = load_model(EMBEDDED_MODEL)
@@ -35,7 +39,7 @@ settings = TranscoderSettings(
 )
 train_transcoders(OUTPUT, settings, model=model, log=console.print)
 
-# What was saved needs no plugin: SAELens loads it.
+# Stock SAELens loads what was saved.
 transcoders = [SAE.load_from_disk(f"{OUTPUT}/layer_{layer}") for layer in range(model.cfg.n_layers)]
 held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
 console.print(evaluate_transcoders(model, transcoders, held_out).table())

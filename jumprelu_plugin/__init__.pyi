@@ -1,3 +1,4 @@
+from . import circuits as circuits
 from .analysis.dashboard import write_dashboard as write_dashboard
 from .analysis.steering import Ablate as Ablate
 from .analysis.steering import Add as Add
@@ -5,6 +6,7 @@ from .analysis.steering import Clamp as Clamp
 from .analysis.steering import steer as steer
 from .evaluation.report import evaluate as evaluate
 from .evaluation.splice import evaluate_transcoders as evaluate_transcoders
+from .finetune.l0_sweep import harvest as harvest
 from .finetune.l0_sweep import run_l0_sweep as run_l0_sweep
 from .finetune.refit import RefitSettings as RefitSettings
 from .finetune.runner import FinetuningRunner as FinetuningRunner
@@ -12,7 +14,9 @@ from .formats.reading import load_dictionary as load_dictionary
 from .formats.targets import export as export
 from .models.language_models import EMBEDDED_MODEL as EMBEDDED_MODEL
 from .models.language_models import load_model as load_model
+from .models.text import corpus as corpus
 from .models.text import tokenized_dataset as tokenized_dataset
+from .recipes import RECIPES as RECIPES
 from .recipes import get_recipe as get_recipe
 from .registration import is_registered as is_registered
 from .registration import register as register

@@ -14,7 +14,7 @@ from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.cli.saelens_flags import parse_flags
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 
 

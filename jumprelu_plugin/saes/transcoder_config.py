@@ -51,7 +51,7 @@ class JumpReLUTrainingTranscoderConfig(JumpReLUTrainingSAEConfig):
     @property
     @override
     def limits_outliers_by_default(self) -> bool:
-        # From a normalised input a long output is not rebuilt with it (docs/transcoders.md).
+        # From a normalised input a long output is not rebuilt with it (docs/guides/transcoders-and-clt.md).
         return False
 
     @property

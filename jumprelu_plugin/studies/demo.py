@@ -279,4 +279,4 @@ def _say_what_next(console: Console, sae_folder: Path, output: Path) -> None:
     console.print("Next:")
     console.print(f"  jumprelu steer {sae_folder} --latent 7 --amount 20 --prompt 'The people'")
     console.print(f"  jumprelu evaluate {sae_folder}")
-    console.print("  docs/quickstart.md: your own model, hook and text")
+    console.print("  docs/getting-started.md: your own model, hook and text")

@@ -32,7 +32,7 @@ class PairScaler(ActivationScaler):
     A token longer than ten times a batch's median counts as ten times that. In some MLPs'
     outputs one token in a thousand is hundreds of times as long as the others and holds nearly all
     of the mean square ("massive activations", arXiv 2402.17762); divided by that, the others would
-    be so short that every step of the optimiser overshoots (docs/transcoders.md).
+    be so short that every step of the optimiser overshoots (docs/guides/transcoders-and-clt.md).
 
     Attributes:
         scaling_factor: (s_in, s_out), or None before it is measured.

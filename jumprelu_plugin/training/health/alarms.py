@@ -22,7 +22,7 @@ from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 
 EVERY = 100
 
-# The bars. docs/health.md has what healthy runs read.
+# The bars. docs/guides/monitoring.md has what healthy runs read.
 STARVED_SHARE = 0.5
 DEAD_SHARE = 0.25
 ENCODER_GROWTH = 5.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# The counts below reproduce the peak resident memory of real runs (docs/health.md).
+# The counts below reproduce the peak resident memory of real runs (docs/guides/monitoring.md).
 # Arrays [batch, d_sae] that exist together at the widest point of a dense step: z, activations,
 # gates, windows, their gradients, and what the last step left for the log.
 DENSE_ARRAYS = 13

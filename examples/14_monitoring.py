@@ -1,8 +1,8 @@
-"""Look at a run before it starts, and be told when one goes wrong.
+"""Check a run before it starts, and read the alarms of one that goes wrong.
 
-The look takes a forward pass and one step of a copy of the SAE; `jumprelu check` prints the same
-table. Then a run is made that is looked at, refused, and started all the same: its alarm says what
-to change. Writes ./output/15_health.
+The check takes a forward pass and one step of a copy of the SAE; `jumprelu check` prints the same
+as a table. One config here is refused. Started without the check, it raises an alarm that says what
+to change. Writes ./output/14_monitoring.
 """
 
 import json
@@ -12,14 +12,17 @@ from pathlib import Path
 
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
-from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.models.language_models import load_model
-from jumprelu_plugin.models.text import corpus, tokenized_dataset
-from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin import (
+    JumpReLUTrainingRunner,
+    JumpReLUTrainingSAEConfig,
+    corpus,
+    load_model,
+    tokenized_dataset,
+)
 
-# Alarms are looked for every 100 steps.
+# The monitor looks for alarms every 100 steps.
 STEPS = max(200, int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "200")))
-FOLDER = Path("output/15_health")
+FOLDER = Path("output/14_monitoring")
 shutil.rmtree(FOLDER, ignore_errors=True)  # a used output folder is refused
 
 model = load_model("tiny-gemma-2")
@@ -54,7 +57,7 @@ report = runner("healthy", target_l0=32).preflight()
 print(f"{report.steps} steps, {report.memory.peak / 1e9:.2f} GB at the peak")
 print(f"{report.first.occupancy:.1%} of the tokens train a threshold; findings: {report.findings}")
 
-# Numbers of SAELens' own JumpReLU: the penalty decides alone.
+# SAELens' default numbers: the penalty dominates the error.
 stock = {"jumprelu_init_threshold": 0.01, "jumprelu_bandwidth": 0.05, "l0_coefficient": 1.0}
 for finding in runner("stock", **stock).preflight().findings:
     print(f"{finding.severity}: {finding}")
@@ -66,9 +69,11 @@ try:
 except ValueError as refusal:
     print(f"refused: {refusal}")
 
-# Started all the same, it raises an alarm: on the console, in metrics.jsonl, and to wandb.
+# Without the check it runs, and raises an alarm: on the console, in metrics.jsonl, on wandb.
 runner("narrow", check_first=False, **narrow).run()
 for line in (FOLDER / "narrow" / "metrics.jsonl").read_text().splitlines():
     record = json.loads(line)
     if "alarm" in record:
-        print(f"step {record['step']}, {record['alarm']}: {record['message']}; {record['suggestion']}")
+        print(
+            f"step {record['step']}, {record['alarm']}: {record['message']}; {record['suggestion']}"
+        )

@@ -1,7 +1,8 @@
 """Write an SAE in other tools' formats, and read one of them back.
 
-Every export is loaded by its target's own loader and compared before it is in its place. Where a
-tool is not installed the export says so; tools/circuit_env.sh builds an environment with all.
+Every export is loaded with the tool's own loader and compared before its folder appears. If the
+tool is not installed, the error says how to install it; tools/circuit_env.sh installs all of them.
+Writes ./output/09_export.
 """
 
 import subprocess
@@ -11,21 +12,21 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from jumprelu_plugin.formats import TARGETS, export, load_dictionary
+from jumprelu_plugin import export, load_dictionary
 
 SAE_FOLDER = Path("output/01_train")
-OUTPUT = Path("output/10_export")
+OUTPUT = Path("output/09_export")
 
 if not (SAE_FOLDER / "cfg.json").exists():
     subprocess.run([sys.executable, Path(__file__).with_name("01_train.py")], check=True)
 
 for target in ("saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "neuronpedia"):
-    if TARGETS[target].loader.installed:
+    try:
         print(f"{target}: {export(SAE_FOLDER, target, OUTPUT / target)}")
-    else:
-        print(f"{target}: left out; {TARGETS[target].loader.install}")
+    except ImportError as missing:
+        print(f"{target}: {missing}")
 
-# The other way: Gemma Scope's file holds arrays alone, so the hook and the model are given.
+# Read one back. Gemma Scope's file holds arrays alone: give its hook and its model.
 sae = SAE.load_from_disk(SAE_FOLDER)
 hook, model = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
 back = load_dictionary(OUTPUT / "gemma-scope", hook_name=hook, model_name=model).as_sae()

@@ -1,10 +1,11 @@
-"""A circuit: which transcoder features make the model say what it says, checked by intervening.
+"""Trace a circuit: which transcoder features drive the next token, checked by intervening.
 
-    python 11_circuit.py [FOLDER]
+    python 10_circuit.py [FOLDER]
 
 FOLDER holds a transcoder for every layer, in layer_0, layer_1, ... as `jumprelu train-transcoders`
-and SAELens save them. Without it, quick ones are made: random encoders, decoders by least squares.
-Attribution needs circuit-tracer, which tools/circuit_env.sh installs.
+and SAELens save them. Without it, the script makes quick ones: random encoders, decoders by least
+squares. Attribution needs circuit-tracer, which tools/circuit_env.sh installs. Writes
+./output/10_circuit.
 """
 
 import sys
@@ -14,14 +15,11 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
-from jumprelu_plugin.circuits import graph_checks as circuits
-from jumprelu_plugin.formats import TARGETS, export
-from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
-from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin import EMBEDDED_MODEL, circuits, export, load_model, tokenized_dataset
 
 PROMPT = "The capital of France is"
 D_SAE = 1024
-OUTPUT = Path("output/11_circuit")
+OUTPUT = Path("output/10_circuit")
 READ, WRITTEN = "ln2.hook_normalized", "hook_mlp_out"
 
 
@@ -77,7 +75,7 @@ def explore(folder: Path) -> None:
         f"{len(graph.active_features)} active features, graph {tuple(graph.adjacency_matrix.shape)}"
     )
 
-    # 1. With the error nodes the spliced transcoders are the model.
+    # 1. Transcoders plus their error nodes give the model's own logits.
     with torch.no_grad():
         base = load_model(EMBEDDED_MODEL)(tokens[None])[0]
     gap = float((circuits.spliced_logits(model, tokens) - base).abs().max())
@@ -104,10 +102,10 @@ def explore(folder: Path) -> None:
 
 torch.manual_seed(0)
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else quick_transcoders(OUTPUT / "transcoders")
-loader = TARGETS["circuit-tracer"].loader
-if loader.installed:
+try:
     print(export(folder, "circuit-tracer", OUTPUT / "circuit_tracer"))
-    explore(OUTPUT / "circuit_tracer")
-else:
+except ImportError as missing:
     export(folder, "circuit-tracer", OUTPUT / "circuit_tracer", unchecked=True)
-    print(f"exported without a check; to attribute, install it: {loader.install}")
+    print(f"exported without the check: {missing}")
+else:
+    explore(OUTPUT / "circuit_tracer")

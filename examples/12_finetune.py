@@ -1,7 +1,8 @@
-"""Train a released SAE further: from Gemma Scope's file format, at the L0 it has.
+"""Finetune a trained SAE: from Gemma Scope's file format, at the L0 it has.
 
 The file stands for one from a hub: it is the SAE of 01_train.py, exported. On the command line:
 jumprelu finetune PARAMS.npz --hook_name HOOK --model_name MODEL --training_tokens 1000000 ...
+Writes ./output/12_finetune.
 """
 
 import os
@@ -13,15 +14,18 @@ from pathlib import Path
 import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 
-from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.finetune.runner import FinetuningRunner
-from jumprelu_plugin.formats import export
-from jumprelu_plugin.models.language_models import load_model
-from jumprelu_plugin.models.text import corpus, tokenized_dataset
+from jumprelu_plugin import (
+    FinetuningRunner,
+    JumpReLUTrainingSAEConfig,
+    corpus,
+    evaluate,
+    export,
+    load_model,
+    tokenized_dataset,
+)
 
 SAE_FOLDER = Path("output/01_train")
-OUTPUT = Path("output/13_continue")
+OUTPUT = Path("output/12_finetune")
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "40"))
 
 if not (SAE_FOLDER / "cfg.json").exists():
@@ -31,7 +35,7 @@ export(SAE_FOLDER, "gemma-scope", OUTPUT / "released")
 
 model = load_model("tiny-gemma-2")
 cfg = LanguageModelSAERunnerConfig(
-    # Widths are the file's; without a target the L0 it has is held.
+    # The file knows its widths. Without a target, training holds the L0 that the SAE has.
     sae=JumpReLUTrainingSAEConfig(d_in=256, d_sae=1024),
     model_name="tiny-gemma-2",
     hook_name="blocks.3.hook_resid_post",
@@ -41,10 +45,10 @@ cfg = LanguageModelSAERunnerConfig(
     n_batches_in_buffer=32,
     n_batches_for_norm_estimate=5,
     exclude_special_tokens=True,
-    lr=3e-4,  # a trained dictionary wants smaller steps than a new one
+    lr=3e-4,  # smaller than from scratch
     lr_decay_steps=STEPS // 2,
     checkpoint_path=None,
-    output_path=str(OUTPUT / "continued"),
+    output_path=str(OUTPUT / "finetuned"),
     verbose=False,
     logger=LoggingConfig(log_to_wandb=False),
 )
@@ -55,6 +59,6 @@ runner = FinetuningRunner(
 runner.run()
 
 held_out = torch.tensor(tokenized_dataset(model.tokenizer, 128, "test")[:16]["tokens"])
-for name, folder in (("released", SAE_FOLDER), ("continued", OUTPUT / "continued")):
+for name, folder in (("released", SAE_FOLDER), ("finetuned", OUTPUT / "finetuned")):
     found = evaluate(model, SAE.load_from_disk(folder), held_out)
     print(f"{name}: L0 {found.l0:.1f}, FVU {found.fvu:.3f}, delta LM loss {found.delta_loss:.3f}")
