@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,17 @@ def test_what_stands_beside_it_imports_what_is_declared(folder: str) -> None:
     everything = set().union(*declared().values(), (tool.split("==")[0] for tool in tools))
     for file in (ROOT / folder).glob("*.py"):
         assert imported(file) - BESIDE <= everything, file.name
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """`py.typed`, the stub that the facade is read from, and the embedded model among them."""
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("jumprelu_plugin/")}
+    files = {path for path in (ROOT / "jumprelu_plugin").rglob("*") if path.is_file()}
+    expected = {
+        path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts
+    }
+    assert {"jumprelu_plugin/py.typed", "jumprelu_plugin/__init__.pyi"} <= expected
+    assert packed == expected

@@ -1,0 +1,121 @@
+"""`import jumprelu_plugin`: what it costs, what it leaves alone, and the names it gives."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jumprelu_plugin
+
+ROOT = Path(__file__).parents[1]
+MOST_SECONDS = 0.05
+
+# SAELens is imported first: what it prints, loads and costs is not the plugin's.
+SCRIPT = """
+import json, sys, time
+import sae_lens, torch
+
+def no_device(*_, **__):
+    raise RuntimeError("a CUDA device was asked for")
+
+for name in ("_lazy_init", "device_count", "get_device_capability", "is_available"):
+    setattr(torch.cuda, name, no_device)
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
+before = set(sys.modules)
+for stream in (sys.stdout, sys.stderr):
+    print("SAELENS IS IMPORTED", file=stream, flush=True)
+start = time.process_time()
+import jumprelu_plugin
+seconds = time.process_time() - start
+for stream in (sys.stdout, sys.stderr):
+    print("JUMPRELU IS IMPORTED", file=stream, flush=True)
+packages = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print(json.dumps({"seconds": seconds, "packages": packages}))
+"""
+
+
+def imported(bytecode: Path) -> dict[str, Any]:
+    """Import SAELens, then the plugin, in a new process: CPU seconds, new packages, and output."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(bytecode)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [
+        text.split("SAELENS IS IMPORTED\n")[1].split("JUMPRELU IS IMPORTED\n")[0]
+        for text in (done.stdout, done.stderr)
+    ]
+    return {**json.loads(done.stdout.splitlines()[-1]), "printed": printed}
+
+
+@pytest.fixture(scope="module")
+def imports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Three imports. The first compiles to bytecode, as the first import of an installation does."""
+    bytecode = tmp_path_factory.mktemp("bytecode")
+    return [imported(bytecode) for _ in range(3)]
+
+
+def test_importing_it_prints_nothing(imports: list[dict[str, Any]]) -> None:
+    assert imports[0]["printed"] == ["", ""]
+
+
+def test_importing_it_loads_nothing_that_saelens_does_not(imports: list[dict[str, Any]]) -> None:
+    """So no plotting, and wandb only because SAELens itself imports it."""
+    others = set(imports[0]["packages"]) - {"jumprelu_plugin", "lazy_loader"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+def test_importing_it_is_quick(imports: list[dict[str, Any]]) -> None:
+    """CPU time, which other processes disturb little; the lesser of two for the same reason."""
+    assert min(each["seconds"] for each in imports[1:]) < MOST_SECONDS
+
+
+# ---------------------------------------------------------------- the names
+
+
+STUB = [
+    (node.module, alias)
+    for node in ast.parse((ROOT / "jumprelu_plugin" / "__init__.pyi").read_text()).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+]
+NAMES = {alias.name: module for module, alias in STUB}
+
+
+def test_the_stub_lists_each_name_once_as_a_re_export() -> None:
+    # `from x import y as y` is what type checkers take for a re-export.
+    assert all(alias.asname == alias.name for _, alias in STUB)
+    assert len(STUB) == len(NAMES)
+
+
+def test_dir_and_all_are_the_stub() -> None:
+    assert set(dir(jumprelu_plugin)) == set(jumprelu_plugin.__all__) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_name_is_what_its_module_gives_and_is_documented(name: str) -> None:
+    value = getattr(jumprelu_plugin, name)
+    module = importlib.import_module(f"jumprelu_plugin.{NAMES[name] or name}")
+    assert value is (getattr(module, name) if NAMES[name] else module)
+    if not isinstance(value, str):
+        words = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+        # A dataclass without a docstring is given its signature for one.
+        assert words and not words.startswith(f"{name}(")
+
+
+def test_names_that_it_does_not_have_are_refused() -> None:
+    with pytest.raises(AttributeError, match="jumprelu_plugin.*JumpReLUTrainingSAEs"):
+        jumprelu_plugin.JumpReLUTrainingSAEs  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ImportError, match="JumpReLUTrainingSAEs"):
+        exec("from jumprelu_plugin import JumpReLUTrainingSAEs")
