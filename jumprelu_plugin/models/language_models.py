@@ -1,8 +1,8 @@
 """Language models for training and evaluation: the embedded Gemma 2, a local folder, or a hub name.
 
-Every route gives the same unprocessed model (no folded norms, no centred weights), in float32, in
-evaluation mode. HookedTransformer takes its sizes from a table of names, which knows no small
-Gemma 2, so that route builds the configuration from the folder's own config.json.
+Every route gives the same unprocessed model (no folded norms, no centered weights), in evaluation
+mode, in float32 by default. HookedTransformer takes its sizes from a table of names, which knows no
+small Gemma 2, so that route builds the configuration from the folder's own config.json.
 
 This file does not attach SAEs and does not choose hook points.
 """
@@ -13,16 +13,33 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.util import str_to_dtype
 from torch import nn
 
 EMBEDDED_MODEL = "tiny-gemma-2"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to load: its name, its folder (None for a hub name), and what it becomes."""
+
+    name: str
+    folder: Path | None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def path(self) -> str | Path:
+        """What transformers' loaders take."""
+        return self.name if self.folder is None else self.folder
 
 
 def embedded_model_folder() -> Path:
@@ -34,8 +51,10 @@ def load_model(
     model: str | Path = EMBEDDED_MODEL,
     model_class_name: str = "HookedSAETransformer",
     device: str = "cpu",
+    dtype: str = "float32",
+    **from_pretrained_kwargs: Any,
 ) -> Any:
-    """Load a causal language model with its tokenizer at `.tokenizer`, weights in float32.
+    """Load a causal language model with its tokenizer at `.tokenizer`.
 
     Args:
         model: `EMBEDDED_MODEL`, a local folder in Hugging Face layout (config.json, weights,
@@ -45,9 +64,13 @@ def load_model(
             processing, so that hooks have HookedTransformer's names), or "AutoModelForCausalLM"
             (plain transformers, eager attention).
         device: where the weights go.
+        dtype: of the weights.
+        from_pretrained_kwargs: further arguments of the loader of a hub name; a local folder, which
+            is read as it is, takes none of them.
 
     Raises:
-        ValueError: for an unknown class, or a folder whose architecture the class cannot hold.
+        ValueError: for an unknown class or dtype, or a folder whose architecture the class cannot
+            hold.
         FileNotFoundError: for a folder without config.json or tokenizer, or a path that is absent.
         OSError: for a hub name whose weights cannot be had, with what to do about a licence gate.
     """
@@ -55,14 +78,12 @@ def load_model(
         raise ValueError(
             f"Unknown model class {model_class_name!r}: expected one of {sorted(_LOADERS)}."
         )
-    folder = local_folder(model)
-    if folder is not None:
-        _require_files(folder)
-    name = EMBEDDED_MODEL if str(model) == EMBEDDED_MODEL else str(model)
-    if folder is not None:
-        return _LOADERS[model_class_name](name, folder, device).eval()
-    with hub_errors_explained(name):
-        return _LOADERS[model_class_name](name, None, device).eval()
+    source = _Source(str(model), local_folder(model), device, str_to_dtype(dtype))
+    if source.folder is not None:
+        _require_files(source.folder)
+        return _LOADERS[model_class_name](source).eval()
+    with hub_errors_explained(source.name):
+        return _LOADERS[model_class_name](source, **from_pretrained_kwargs).eval()
 
 
 @contextmanager
@@ -99,10 +120,10 @@ def build_hooked(hooked_class: Any, model: str | Path, device: str = "cpu") -> A
 
     Raises as `load_model` does.
     """
-    folder = local_folder(model)
-    if folder is not None:
-        _require_files(folder)
-    return _build_hooked(hooked_class, str(model), folder, device).eval()
+    source = _Source(str(model), local_folder(model), device)
+    if source.folder is not None:
+        _require_files(source.folder)
+    return _build_hooked(hooked_class, source).eval()
 
 
 def model_digest(model: nn.Module) -> str:
@@ -157,57 +178,59 @@ def _require_files(folder: Path) -> None:
 # --- Plain transformers -------------------------------------------------------------------------
 
 
-def _load_plain(name: str, folder: Path | None, device: str) -> Any:
+def _load_plain(source: _Source, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(
-        name if folder is None else folder,
-        dtype=torch.float32,
+        source.path,
+        dtype=source.dtype,
         attn_implementation="eager",  # Gemma 2's softcapping exists only in the eager path
-        local_files_only=folder is not None,
+        local_files_only=source.folder is not None,
+        **kwargs,
     )
-    plain.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-    plain.tokenizer = _tokenizer(name, folder)
+    plain.to(torch.device(source.device))  # pyright: ignore[reportArgumentType]
+    plain.tokenizer = _tokenizer(source)
     return plain
 
 
-def _tokenizer(name: str, folder: Path | None) -> Any:
+def _tokenizer(source: _Source) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        name if folder is None else folder, local_files_only=folder is not None
-    )
+    return AutoTokenizer.from_pretrained(source.path, local_files_only=source.folder is not None)
 
 
 # --- HookedTransformer --------------------------------------------------------------------------
 
 
-def _load_hooked(name: str, folder: Path | None, device: str) -> Any:
+def _load_hooked(source: _Source, **kwargs: Any) -> Any:
     from transformer_lens import HookedTransformer
 
-    return _build_hooked(HookedTransformer, name, folder, device)
+    return _build_hooked(HookedTransformer, source, **kwargs)
 
 
-def _load_hooked_sae(name: str, folder: Path | None, device: str) -> Any:
+def _load_hooked_sae(source: _Source, **kwargs: Any) -> Any:
     from sae_lens import HookedSAETransformer
 
-    return _build_hooked(HookedSAETransformer, name, folder, device)
+    return _build_hooked(HookedSAETransformer, source, **kwargs)
 
 
-def _build_hooked(hooked_class: Any, name: str, folder: Path | None, device: str) -> Any:
-    if folder is None:
-        return hooked_class.from_pretrained_no_processing(name, device=device, dtype=torch.float32)
+def _build_hooked(hooked_class: Any, source: _Source, **kwargs: Any) -> Any:
+    if source.folder is None:
+        return hooked_class.from_pretrained_no_processing(
+            source.name, device=source.device, dtype=source.dtype, **kwargs
+        )
     from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
-    architecture = json.loads((folder / "config.json").read_text()).get("model_type")
+    architecture = json.loads((source.folder / "config.json").read_text()).get("model_type")
     if architecture != "gemma2":
         raise ValueError(
-            f"{hooked_class.__name__} can be built from a folder for Gemma 2 only, and {folder} "
-            f"holds model_type {architecture!r}. Use model_class_name='TransformerBridge' or "
-            "'SAETransformerBridge', which take any causal language model."
+            f"{hooked_class.__name__} can be built from a folder for Gemma 2 only, and "
+            f"{source.folder} holds model_type {architecture!r}. Use "
+            "model_class_name='TransformerBridge' or 'SAETransformerBridge', which take any causal "
+            "language model."
         )
-    plain = _load_plain(name, folder, "cpu")
-    config = _hooked_gemma_2_config(plain.config, name, folder, device)
+    plain = _load_plain(replace(source, device="cpu"))
+    config = _hooked_gemma_2_config(plain.config, source, source.folder)
     hooked = hooked_class(config, tokenizer=plain.tokenizer)
     with torch.no_grad():
         weights = convert_gemma_weights(plain, config)
@@ -219,20 +242,20 @@ def _build_hooked(hooked_class: Any, name: str, folder: Path | None, device: str
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    return hooked.to(device, print_details=False)
+    return hooked.to(source.device, print_details=False)
 
 
-def _hooked_gemma_2_config(config: Any, name: str, folder: Path, device: str) -> Any:
+def _hooked_gemma_2_config(config: Any, source: _Source, folder: Path) -> Any:
     """TransformerLens's fields for google/gemma-2-2b, with the folder's sizes."""
     from transformer_lens import HookedTransformerConfig
 
     kinds = {"sliding_attention": "local", "full_attention": "global"}
     return HookedTransformerConfig(
-        model_name=name if name == EMBEDDED_MODEL else folder.name,
+        model_name=_model_name(source),
         tokenizer_name=str(folder),
         original_architecture="Gemma2ForCausalLM",
-        device=device,
-        dtype=torch.float32,
+        device=source.device,
+        dtype=source.dtype,
         d_model=config.hidden_size,
         d_head=config.head_dim,
         n_heads=config.num_attention_heads,
@@ -271,36 +294,42 @@ def _rotary_base(config: Any) -> float:
 # --- TransformerBridge --------------------------------------------------------------------------
 
 
-def _load_bridge(name: str, folder: Path | None, device: str) -> Any:
+def _load_bridge(source: _Source, **kwargs: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return _boot_bridge(TransformerBridge, name, folder, device)
+    return _boot_bridge(TransformerBridge, source, **kwargs)
 
 
-def _load_sae_bridge(name: str, folder: Path | None, device: str) -> Any:
+def _load_sae_bridge(source: _Source, **kwargs: Any) -> Any:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    return _boot_bridge(SAETransformerBridge, name, folder, device)
+    return _boot_bridge(SAETransformerBridge, source, **kwargs)
 
 
-def _boot_bridge(bridge_class: Any, name: str, folder: Path | None, device: str) -> Any:
-    plain = _load_plain(name, folder, device)
+def _boot_bridge(bridge_class: Any, source: _Source, **kwargs: Any) -> Any:
+    plain = _load_plain(source, **kwargs)
     # The tokenizer is passed because the bridge asks the hub for one otherwise.
     bridge = bridge_class.boot_transformers(
-        name if folder is None else str(folder),
+        str(source.path),
         hf_model=plain,
         tokenizer=plain.tokenizer,
-        device=device,
-        dtype=torch.float32,
+        device=source.device,
+        dtype=source.dtype,
     )
     bridge.enable_compatibility_mode(no_processing=True)
-    if folder is not None:
-        bridge.cfg.model_name = name if name == EMBEDDED_MODEL else folder.name
-        bridge.cfg.tokenizer_name = str(folder)
+    if source.folder is not None:
+        bridge.cfg.model_name = _model_name(source)
+        bridge.cfg.tokenizer_name = str(source.folder)
     return bridge
 
 
-_LOADERS: dict[str, Callable[[str, Path | None, str], Any]] = {
+def _model_name(source: _Source) -> str:
+    if source.folder is None or source.name == EMBEDDED_MODEL:
+        return source.name
+    return source.folder.name
+
+
+_LOADERS: dict[str, Callable[..., Any]] = {
     "HookedTransformer": _load_hooked,
     "HookedSAETransformer": _load_hooked_sae,
     "TransformerBridge": _load_bridge,

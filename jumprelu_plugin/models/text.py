@@ -236,6 +236,8 @@ def tokenized_dataset(
     context_size: int,
     split: Split,
     documents: Sequence[Document] | None = None,
+    *,
+    prepend_bos: bool = True,
 ) -> Dataset:
     """Documents of one split as rows ready for SAELens (`override_dataset`, already tokenised).
 
@@ -244,6 +246,7 @@ def tokenized_dataset(
         context_size: tokens in a row, BOS included (at least 2).
         split: "train" or "test"; documents are assigned by `Document.split`.
         documents: what to tokenise; None takes `corpus()`.
+        prepend_bos: False leaves BOS out.
 
     Returns:
         A dataset with one column `tokens` of shape (rows, context_size). Every row starts with
@@ -260,15 +263,16 @@ def tokenized_dataset(
     if context_size < 2:
         raise ValueError(f"context_size is {context_size}: expected at least 2 (BOS and a token).")
     bos = tokenizer.bos_token_id
-    if bos is None:
+    if prepend_bos and bos is None:
         raise ValueError(
             "The tokenizer has no BOS token, which every row starts with: set tokenizer.bos_token."
         )
     chosen = [d for d in (corpus() if documents is None else documents) if d.split == split]
     stream = token_stream(tokenizer, chosen)
-    body = context_size - 1
+    first = [bos] if prepend_bos else []
+    body = context_size - len(first)
     rows = [
-        [bos, *stream[start : start + body]] for start in range(0, len(stream) - body + 1, body)
+        first + stream[start : start + body] for start in range(0, len(stream) - body + 1, body)
     ]
     if not rows:
         raise ValueError(

@@ -22,6 +22,7 @@ from rich.text import Text
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 from torch import Tensor
 
+from jumprelu_plugin.analysis.generation import generate
 from jumprelu_plugin.analysis.steering import Add, steer
 from jumprelu_plugin.analysis.top_activations import LatentExamples, clearest, collect
 from jumprelu_plugin.evaluation import Evaluation, evaluate
@@ -212,14 +213,6 @@ def _variety(model: Any, text: str) -> float:
 @torch.no_grad()
 def _probability(model: Any, tokens: torch.Tensor, ids: torch.Tensor) -> float:
     return float(model(tokens)[0, -1].softmax(-1)[ids].sum())
-
-
-def generate(model: Any, prompt: str, seed: int, new_tokens: int = 40) -> str:
-    """Sampled text, the same for the same seed, prompt and steering."""
-    torch.manual_seed(seed)
-    return model.generate(
-        prompt, max_new_tokens=new_tokens, temperature=0.7, top_k=20, verbose=False
-    )
 
 
 def _show_steering(console: Console, steered: Steered) -> None:

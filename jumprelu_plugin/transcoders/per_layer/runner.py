@@ -231,7 +231,7 @@ class InterruptibleIterator:
 
     def __next__(self) -> dict[str, Tensor]:
         if self._asked:
-            raise InterruptedException()
+            raise InterruptedException("interrupted; the same command goes on from the last step")
         return next(self._source)
 
     @contextmanager
