@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -25,6 +26,19 @@ def seed() -> int:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums in one order; and at a few thousand numbers a second thread costs more than it helps."""
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread_throughout() -> Iterator[None]:
+    """As `one_thread`, and in what the fixtures of a module compute too."""
+    with single_thread():
+        yield
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

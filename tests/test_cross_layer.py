@@ -39,14 +39,10 @@ from jumprelu_plugin.transcoders.clt.run import CLTSettings, train_clt
 from jumprelu_plugin.transcoders.clt.trainer import Trainer
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN, D_OUT, D_SAE, LAYERS, BATCH = 13, 11, 53, 3, 37
 POSITIONS = 17
 LN, OUT = "blocks.{layer}.ln2.hook_normalized", "blocks.{layer}.hook_mlp_out"
-
-
-@pytest.fixture(autouse=True)
-def _threads(one_thread: None) -> None:
-    """Small sums, in one order."""
 
 
 def random_clt(

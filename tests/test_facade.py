@@ -61,7 +61,7 @@ def imported(bytecode: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Three imports. The first compiles to bytecode, as the first import of an installation does."""
+    """Three imports. The first compiles to bytecode, as an installation's first import does."""
     bytecode = tmp_path_factory.mktemp("bytecode")
     return [imported(bytecode) for _ in range(3)]
 

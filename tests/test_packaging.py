@@ -42,7 +42,7 @@ def imported(file: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
-    names -= set(sys.stdlib_module_names) | {"jumprelu_plugin", "benchmarks"}
+    names -= set(sys.stdlib_module_names) | {"jumprelu_plugin", "benchmarks", "tests"}
     return {DISTRIBUTION.get(name, name) for name in names}
 
 
@@ -61,7 +61,7 @@ def test_what_stands_beside_it_imports_what_is_declared(folder: str) -> None:
     # The tools exported to are installed by tools/circuit_env.sh, without what they declare.
     tools = (ROOT / "tools" / "circuit_tools.txt").read_text().splitlines()
     everything = set().union(*declared().values(), (tool.split("==")[0] for tool in tools))
-    for file in (ROOT / folder).glob("*.py"):
+    for file in (ROOT / folder).rglob("*.py"):
         assert imported(file) - BESIDE <= everything, file.name
 
 

@@ -38,16 +38,8 @@ from jumprelu_plugin.step.losses import (
     reconstruction,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 BATCH, D_SAE = 40_009, 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_throughout() -> Iterator[None]:
-    """At a few thousand numbers a second thread costs more than it helps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SCALE = 0.03
