@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such folder": ({"model_name": "./nowhere"}, ["no model folder nowhere", "hub name"]),
     "a hub model, offline": (
         {"model_name": "google/gemma-2-2b", "hook_name": "blocks.12.hook_resid_post"},
-        ["'google/gemma-2-2b' could not be had", "accept the licence", "hf auth login"],
+        ["'google/gemma-2-2b' could not be loaded", "accept the license", "hf auth login"],
     ),
     "unknown model": (
         {"model_name": "gema-2-2b"},
@@ -272,6 +272,6 @@ def test_a_checkpoint_of_another_size_is_refused(folders: Path, tmp_path: Path) 
         JumpReLUTrainingRunner(parse_flags(["--architecture", "jumprelu", *given]))
 
 
-def test_a_hub_name_says_what_to_do_about_the_licence() -> None:
-    with pytest.raises(OSError, match=r"google/gemma-2-2b.*\n.*accept the licence.*hf auth login"):
+def test_a_hub_name_says_what_to_do_about_the_license() -> None:
+    with pytest.raises(OSError, match=r"google/gemma-2-2b.*\n.*accept the license.*hf auth login"):
         load_model("google/gemma-2-2b")

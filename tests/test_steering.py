@@ -485,7 +485,7 @@ def test_steering_stays_on_through_other_tools(models, tokens, dress):
 def test_steering_that_was_taken_off_is_not_silent(models, tokens):
     sae = tiny_sae()
     hooked = tiny_hooked(models.hf, models.tokenizer)
-    with pytest.raises(RuntimeError, match="taken off inside the block"), steer(
+    with pytest.raises(RuntimeError, match="removed inside the block"), steer(
         hooked, sae, Add(7, 2.0)
     ):  # fmt: skip
         hooked.reset_hooks(including_permanent=True)

@@ -1,1 +1,1 @@
-"""Language models, their hook points, and text for them; the embedded Gemma 2 among the models."""
+"""Language models, their hook points and text; a small Gemma 2 is included."""

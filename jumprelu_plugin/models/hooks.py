@@ -1,12 +1,10 @@
-"""Reach the activation at a named hook of a model, on every kind of hooked model.
+"""Access to the activation at a named hook, for every kind of hooked model.
 
-One place resolves hook names, attaches a function to a hook point and takes it off again, so that
-steering and evaluation behave alike on HookedTransformer, HookedSAETransformer, TransformerBridge
-and SAETransformerBridge. Functions are attached to the hook point itself and never through
-`model.hooks(...)`: on a bridge that route ignores alias names without compatibility mode, and
-calls a function twice when a hook point's name was left wrong by a splice and reset.
-
-It does not run models, and it knows nothing of losses or interventions.
+This module resolves hook names and attaches and removes functions, so that steering and evaluation
+behave alike on HookedTransformer, HookedSAETransformer, TransformerBridge and SAETransformerBridge.
+Functions are attached to the hook point itself, not with `model.hooks(...)`. On a bridge,
+`model.hooks(...)` ignores alias names outside compatibility mode, and calls a function twice if
+splicing and resetting an SAE has left a hook point with a wrong name.
 """
 
 from __future__ import annotations
@@ -20,39 +18,40 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-# SAELens never divides these out at inference: until the scale is folded into the weights, such an
-# SAE reads the raw activation in the wrong units.
+# SAELens does not apply these at inference. Until the scale is folded into the weights, such an SAE
+# reads the raw activation in the wrong units.
 _UNFOLDED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
 
 
 def sae_sites(sae: Any) -> tuple[str, str]:
-    """The hooks an SAE reads and writes: `(hook_in, hook_out)`, equal unless it is a transcoder.
+    """The hooks an SAE reads and writes, `(hook_in, hook_out)`; equal unless it is a transcoder.
 
-    Raises ValueError when `sae.cfg.metadata.hook_name` is not set.
+    Raises:
+        ValueError: `sae.cfg.metadata.hook_name` is not set.
     """
     hook_in = sae.cfg.metadata.hook_name
     if not hook_in:
         raise ValueError(
-            f"{type(sae).__name__} has no hook name, so there is no telling which activation it"
-            " reads. Set sae.cfg.metadata.hook_name, for example 'blocks.12.hook_resid_post'."
+            f"{type(sae).__name__} has no hook name, so it is unknown which activation it reads."
+            " Set sae.cfg.metadata.hook_name, for example 'blocks.12.hook_resid_post'."
         )
     return hook_in, sae.cfg.metadata.hook_name_out or hook_in
 
 
 def require_folded(sae: Any) -> None:
-    """Raise ValueError when the SAE still expects inputs scaled by a factor kept elsewhere."""
+    """Raise ValueError if the SAE expects inputs scaled by a factor that is not in its weights."""
     normalization = sae.cfg.normalize_activations
     if normalization in _UNFOLDED_NORMALIZATIONS:
         raise ValueError(
             f"This SAE has normalize_activations={normalization!r}: its weights expect scaled"
             " inputs, and SAELens does not scale them at inference. Fold the scale into the"
-            " weights first (sae.fold_activation_norm_scaling_factor(scale); for a checkpoint the"
-            " scale is in activation_scaler.json beside it)."
+            " weights first with sae.fold_activation_norm_scaling_factor(scale); a checkpoint keeps"
+            " the scale in its activation_scaler.json."
         )
 
 
 def canonical_name(model: Any, name: str) -> str:
-    """The module path of hook `name`: on a bridge an alias is replaced by what it stands for."""
+    """The module path of hook `name`, with a bridge's alias resolved."""
     collect = getattr(model, "_collect_hook_aliases_from_registry", None)
     if collect is None:
         return name
@@ -61,14 +60,16 @@ def canonical_name(model: Any, name: str) -> str:
 
 
 def hook_point(model: Any, name: str) -> HookPoint:
-    """The hook point that `model`'s forward pass runs through under `name` (alias or canonical).
+    """The hook point called `name` (alias or canonical) in `model`'s forward pass.
 
-    On a bridge, splicing an SAE and resetting it leaves the new hook point with a shortened name
-    and the alias pointing at the old one, after which `bridge.hooks(...)` there fires never, or
-    twice. Both are put right on the way, for this name; a healthy model is not touched.
+    On a bridge, splicing in an SAE and resetting leaves the new hook point with a shortened name
+    and the alias pointing to the old hook point. A function set there with `bridge.hooks(...)` is
+    then called never or twice. This function repairs both for this name; it does not change a model
+    without the fault.
 
-    Raises TypeError for a model without hooks, and ValueError for an unknown name or a hook where
-    an SAE is spliced in.
+    Raises:
+        TypeError: the model has no hooks.
+        ValueError: the name is unknown, or an SAE is spliced in at this hook.
     """
     if not hasattr(model, "hook_dict"):
         raise TypeError(
@@ -92,14 +93,15 @@ def hook_point(model: Any, name: str) -> HookPoint:
 def attached(
     model: Any, name: str, function: Callable[[Tensor], Tensor | None]
 ) -> Iterator[HookPoint]:
-    """Run `function` on the activation at hook `name` during the block, once per forward pass.
+    """Within the block, call `function` with the activation at hook `name` in each forward pass.
 
-    A returned tensor replaces the activation; None leaves it. Functions already on the hook stay
-    and run first. On exit, by an exception too, exactly this function is removed. It is attached
-    as permanent, so `model.reset_hooks()` inside the block does not switch it off.
+    A returned tensor replaces the activation; None leaves it unchanged. Functions already on the
+    hook run first and are kept. On exit, also after an exception, only this function is removed. It
+    is a permanent hook, so `model.reset_hooks()` inside the block keeps it.
 
-    Raises RuntimeError on leaving when something else took the function off the model during the
-    block, since the forward passes after that ran without it.
+    Raises:
+        RuntimeError: something removed the function within the block, so that later forward passes
+            ran without it. Raised on exit.
     """
     point = hook_point(model, name)
 
@@ -118,16 +120,19 @@ def attached(
             point.fwd_hooks.remove(handle)
     if lost:
         raise RuntimeError(
-            f"The function at {name!r} was taken off inside the block (an SAE was spliced in there,"
-            " or hooks were reset with including_permanent=True): later forward passes ran without"
-            " it. Splice first and keep the block inside, or leave that hook alone."
+            f"The function at {name!r} was removed inside the block (an SAE was spliced in there,"
+            " or hooks were reset with including_permanent=True), so later forward passes ran"
+            " without it. Splice before entering the block, and do not reset hooks inside it."
         )
 
 
 def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor, "batch pos d"]:
-    """An activation with one feature axis: `hook_z` [batch, pos, head, d_head] is flattened.
+    """The activation with its head axes flattened: [batch, position, head · d_head] for `hook_z`.
 
-    Undo it with `.reshape(activation.shape)`. Raises ValueError for any other number of axes.
+    Undo with `.reshape(activation.shape)`.
+
+    Raises:
+        ValueError: the activation has neither three nor four axes.
     """
     if activation.ndim == 4:
         return activation.flatten(start_dim=-2)
@@ -141,9 +146,9 @@ def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor,
 
 @contextmanager
 def flat_input(sae: Any) -> Iterator[None]:
-    """Let `sae.encode` take flattened activations: a `hook_z` SAE otherwise wants a head axis.
+    """Within the block, `sae.encode` takes flattened activations, also for a `hook_z` SAE.
 
-    The SAE's own reshaping state comes back as it was.
+    The SAE's reshaping state is restored on exit.
     """
     names = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
     attributes = sae.__dict__
@@ -158,7 +163,7 @@ def flat_input(sae: Any) -> Iterator[None]:
 
 
 def _repair(model: Any, name: str, path: str, point: HookPoint) -> None:
-    """Let `name` and `path` lead to `point`, the hook point in the forward pass, by every route."""
+    """Make the name, the registry and the attribute all refer to the forward pass's `point`."""
     if point.name not in model.hook_dict:
         point.name = path
     registry = getattr(model, "_hook_registry", {})

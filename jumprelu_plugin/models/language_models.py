@@ -1,10 +1,9 @@
-"""Language models for training and evaluation: the embedded Gemma 2, a local folder, or a hub name.
+"""Loads language models: the embedded Gemma 2, a local folder, or a Hugging Face hub name.
 
-Every route gives the same unprocessed model (no folded norms, no centered weights), in evaluation
-mode, in float32 by default. HookedTransformer takes its sizes from a table of names, which knows no
-small Gemma 2, so that route builds the configuration from the folder's own config.json.
-
-This file does not attach SAEs and does not choose hook points.
+All sources and classes give an unprocessed model (no folded norms, no centered weights) in
+evaluation mode, by default in float32. HookedTransformer reads a model's sizes from a table of
+names that holds no small Gemma 2, so for a local folder they are read from its config.json
+(`hooked_gemma_2.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ import torch
 from sae_lens.util import str_to_dtype
 from torch import nn
 
+from jumprelu_plugin.models.hooked_gemma_2 import build_hooked_gemma_2
+
 EMBEDDED_MODEL = "tiny-gemma-2"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -29,7 +30,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to load: its name, its folder (None for a hub name), and what it becomes."""
+    """The model to load: its name, its folder (None for a hub name), and its device and dtype."""
 
     name: str
     folder: Path | None
@@ -38,12 +39,12 @@ class _Source:
 
     @property
     def path(self) -> str | Path:
-        """What transformers' loaders take."""
+        """The folder or hub name, as transformers' loaders take it."""
         return self.name if self.folder is None else self.folder
 
 
 def embedded_model_folder() -> Path:
-    """The folder of the Gemma 2 inside this package: weights, tokenizer, README.md card."""
+    """The folder of this package's Gemma 2: weights, tokenizer, and README.md as model card."""
     return Path(__file__).parent / "tiny_gemma_2"
 
 
@@ -54,7 +55,7 @@ def load_model(
     dtype: str = "float32",
     **from_pretrained_kwargs: Any,
 ) -> Any:
-    """Load a causal language model with its tokenizer at `.tokenizer`.
+    """Load a causal language model, with its tokenizer as `.tokenizer`.
 
     Args:
         model: `EMBEDDED_MODEL`, a local folder in Hugging Face layout (config.json, weights,
@@ -63,16 +64,16 @@ def load_model(
             "TransformerBridge", "SAETransformerBridge" (both in compatibility mode without weight
             processing, so that hooks have HookedTransformer's names), or "AutoModelForCausalLM"
             (plain transformers, eager attention).
-        device: where the weights go.
-        dtype: of the weights.
-        from_pretrained_kwargs: further arguments of the loader of a hub name; a local folder, which
-            is read as it is, takes none of them.
+        device: where the weights are stored.
+        dtype: of the weights, such as "float32" or "bfloat16".
+        from_pretrained_kwargs: further arguments for the loader of a hub name; not used for a local
+            folder.
 
     Raises:
-        ValueError: for an unknown class or dtype, or a folder whose architecture the class cannot
-            hold.
-        FileNotFoundError: for a folder without config.json or tokenizer, or a path that is absent.
-        OSError: for a hub name whose weights cannot be had, with what to do about a licence gate.
+        ValueError: the class or the dtype is unknown, or the class cannot represent the folder's
+            architecture.
+        FileNotFoundError: the folder does not exist, or has no config.json or no tokenizer.
+        OSError: the hub's weights cannot be loaded; the message explains gated licenses.
     """
     if model_class_name not in _LOADERS:
         raise ValueError(
@@ -88,10 +89,11 @@ def load_model(
 
 @contextmanager
 def hub_errors_explained(name: str) -> Iterator[None]:
-    """Say what to do when the model `name` cannot be loaded from the hub.
+    """Replace the libraries' errors about the hub model `name` by errors that say what to do.
 
-    Raises, in place of what the libraries raise: ValueError for a name that TransformerLens does
-    not know, OSError for weights that cannot be had.
+    Raises:
+        ValueError: TransformerLens does not know the name.
+        OSError: the weights cannot be loaded.
     """
     try:
         yield
@@ -108,17 +110,17 @@ def hub_errors_explained(name: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise OSError(
-            f"The model {name!r} could not be had from the hub: {str(error).splitlines()[0]}\n"
-            "Gemma's weights are gated: accept the licence on the model's page and log in with "
+            f"The model {name!r} could not be loaded from the hub: {str(error).splitlines()[0]}\n"
+            "Gemma's weights are gated: accept the license on the model's page and log in with "
             "`hf auth login`. Without a network, give the folder of a model, or "
             f"{EMBEDDED_MODEL!r} for the model inside this package."
         ) from error
 
 
 def build_hooked(hooked_class: Any, model: str | Path, device: str = "cpu") -> Any:
-    """`model` as an unprocessed instance of `hooked_class`, a subclass of HookedTransformer.
+    """Load `model` as an unprocessed instance of `hooked_class`, a subclass of HookedTransformer.
 
-    Raises as `load_model` does.
+    Raises the errors of `load_model`.
     """
     source = _Source(str(model), local_folder(model), device)
     if source.folder is not None:
@@ -129,8 +131,8 @@ def build_hooked(hooked_class: Any, model: str | Path, device: str = "cpu") -> A
 def model_digest(model: nn.Module) -> str:
     """First 16 hex digits of the SHA-256 of the weights' names, types, shapes and bytes.
 
-    The digest is of the object's own layout, so a HookedTransformer and a plain transformers model
-    of the same folder differ.
+    The digest depends on the names and layout of the weights, so a HookedTransformer and a plain
+    transformers model of the same folder have different digests.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -140,20 +142,21 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- Where the files are ------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------
 
 
 def local_folder(model: str | Path) -> Path | None:
-    """The folder `model` stands for, or None for a hub name.
+    """The local folder that `model` names, or None for a hub name.
 
-    Raises FileNotFoundError for a path that is not there.
+    Raises:
+        FileNotFoundError: `model` is a path that does not exist.
     """
     if str(model) == EMBEDDED_MODEL:
         return embedded_model_folder()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    # A hub name is "name" or "owner/name"; anything else that is not there was meant as a path.
+    # A hub name is "name" or "owner/name"; everything else is meant as a path.
     if isinstance(model, Path) or path.is_absolute() or str(model).startswith((".", "~")):
         raise FileNotFoundError(
             f"There is no model folder {path}. Pass an existing folder, a hub name such as "
@@ -184,7 +187,7 @@ def _load_plain(source: _Source, **kwargs: Any) -> Any:
     plain = AutoModelForCausalLM.from_pretrained(
         source.path,
         dtype=source.dtype,
-        attn_implementation="eager",  # Gemma 2's softcapping exists only in the eager path
+        attn_implementation="eager",  # Gemma 2's softcapping needs eager attention
         local_files_only=source.folder is not None,
         **kwargs,
     )
@@ -219,8 +222,6 @@ def _build_hooked(hooked_class: Any, source: _Source, **kwargs: Any) -> Any:
         return hooked_class.from_pretrained_no_processing(
             source.name, device=source.device, dtype=source.dtype, **kwargs
         )
-    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
-
     architecture = json.loads((source.folder / "config.json").read_text()).get("model_type")
     if architecture != "gemma2":
         raise ValueError(
@@ -230,65 +231,9 @@ def _build_hooked(hooked_class: Any, source: _Source, **kwargs: Any) -> Any:
             "language model."
         )
     plain = _load_plain(replace(source, device="cpu"))
-    config = _hooked_gemma_2_config(plain.config, source, source.folder)
-    hooked = hooked_class(config, tokenizer=plain.tokenizer)
-    with torch.no_grad():
-        weights = convert_gemma_weights(plain, config)
-    hooked.load_and_process_state_dict(
-        weights,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
+    return build_hooked_gemma_2(
+        hooked_class, plain, _model_name(source), source.folder, source.device
     )
-    return hooked.to(source.device, print_details=False)
-
-
-def _hooked_gemma_2_config(config: Any, source: _Source, folder: Path) -> Any:
-    """TransformerLens's fields for google/gemma-2-2b, with the folder's sizes."""
-    from transformer_lens import HookedTransformerConfig
-
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    return HookedTransformerConfig(
-        model_name=_model_name(source),
-        tokenizer_name=str(folder),
-        original_architecture="Gemma2ForCausalLM",
-        device=source.device,
-        dtype=source.dtype,
-        d_model=config.hidden_size,
-        d_head=config.head_dim,
-        n_heads=config.num_attention_heads,
-        n_key_value_heads=config.num_key_value_heads,
-        d_mlp=config.intermediate_size,
-        n_layers=config.num_hidden_layers,
-        n_ctx=config.max_position_embeddings,
-        d_vocab=config.vocab_size,
-        eps=config.rms_norm_eps,
-        act_fn=config.hidden_activation,
-        initializer_range=config.initializer_range,
-        normalization_type="RMS",
-        final_rms=True,
-        use_normalization_before_and_after=True,
-        positional_embedding_type="rotary",
-        rotary_base=_rotary_base(config),
-        rotary_dim=config.head_dim,
-        use_attn_scale=True,
-        attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
-        attn_scores_soft_cap=config.attn_logit_softcapping or -1.0,
-        output_logits_soft_cap=config.final_logit_softcapping or -1.0,
-        use_local_attn=True,
-        window_size=config.sliding_window,
-        attn_types=[kinds[kind] for kind in config.layer_types],
-        gated_mlp=True,
-        default_prepend_bos=True,
-    )
-
-
-def _rotary_base(config: Any) -> float:
-    # transformers 5 moved rope_theta into rope_parameters.
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or config.rope_theta)
 
 
 # --- TransformerBridge --------------------------------------------------------------------------
@@ -308,7 +253,7 @@ def _load_sae_bridge(source: _Source, **kwargs: Any) -> Any:
 
 def _boot_bridge(bridge_class: Any, source: _Source, **kwargs: Any) -> Any:
     plain = _load_plain(source, **kwargs)
-    # The tokenizer is passed because the bridge asks the hub for one otherwise.
+    # Without a tokenizer, the bridge would request one from the hub.
     bridge = bridge_class.boot_transformers(
         str(source.path),
         hf_model=plain,

