@@ -16,11 +16,11 @@ from tiny import HEADS, MLP, RESIDUAL, Tiny, tiny_models, tiny_sae, tiny_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from typer.testing import CliRunner
 
-from jumprelu_plugin.analysis.contexts import contexts
+from jumprelu_plugin.analysis.contexts import collect_contexts
 from jumprelu_plugin.analysis.dashboard import write_dashboard
 from jumprelu_plugin.analysis.logit_lens import all_logit_effects, logit_effects
-from jumprelu_plugin.analysis.neighbors import nearest
-from jumprelu_plugin.analysis.top_activations import TOP, collect
+from jumprelu_plugin.analysis.neighbors import nearest_latents
+from jumprelu_plugin.analysis.top_activations import TOP, collect_top_activations
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 
@@ -71,9 +71,11 @@ class Page(HTMLParser):
 def test_contexts_are_the_activations_around_the_strongest_tokens(tiny, tokens) -> None:
     sae = tiny_sae(RESIDUAL)
     acts = activations(tiny, sae, tokens)
-    found = collect(tiny.hooked, sae, tokens, batch_size=7, special_token_ids=SPECIAL)
+    found = collect_top_activations(
+        tiny.hooked, sae, tokens, batch_size=7, special_token_ids=SPECIAL
+    )
     before, after, bins = 5, 3, 11
-    read = contexts(
+    read = collect_contexts(
         tiny.hooked, sae, found, count=4, before=before, after=after, bins=bins, batch_size=5,
         special_token_ids=SPECIAL,
     )  # fmt: skip
@@ -163,7 +165,7 @@ def test_nearest_decoder_rows() -> None:
     rows[1029] = -3.0 * rows[5]
     rows[7] = 2.5 * rows[1030]
     rows[11] = 0.0
-    indices, cosines = nearest(rows, count=3)
+    indices, cosines = nearest_latents(rows, count=3)
     assert indices.shape == (1031, 3)
     assert int(indices[7, 0]) == 1030 and int(indices[1030, 0]) == 7
     assert not (indices == torch.arange(1031)[:, None]).any()
@@ -171,7 +173,7 @@ def test_nearest_decoder_rows() -> None:
     assert not cosines[11].any()
     wanted = torch.nn.functional.cosine_similarity(rows[100], rows[int(indices[100, 1])], dim=0)
     torch.testing.assert_close(cosines[100, 1], wanted)
-    assert nearest(rows[:3], count=5)[0].shape == (3, 2)
+    assert nearest_latents(rows[:3], count=5)[0].shape == (3, 2)
 
 
 # ---------------------------------------------------------------- the page

@@ -453,7 +453,7 @@ def test_the_model_is_left_as_it_was(models, tokens, dress, hook):
             model(tokens)
             raise KeyError("mine")
         assert trace(model) == before
-        with pytest.raises(ValueError, match="row 5; the batch has 5"), steer(
+        with pytest.raises(ValueError, match="row 5, but the batch has 5"), steer(
             model, sae, Clamp(3, 1.0, batch=5)
         ):  # fmt: skip
             model(tokens)
@@ -552,7 +552,7 @@ def test_bad_input_is_named(models, tokens):
         with pytest.raises(ValueError, match="Close names: .*blocks.1.hook_resid_post"):
             enter(model, lost, Add(2, 1.0))
         for plan in (Add(2, 1.0), Clamp(2, 1.0)):
-            with pytest.raises(ValueError, match="'blocks.1.hook_resid_post' has width 33 .* 7"):
+            with pytest.raises(ValueError, match="'blocks.1.hook_resid_post' has width 33, .* 7"):
                 enter(model, tiny_sae(d_in=7), plan)
     with pytest.raises(TypeError, match="no hook points"):
         enter(models.hf, sae, Add(2, 1.0))
@@ -563,7 +563,7 @@ def test_bad_input_is_named(models, tokens):
     with pytest.raises(ValueError, match="inside the model's blocks"):
         enter(models.hooked, outside, Add(2, 1.0, positions=[1]))
     for normalization, message in (("expected_average_only_in", "Fold the scale"),
-                                   ("layer_norm", "no fixed direction")):  # fmt: skip
+                                   ("layer_norm", "no fixed steering vector")):  # fmt: skip
         scaled = tiny_sae()
         scaled.cfg.normalize_activations = normalization
         with pytest.raises(ValueError, match=message):
@@ -592,7 +592,7 @@ def test_interventions_check_their_own_numbers():
 
 
 def test_an_intervention_that_touched_nothing_is_said(models, tokens):
-    with pytest.warns(UserWarning, match=r"touched no position .*latent=8"):
+    with pytest.warns(UserWarning, match=r"applied to no position .*latent=8"):
         steered(models.hooked, tiny_sae(), [Add(7, 1.0), Add(8, 1.0, positions=40)], tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

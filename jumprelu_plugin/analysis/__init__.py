@@ -1,1 +1,1 @@
-"""What a latent responds to: examples of it in text, and what its direction says in the logits."""
+"""What latents respond to and what they do: top activations, logit effects, steering, dashboard."""

@@ -1,8 +1,8 @@
-"""One HTML file of a dictionary's latents: searchable, self-contained, no network.
+"""Writes one searchable, self-contained HTML file about a dictionary's latents.
 
-The numbers come from `examples`, `contexts`, `logits` and `neighbours`; here they become compact
-JSON inside a page. Everything read from text or a tokenizer is data to the page and never markup:
-the JSON is escaped for HTML and the page's script only ever sets text.
+The values come from `top_activations`, `contexts`, `logit_lens` and `neighbors`; this module puts
+them into a page as compact JSON. Text and tokens are never markup: the JSON is escaped for HTML,
+and the page's script only sets text.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from torch import Tensor
 
-from jumprelu_plugin.analysis.contexts import LatentContexts, contexts
+from jumprelu_plugin.analysis.contexts import LatentContexts, collect_contexts
 from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects
-from jumprelu_plugin.analysis.neighbors import nearest
-from jumprelu_plugin.analysis.top_activations import LatentExamples, collect
+from jumprelu_plugin.analysis.neighbors import nearest_latents
+from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
 from jumprelu_plugin.models.hooks import sae_sites
 
 _TEMPLATE = "dashboard.html.j2"
-# Hooks whose values are written to the residual stream, which the unembedding reads.
+# Hooks whose values are, or are added to, the residual stream, which the unembedding reads.
 _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 _DIGITS = 3
 
@@ -45,27 +45,30 @@ def write_dashboard(
     title: str | None = None,
     facts: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write the page of `sae`'s latents over `tokens` to `path`, in one atomic step.
+    """Write a page about `sae`'s latents over `tokens` to `path`, atomically.
 
     Args:
-        latents: which latents; all by default.
-        examples: contexts of each latent, at most.
-        title: of the page; the hook's name by default.
-        facts: further lines of the page's head, such as the dictionary's folder.
+        path: the HTML file.
+        model: a hooked model with its tokenizer.
+        sae: the dictionary; its metadata names the hook.
+        tokens: the text.
+        latents: the latents shown; all by default.
+        examples: the most contexts of a latent.
+        title: the page's title; the hook's name by default.
+        facts: further names and values for the page's head, such as the dictionary's folder.
 
     Raises:
-        ValueError: for a latent the dictionary does not have, or a dictionary whose scale is not
-            folded.
+        ValueError: the dictionary lacks one of the latents, or expects scaled inputs.
     """
     path = Path(path)
-    chosen = _checked(latents, sae.cfg.d_sae)
+    shown = _shown_latents(latents, sae.cfg.d_sae)
     special = list(model.tokenizer.all_special_ids)
-    found = collect(model, sae, tokens, special_token_ids=special)
-    read = contexts(model, sae, found, count=examples, special_token_ids=special)
-    effects = all_logit_effects(model, sae) if _writes_residual(sae) else None
-    words = _Words(model.tokenizer)
-    neighbours = nearest(sae.W_dec)
-    entries = [_entry(i, sae, found, read, effects, neighbours, words) for i in chosen]
+    top = collect_top_activations(model, sae, tokens, special_token_ids=special)
+    contexts = collect_contexts(model, sae, top, count=examples, special_token_ids=special)
+    effects = all_logit_effects(model, sae) if _writes_to_residual(sae) else None
+    words = _TokenTexts(model.tokenizer)
+    neighbors = nearest_latents(sae.W_dec)
+    entries = [_entry(i, sae, top, contexts, effects, neighbors, words) for i in shown]
     data = {
         "latents": entries,
         "words": words.texts,
@@ -77,20 +80,20 @@ def write_dashboard(
     head = {
         "model": sae.cfg.metadata.model_name,
         "hook": hook_in if hook_in == hook_out else f"{hook_in} → {hook_out}",
-        "latents": f"{sae.cfg.d_sae:,}, of which {_silent(found):,} never fire here",
+        "latents": f"{sae.cfg.d_sae:,}, of which {_count_silent(top):,} never fire here",
         "text": f"{tokens.shape[0]:,} sequences of {tokens.shape[1]} tokens",
-        "L0": f"{float(found.firing_frequency.sum()):.1f}",
+        "L0": f"{float(top.latent_density.sum()):.1f}",
         **(facts or {}),
     }
     _write(path, page.render(title=title or hook_in, facts=head, data=_embedded(data)))
     return path
 
 
-def _silent(found: LatentExamples) -> int:
-    return int((found.activation[:, 0] == 0).sum())
+def _count_silent(top: TopActivations) -> int:
+    return int((top.activation[:, 0] == 0).sum())
 
 
-def _checked(latents: Sequence[int] | None, d_sae: int) -> list[int]:
+def _shown_latents(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     if latents is None:
         return list(range(d_sae))
     wrong = [latent for latent in latents if not 0 <= latent < d_sae]
@@ -99,12 +102,12 @@ def _checked(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     return sorted(set(latents))
 
 
-def _writes_residual(sae: Any) -> bool:
+def _writes_to_residual(sae: Any) -> bool:
     return sae_sites(sae)[1].rsplit(".", 1)[-1] in _RESIDUAL
 
 
-class _Words:
-    """Token texts, numbered in the order in which they are first used."""
+class _TokenTexts:
+    """Token texts, numbered in the order of their first use."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -127,19 +130,19 @@ class _Words:
 def _entry(
     latent: int,
     sae: Any,
-    found: LatentExamples,
-    read: LatentContexts,
+    top: TopActivations,
+    contexts: LatentContexts,
     effects: LogitEffects | None,
-    neighbours: tuple[Tensor, Tensor],
-    words: _Words,
+    neighbors: tuple[Tensor, Tensor],
+    words: _TokenTexts,
 ) -> dict[str, Any]:
-    """One latent under one-letter keys, which the page's script explains: there are thousands."""
+    """One latent's values under one-letter keys, which save space and are listed in the script."""
     entry: dict[str, Any] = {
         "i": latent,
-        "f": _round(float(found.firing_frequency[latent])),
-        "m": _round(float(found.activation[latent, 0])),
+        "f": _round(float(top.latent_density[latent])),
+        "m": _round(float(top.activation[latent, 0])),
         "n": _round(float(sae.W_dec[latent].norm())),
-        "k": [neighbours[0][latent].tolist(), _rounded(neighbours[1][latent])],
+        "k": [neighbors[0][latent].tolist(), _rounded(neighbors[1][latent])],
     }
     if hasattr(sae, "threshold"):
         entry["t"] = _round(float(sae.threshold[latent]))
@@ -147,22 +150,22 @@ def _entry(
         entry["u"] = [words.numbers(effects.raised[latent]), _rounded(effects.raised_by[latent])]
         entry["d"] = [words.numbers(effects.lowered[latent]), _rounded(effects.lowered_by[latent])]
     if entry["m"] > 0:
-        entry["h"] = read.histogram[latent].tolist()
+        entry["h"] = contexts.histogram[latent].tolist()
         entry["c"] = [
-            _context(read, latent, rank, words)
-            for rank in range(read.tokens.shape[1])
-            if read.inside[latent, rank].any()
+            _context(contexts, latent, rank, words)
+            for rank in range(contexts.tokens.shape[1])
+            if contexts.inside[latent, rank].any()
         ]
     return entry
 
 
-def _context(read: LatentContexts, latent: int, rank: int, words: _Words) -> list[Any]:
-    """Token numbers, their activations, and which of them is the example."""
-    inside = read.inside[latent, rank]
-    focus = int(inside[: read.focus].sum())
+def _context(contexts: LatentContexts, latent: int, rank: int, words: _TokenTexts) -> list[Any]:
+    """Token numbers, their activations, and the index of the top activation among them."""
+    inside = contexts.inside[latent, rank]
+    focus = int(inside[: contexts.focus].sum())
     return [
-        words.numbers(read.tokens[latent, rank][inside]),
-        _rounded(read.activation[latent, rank][inside]),
+        words.numbers(contexts.tokens[latent, rank][inside]),
+        _rounded(contexts.activation[latent, rank][inside]),
         focus,
     ]
 
@@ -172,13 +175,13 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def _round(value: float) -> float | int:
-    """Three significant digits, and integers without a point: a third of the page's size."""
+    """Three significant digits, and integers without a decimal point, to save space."""
     short = float(f"{value:.{_DIGITS}g}")
     return int(short) if short == int(short) else short
 
 
 def _embedded(data: Any) -> Any:
-    """Compact JSON that may stand inside a script element: no <, >, & or ' is left in it."""
+    """Compact JSON that is safe inside a script element: it holds no <, >, & or '."""
     return htmlsafe_json_dumps(
         data, dumps=partial(json.dumps, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     )
@@ -196,9 +199,9 @@ def _environment() -> Environment:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
-"""What a latent's decoder direction says about the next token, read straight from the unembedding.
+"""A latent's direct effect on the logits: its decoder row times the unembedding ("logit lens").
 
-The direct effect alone (the "logit lens" of a direction): layers between the hook and the output
-are skipped, so it is a hint for early hooks and close to the truth for late ones. What the final
-norm does to every direction alike, its gain and a LayerNorm's centring, is part of it; the token's
-own norm, by which it divides, is not.
+The layers between the hook and the output are skipped, so the effect approximates the true one
+well at late hooks and poorly at early ones. It includes the final norm's gain and a LayerNorm's
+centering, which act alike on every token, and not the division by the token's norm.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ _CHUNK = 256
 def logit_effects(
     model: Any, sae: Any, latent: int, count: int = 8
 ) -> tuple[Int[Tensor, " count"], Float[Tensor, " count"]]:
-    """The tokens whose logits W_dec[latent] raises most, and by how much, descending.
+    """The tokens whose logits W_dec[latent] raises most, and the amounts, descending.
 
-    By how much where the final norm divides by 1. Only for dictionaries of the residual stream or
-    of what is written to it (width d_model).
+    The amounts hold for a token that the final norm divides by 1. The dictionary must write to the
+    residual stream, or to a hook whose values are added to it.
 
     Raises:
-        ValueError: the decoder does not write vectors of the model's width.
+        ValueError: the decoder's width is not that of the residual stream.
     """
     _require_residual_width(model, sae)
     top = (_normed(model, sae.W_dec[latent].detach().float()) @ model.W_U.float()).topk(count)
@@ -38,7 +37,12 @@ def logit_effects(
 
 @dataclass(frozen=True)
 class LogitEffects:
-    """For every latent the tokens it raises and lowers most, strongest first, and by how much."""
+    """The tokens whose logits each latent raises and lowers most.
+
+    Attributes:
+        raised, lowered: token ids, [d_sae, count], largest change first.
+        raised_by, lowered_by: the changes of their logits, [d_sae, count].
+    """
 
     raised: Int[Tensor, "d_sae count"]
     raised_by: Float[Tensor, "d_sae count"]
@@ -48,10 +52,10 @@ class LogitEffects:
 
 @torch.no_grad()
 def all_logit_effects(model: Any, sae: Any, count: int = 8) -> LogitEffects:
-    """`logit_effects` of every latent, up and down, some latents at a time.
+    """`logit_effects` of every latent, raised and lowered, computed in chunks of latents.
 
     Raises:
-        ValueError: the decoder does not write vectors of the model's width.
+        ValueError: the decoder's width is not that of the residual stream.
     """
     _require_residual_width(model, sae)
     W_U = model.W_U.float()
@@ -64,20 +68,20 @@ def all_logit_effects(model: Any, sae: Any, count: int = 8) -> LogitEffects:
 
 
 def _normed(model: Any, directions: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    """Directions of the residual stream as the final norm passes them on, up to its division.
+    """Directions after the final norm's gain and centering, without its division.
 
-    Measured on the norm itself, since models differ in how they store its gain (Gemma as gain - 1)
-    and in whether it was folded into W_U.
+    The gain is measured by calling the norm, because models differ in how they store it (Gemma
+    stores gain - 1) and in whether it is folded into W_U.
     """
     width = model.W_U.shape[0]
     signs = torch.ones(1, 1, width, dtype=model.W_U.dtype, device=model.W_U.device)
     signs[..., 1::2] = -1
     probe = signs - signs.mean()
-    # A bias is in both.
+    # The difference cancels a bias.
     odd_part = 0.5 * (model.ln_final(probe) - model.ln_final(-probe))
     gain = (odd_part * probe.square().mean().sqrt() / probe).float().flatten()
-    centres = torch.allclose(model.ln_final(probe + 1), model.ln_final(probe), 1e-2, 1e-2)
-    if centres:
+    centers = torch.allclose(model.ln_final(probe + 1), model.ln_final(probe), 1e-2, 1e-2)
+    if centers:
         directions = directions - directions.mean(-1, keepdim=True)
     return directions * gain
 

@@ -1,4 +1,4 @@
-"""Which latents of a dictionary write in nearly the same direction."""
+"""The latents of a dictionary whose decoder rows are most similar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _CHUNK = 1024
 
 
 @torch.no_grad()
-def nearest(
+def nearest_latents(
     W_dec: Float[Tensor, "d_sae d_out"], count: int = 5
 ) -> tuple[Int[Tensor, "d_sae count"], Float[Tensor, "d_sae count"]]:
-    """Each latent's nearest others by the cosine of their decoder rows, and the cosines.
+    """Each latent's nearest others by the cosine similarity of decoder rows, and the cosines.
 
-    Fewer than `count` for a dictionary of fewer latents. A zero row has cosine 0 with all.
+    Both are [d_sae, count], descending, with fewer columns if there are fewer other latents. A row
+    of zeros has cosine 0 with every other.
     """
     rows = W_dec.detach().float()
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)

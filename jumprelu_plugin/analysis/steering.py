@@ -1,16 +1,14 @@
-"""Change latents while a hooked model runs or generates, and leave the rest of it alone.
+"""Steering: changes latents' activations while a hooked model runs or generates.
 
-With x the model's activation at the SAE's hook, a = encode(x) and a' the latents after the
+With x the model's activation at the SAE's hook, a = encode(x), and a' the latents after the
 interventions, the activation becomes
 
     x + Σ_i (a'_i − a_i) · W_dec[i]
 
-where the sum is over the latents that were named. The part of x that the SAE does not reconstruct
-stays in: this is splicing with the error term, and with no interventions it is the identity.
-For `Add` the difference is the amount itself and nothing is encoded. Encoding runs in the SAE's
-dtype, the sum in float32 or the model's dtype if that is wider, and the result is cast back.
-
-It does not choose latents or strengths, and it does not splice SAEs into models.
+summed over the latents of the interventions. The SAE's reconstruction error stays in x, as if the
+SAE were spliced in with its error term. For `Add` the difference is the amount, so nothing is
+encoded. Encoding runs in the SAE's dtype. The sum runs in float32, or in the model's dtype if that
+is wider, and the result is cast back.
 """
 
 from __future__ import annotations
@@ -34,14 +32,16 @@ Positions = int | slice | Sequence[int] | Literal["last"] | None
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """What to do to one latent, and where.
+    """A change to one latent.
 
-    positions: None for every position, "last" for the last position of each forward pass, or a
-        number, list or slice of absolute positions, counted from 0 at the first token of the
-        sequence (BOS and padding included) and on through the generated tokens, with or without a
-        KV cache.
-        Positions do not count from the end, which moves while a model generates.
-    batch: None for every row, or a row number or list of them.
+    Attributes:
+        latent: index of the latent.
+        positions: None for every position, "last" for the last position of each forward pass, or an
+            integer, list or slice of absolute positions. Positions start at 0 with the first token
+            of the sequence (BOS and padding included) and continue through generated tokens, with
+            or without a KV cache. Negative positions are refused, because the end of the sequence
+            moves while a model generates.
+        batch: None for every row, or the index of a row or a list of indices.
     """
 
     latent: int
@@ -50,12 +50,15 @@ class Intervention(ABC):
 
     @property
     def reads(self) -> bool:
-        """Whether the latent's present value is needed, and so the SAE's encoder."""
+        """Whether the change depends on the latent's current activation, so that x is encoded."""
         return True
 
     @abstractmethod
-    def change(self, present: Tensor, change_so_far: Tensor) -> Tensor:
-        """The change to the latent, after earlier ones; `present` is 0 unless `reads`."""
+    def change(self, activation: Tensor, earlier_change: Tensor) -> Tensor:
+        """The total change to the latent, this intervention's and the earlier ones'.
+
+        `activation` is the latent's activation in the model, or 0 if no intervention reads it.
+        """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "positions", _checked_positions(self.positions))
@@ -63,13 +66,15 @@ class Intervention(ABC):
         if rows is not None:
             rows = tuple(int(row) for row in rows)
             if not rows or min(rows) < 0:
-                raise ValueError(f"batch must name rows from 0 up; got {self.batch!r}.")
+                raise ValueError(
+                    f"batch must name rows, none of them negative; got {self.batch!r}."
+                )
         object.__setattr__(self, "batch", rows)
 
 
 @dataclass(frozen=True)
 class Add(Intervention):
-    """a'_i = a_i + amount, in the SAE's own activation units: x gains amount · W_dec[i]."""
+    """a'_i = a_i + amount, in the SAE's activation units: adds amount · W_dec[i] to x."""
 
     amount: float
 
@@ -81,13 +86,13 @@ class Add(Intervention):
     def reads(self) -> bool:
         return False
 
-    def change(self, present: Tensor, change_so_far: Tensor) -> Tensor:
-        return change_so_far + self.amount
+    def change(self, activation: Tensor, earlier_change: Tensor) -> Tensor:
+        return earlier_change + self.amount
 
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
-    """a'_i = value, in the SAE's own activation units, whether or not the latent fires."""
+    """a'_i = value, in the SAE's activation units, whether or not the latent fires."""
 
     value: float
 
@@ -95,40 +100,49 @@ class Clamp(Intervention):
         super().__post_init__()
         _check_finite("value", self.value)
 
-    def change(self, present: Tensor, change_so_far: Tensor) -> Tensor:
-        return self.value - present
+    def change(self, activation: Tensor, earlier_change: Tensor) -> Tensor:
+        return self.value - activation
 
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
     """a'_i = 0."""
 
-    def change(self, present: Tensor, change_so_far: Tensor) -> Tensor:
-        return -present
+    def change(self, activation: Tensor, earlier_change: Tensor) -> Tensor:
+        return -activation
 
 
 @contextmanager
 def steer(
     model: Any, sae: Any, interventions: Intervention | Iterable[Intervention]
 ) -> Iterator[Any]:
-    """Apply `interventions` to every forward pass of `model` in the block, `generate` included.
+    """Within the block, apply `interventions` in every forward pass of `model` and in `generate`.
 
-    `model` is a HookedTransformer, HookedSAETransformer, TransformerBridge or SAETransformerBridge;
-    a bridge may be in compatibility mode or not. The SAE reads and writes the hooks in its
-    metadata (two for a transcoder) and is not spliced in. Interventions on one latent act in the
-    order given. Blocks nest: an inner one sees what the outer one has done. On leaving, by an
-    exception too, the model is as it was before, other hooks and all. One thing is put right and
-    stays so: a bridge's names for this hook, where an earlier splice left them wrong (see
-    `hooks.hook_point`).
+    The SAE reads and writes the hooks in its metadata (two for a transcoder) and is not spliced in.
+    Interventions on one latent act in the given order. Blocks may be nested; an inner block acts on
+    the activation that the outer one has changed. On exit, also after an exception, the model's
+    hooks are as before, except that a bridge's hook names stay repaired (`hooks.hook_point`). On
+    exit, interventions that applied to no position cause a warning.
 
-    "last" with `generate`: with a KV cache every generated token is the last once and keeps what
-    was done to it; without one, only the newest token of each pass is changed. Absolute positions
-    agree in both.
+    In `generate`, "last" depends on the KV cache: with a cache, every generated token is steered
+    once, and its change stays in the cache; without one, each forward pass steers only its newest
+    token. Absolute positions mean the same with and without a cache.
 
-    Raises ValueError for no interventions, a latent the SAE does not have, an SAE without a hook
-    name, an unknown hook, and an SAE whose inputs are scaled outside its weights; in the forward
-    pass, for an activation of another width than the SAE's and for a row the batch does not have.
-    Warns on leaving when the model ran and an intervention touched no position at all.
+    Args:
+        model: a HookedTransformer, HookedSAETransformer, TransformerBridge or SAETransformerBridge;
+            bridges work in and outside compatibility mode.
+        sae: an SAE or transcoder whose metadata names its hooks.
+        interventions: one or more of `Add`, `Clamp` and `Ablate`.
+
+    Yields:
+        The model.
+
+    Raises:
+        TypeError: an intervention is of another type.
+        ValueError: there are no interventions, a latent is out of range, the SAE has no hook name,
+            the model has no such hook, or the SAE's inputs are scaled outside its weights. In a
+            forward pass: the activation's width differs from the SAE's, or a batch row does not
+            exist.
     """
     plan = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     hook_in, hook_out = sae_sites(sae)
@@ -136,18 +150,23 @@ def steer(
     steering = _Steering(sae, plan, hook_in, hook_out)
     with ExitStack() as stack:
         if any(isinstance(each.positions, slice | tuple) for each in plan):
-            stack.enter_context(_counting(model, hook_out, steering))
+            stack.enter_context(_track_offset(model, hook_out, steering))
         if hook_in != hook_out and steering.reads:
             stack.enter_context(attached(model, hook_in, steering.read))
         stack.enter_context(attached(model, hook_out, steering.write))
         yield model
-    steering.warn_of_idle()
+    steering.warn_of_unused()
 
 
 def steering_vector(sae: Any, amounts: Mapping[int, float]) -> Float[Tensor, " d_in"]:
-    """Σ amount · W_dec[latent] in float32: what `Add` for each latent adds to the activation.
+    """Σ amount · W_dec[latent] in float32: the vector that `Add` adds to the activation.
 
-    Of width d_out for a transcoder. Raises ValueError as `steer` does.
+    Args:
+        sae: an SAE, or a transcoder, whose vector is [d_out].
+        amounts: the amount for each latent.
+
+    Raises:
+        ValueError: there are no amounts, a latent is out of range, or the SAE's inputs are scaled.
     """
     plan = [Add(latent, amount) for latent, amount in amounts.items()]
     _check_plan(plan, sae)
@@ -156,29 +175,29 @@ def steering_vector(sae: Any, amounts: Mapping[int, float]) -> Float[Tensor, " d
 
 
 class _Steering:
-    """One steering block's hook functions and what they remember between them."""
+    """The hook functions of one `steer` block, and the state they share."""
 
     def __init__(self, sae: Any, plan: list[Intervention], hook_in: str, hook_out: str) -> None:
         self.sae, self.plan, self.hook_in, self.hook_out = sae, plan, hook_in, hook_out
         self.same_hook = hook_in == hook_out
         self.reads = any(each.reads for each in plan)
         self.latents = sorted({each.latent for each in plan})
-        self.offset = 0
-        self._present: Tensor | None = None
+        self.offset = 0  # absolute position of the forward pass's first token
+        self._activations: Tensor | None = None
         self._ran = False
-        self._idle = set(range(len(plan)))
+        self._unused = set(range(len(plan)))
 
     def read(self, activation: Tensor) -> None:
-        """Keep the named latents' present values, [batch, position, named latent]."""
+        """Store the activations of `latents`, [batch, position, latent]."""
         x = flat_heads(activation)
         self._check_width(x, self.sae.cfg.d_in, self.hook_in)
         with flat_input(self.sae):
             acts = self.sae.encode(x.to(self.sae.W_dec.device))
         acts = acts.to_dense() if acts.layout != torch.strided else acts
-        self._present = acts[..., self.latents]
+        self._activations = acts[..., self.latents]
 
     def write(self, activation: Tensor) -> Tensor:
-        """The activation with the interventions' change added."""
+        """The activation plus the interventions' change."""
         if self.same_hook and self.reads:
             self.read(activation)
         x = flat_heads(activation)
@@ -187,16 +206,16 @@ class _Steering:
         dtype = torch.promote_types(x.dtype, torch.float32)
         change = self._change(x.shape[0], x.shape[1], x.device, dtype)
         steered = x.to(dtype) + change @ rows.to(x.device, dtype)
-        self._present = None
+        self._activations = None
         return steered.to(activation.dtype).reshape(activation.shape)
 
-    def warn_of_idle(self) -> None:
-        """Say which interventions did nothing although the model ran."""
-        if self._ran and self._idle:
-            idle = ", ".join(str(self.plan[i]) for i in sorted(self._idle))
+    def warn_of_unused(self) -> None:
+        """Warn of interventions that applied to no position although the model ran."""
+        if self._ran and self._unused:
+            unused = ", ".join(str(self.plan[i]) for i in sorted(self._unused))
             warnings.warn(
-                f"These interventions touched no position of any forward pass: {idle}. Positions"
-                " are counted from 0 at the first token of the sequence.",
+                f"These interventions applied to no position of any forward pass: {unused}."
+                " Positions start at 0 with the first token of the sequence.",
                 stacklevel=4,
             )
 
@@ -204,42 +223,42 @@ class _Steering:
         self, batch: int, positions: int, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "batch position latent"]:
         shape = (batch, positions, len(self.latents))
-        present = torch.zeros(shape, device=device, dtype=dtype)
-        if self._present is not None:
-            present = self._present.to(device, dtype)
-        changes = list(torch.zeros_like(present).unbind(dim=-1))
+        activations = torch.zeros(shape, device=device, dtype=dtype)
+        if self._activations is not None:
+            activations = self._activations.to(device, dtype)
+        changes = list(torch.zeros_like(activations).unbind(dim=-1))
         self._ran = True
-        for number, each in enumerate(self.plan):
-            where = _where(each, batch, positions, self.offset)
-            if where.any():
-                self._idle.discard(number)
-            i = self.latents.index(each.latent)
-            new = each.change(present[..., i], changes[i])
-            changes[i] = torch.where(where.to(device), new, changes[i])
+        for index, intervention in enumerate(self.plan):
+            mask = _mask(intervention, batch, positions, self.offset)
+            if mask.any():
+                self._unused.discard(index)
+            i = self.latents.index(intervention.latent)
+            change = intervention.change(activations[..., i], changes[i])
+            changes[i] = torch.where(mask.to(device), change, changes[i])
         return torch.stack(changes, dim=-1)
 
     def _check_width(self, x: Tensor, width: int, hook: str) -> None:
         if x.shape[-1] != width:
             raise ValueError(
-                f"The activation at {hook!r} has width {x.shape[-1]} and the SAE has {width}."
-                " This SAE belongs to another hook or another model."
+                f"The activation at {hook!r} has width {x.shape[-1]}, and the SAE's is {width}: the"
+                " SAE was trained on another hook or another model."
             )
 
 
 @contextmanager
-def _counting(model: Any, hook: str, steering: _Steering) -> Iterator[None]:
-    """Keep `steering.offset` at the number of positions a KV cache already holds."""
+def _track_offset(model: Any, hook: str, steering: _Steering) -> Iterator[None]:
+    """Within the block, set `steering.offset` to the number of positions in the KV cache."""
     blocks = getattr(model, "blocks", None)
     if blocks is None or not hook.startswith("blocks."):
         raise ValueError(
-            f"Positions can be counted only at hooks inside the model's blocks; {hook!r} is"
-            " elsewhere. Use positions=None or 'last' there."
+            f"Absolute positions are known only at hooks inside the model's blocks, and {hook!r}"
+            " is outside. Use positions=None or 'last' there."
         )
 
-    def count(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def track(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         steering.offset = _cached_positions(kwargs)
 
-    handle = blocks[0].register_forward_pre_hook(count, with_kwargs=True)
+    handle = blocks[0].register_forward_pre_hook(track, with_kwargs=True)
     try:
         yield
     finally:
@@ -250,30 +269,34 @@ def _cached_positions(kwargs: Mapping[str, Any]) -> int:
     entry = kwargs.get("past_kv_cache_entry")  # TransformerLens: one layer's keys and values
     if entry is not None:
         return entry.past_keys.shape[1]
-    cache = kwargs.get("past_key_values")  # transformers: all layers, as a bridge passes them on
+    cache = kwargs.get("past_key_values")  # transformers: all layers
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
-def _where(
-    each: Intervention, batch: int, positions: int, offset: int
+def _mask(
+    intervention: Intervention, batch: int, positions: int, offset: int
 ) -> Bool[Tensor, "batch position"]:
     """Where an intervention acts in a forward pass whose first position is `offset`."""
+    selected = intervention.positions
     columns = torch.arange(offset, offset + positions)
-    if each.positions is None:
-        chosen = torch.ones(positions, dtype=torch.bool)
-    elif each.positions == "last":
-        chosen = columns == offset + positions - 1
-    elif isinstance(each.positions, slice):
-        inside = range(*each.positions.indices(offset + positions))
-        chosen = torch.isin(columns, torch.tensor(inside, dtype=columns.dtype))
+    if selected is None:
+        column_mask = torch.ones(positions, dtype=torch.bool)
+    elif selected == "last":
+        column_mask = columns == offset + positions - 1
+    elif isinstance(selected, slice):
+        inside = range(*selected.indices(offset + positions))
+        column_mask = torch.isin(columns, torch.tensor(inside, dtype=columns.dtype))
     else:
-        chosen = torch.isin(columns, torch.tensor(each.positions, dtype=columns.dtype))
-    rows = torch.ones(batch, dtype=torch.bool)
-    if isinstance(each.batch, tuple):
-        if max(each.batch) >= batch:
-            raise ValueError(f"{each} asks for row {max(each.batch)}; the batch has {batch} rows.")
-        rows = torch.isin(torch.arange(batch), torch.tensor(each.batch))
-    return rows[:, None] & chosen[None, :]
+        column_mask = torch.isin(columns, torch.tensor(selected, dtype=columns.dtype))
+    row_mask = torch.ones(batch, dtype=torch.bool)
+    rows = intervention.batch
+    if isinstance(rows, tuple):
+        if max(rows) >= batch:
+            raise ValueError(
+                f"{intervention} names row {max(rows)}, but the batch has {batch} rows."
+            )
+        row_mask = torch.isin(torch.arange(batch), torch.tensor(rows))
+    return row_mask[:, None] & column_mask[None, :]
 
 
 def _check_plan(plan: Sequence[Intervention], sae: Any) -> None:
@@ -291,8 +314,8 @@ def _check_plan(plan: Sequence[Intervention], sae: Any) -> None:
     if sae.cfg.normalize_activations != "none":
         raise ValueError(
             f"This SAE has normalize_activations={sae.cfg.normalize_activations!r}, which scales"
-            " each token's decoder output by that token's own statistics; a latent then has no"
-            " fixed direction W_dec[i] to steer along."
+            " the decoder's output by each token's statistics, so a latent has no fixed steering"
+            " vector W_dec[i]."
         )
 
 
@@ -310,8 +333,8 @@ def _checked_positions(positions: Positions) -> Positions:
         checked, step = tuple(numbers), bool(numbers)
     if not step or any(n < 0 for n in numbers):
         raise ValueError(
-            f"positions must be counted from 0 up, and at least one; got {positions!r}. For the"
-            " end of the sequence use 'last'."
+            f"positions must be at least one position, none of them negative; got {positions!r}."
+            " For the end of the sequence use 'last'."
         )
     return checked
 

@@ -24,7 +24,11 @@ from torch import Tensor
 
 from jumprelu_plugin.analysis.generation import generate
 from jumprelu_plugin.analysis.steering import Add, steer
-from jumprelu_plugin.analysis.top_activations import LatentExamples, clearest, collect
+from jumprelu_plugin.analysis.top_activations import (
+    TopActivations,
+    clearest_latents,
+    collect_top_activations,
+)
 from jumprelu_plugin.evaluation import Evaluation, evaluate
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
@@ -109,8 +113,8 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
     result = evaluate(model, sae, held_out)
     console.print(result.table())
     special = list(model.tokenizer.all_special_ids)
-    examples = collect(model, sae, held_out, special_token_ids=special)
-    latents = clearest(examples, among=_whole_words(model))
+    examples = collect_top_activations(model, sae, held_out, special_token_ids=special)
+    latents = clearest_latents(examples, allowed=_whole_words(model))
     console.print(_latent_table(model, examples, latents))
     steered = _strongest(model, sae, examples, latents, settings.seed)
     if steered is not None:
@@ -148,7 +152,7 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
     ).run()
 
 
-def _latent_table(model: Any, examples: LatentExamples, latents: list[int]) -> Table:
+def _latent_table(model: Any, examples: TopActivations, latents: list[int]) -> Table:
     table = Table(title="The ten clearest latents, on held-out text", show_lines=False)
     table.add_column("latent", justify="right")
     table.add_column("fires on", justify="right")
@@ -156,13 +160,13 @@ def _latent_table(model: Any, examples: LatentExamples, latents: list[int]) -> T
     for latent in latents:
         table.add_row(
             str(latent),
-            f"{examples.firing_frequency[latent]:.2%}",
+            f"{examples.latent_density[latent]:.2%}",
             Text("\n").join(_in_context(model, examples, latent, rank) for rank in (0, 2)),
         )
     return table
 
 
-def _in_context(model: Any, examples: LatentExamples, latent: int, rank: int) -> Text:
+def _in_context(model: Any, examples: TopActivations, latent: int, rank: int) -> Text:
     ids, index = examples.context(latent, rank)
     pieces = [model.tokenizer.decode([token]).replace("\n", "⏎") for token in ids.tolist()]
     text = Text("".join(pieces[:index]), overflow="ellipsis", no_wrap=True)
@@ -172,7 +176,7 @@ def _in_context(model: Any, examples: LatentExamples, latent: int, rank: int) ->
 
 
 def _strongest(
-    model: Any, sae: Any, examples: LatentExamples, latents: list[int], seed: int
+    model: Any, sae: Any, examples: TopActivations, latents: list[int], seed: int
 ) -> Steered | None:
     """The latent of the list that steering shows best; None for an empty list.
 

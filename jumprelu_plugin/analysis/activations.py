@@ -1,0 +1,39 @@
+"""A dictionary's activations over a text, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, sae_sites
+
+
+def latent_activations(
+    model: Any, sae: Any, tokens: Int[Tensor, "sequences positions"], batch_size: int
+) -> Iterator[tuple[int, Float[Tensor, "batch_positions d_sae"]]]:
+    """Run the model and yield, for each batch, its start in the flattened text and its activations.
+
+    Activations are float32 and on the CPU, with one row for each position of the batch.
+
+    Args:
+        model: a hooked model.
+        sae: the dictionary; its metadata names the hook.
+        tokens: the text.
+        batch_size: sequences in a batch.
+
+    Raises:
+        ValueError: the SAE has no hook name, or the model has no such hook.
+    """
+    hook, _ = sae_sites(sae)
+    inputs: list[Tensor] = []
+    for start in range(0, len(tokens), batch_size):
+        inputs.clear()
+        with attached(model, hook, lambda x: inputs.append(flat_heads(x))), torch.no_grad():
+            model(tokens[start : start + batch_size], return_type=None)
+        with flat_input(sae), torch.no_grad():
+            acts = sae.encode(inputs[0].flatten(0, 1).to(sae.dtype)).float().cpu()
+        yield start * tokens.shape[1], acts
