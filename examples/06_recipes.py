@@ -1,7 +1,7 @@
 """Recipes are published hyper-parameters as data, each with the units it was published in.
 
 Gemma Scope gives θ, ε and λ for activations scaled to E‖x‖² = 1; SAELens scales to E‖x‖ = √d_in.
-The config's units field says which one a recipe means. Here one recipe trains on activations and on
+`hyperparameter_units` says which one a recipe means. Here one recipe trains on activations and on
 the same activations times ten: the encoder comes out ten times smaller, the decoder ten times
 larger, and the latents are the same. Writes ./output/06_recipes.
 """

@@ -86,14 +86,14 @@ def test_the_first_step_computes_what_the_released_sae_does(
         d_in=D_MODEL,
         d_sae=D_SAE,
         target_l0=7,
-        decoder_rows=rows,
-        units=units,
+        unit_norm_decoder=rows == "unit_norm",
+        hyperparameter_units=units,
         step_kernel=path,
         apply_b_dec_to_input=subtracts,
-        threshold_parameter="log" if units == "unit_rms" else "raw",
+        log_threshold=units == "unit_rms",
     )
     training = JumpReLUTrainingSAE(cfg)
-    moved = released.scaled(parameters, SCALE, unit_rows=cfg.unit_norm_decoder)
+    moved = released.scaled(parameters, SCALE, unit_rows=cfg.resolve().unit_norm_decoder)
     released.load_(training, moved)
     x = 3 * torch.randn(61, D_MODEL)
     step = training.training_forward_pass(
@@ -130,7 +130,7 @@ def test_a_run_that_learns_nothing_gives_the_folder_back(
         tmp_path / "out",
         lr=1e-30,
         l0_coefficient=0.3,
-        decoder_rows="unit_norm",
+        unit_norm_decoder=True,
         normalize_activations=normalize,
     )
     runner = FinetuningRunner(tmp_path / "released", cfg, text, tiny.hooked)
@@ -169,7 +169,7 @@ def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     assert runner.start is not None
     assert runner.start.l0 == pytest.approx(l0, rel=1e-6)
     assert runner.start.fvu == pytest.approx(error, rel=1e-4)
-    assert runner.start.target_l0 == runner.start.l0 == trained.controller.target
+    assert runner.start.target_l0 == runner.start.l0 == trained.control.l0.target
     mean_norm = torch.cat(seen[:5]).norm(dim=1).mean()
     assert runner.start.scale == pytest.approx(D_MODEL**0.5 / float(mean_norm), rel=1e-5)
     assert len(said) == 1 and f"{l0:.4g}" in said[0]
@@ -211,7 +211,7 @@ def test_resumed_it_ends_where_the_whole_run_does(
     whole = run("whole", n_checkpoints=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
     resumed = run("resumed", resume_from_checkpoint=str(checkpoint))
-    assert resumed.controller.target == whole.controller.target
+    assert resumed.control.l0.target == whole.control.l0.target
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 

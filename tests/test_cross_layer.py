@@ -118,9 +118,9 @@ def test_gradients_are_the_definition_s(path: str, mode: Any, to_input: bool) ->
         step_kernel=path,  # type: ignore[arg-type]
     )
     model = random_clt()
-    learner = CLTTrainingStep(model, cfg)
-    learner.bandwidths = bandwidths
-    loss = learner.loss(inputs, targets).loss
+    training_step = CLTTrainingStep(model, cfg)
+    set_bandwidths(training_step, bandwidths)
+    loss = training_step.loss(inputs, targets).loss
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -196,32 +196,40 @@ def structured(batch: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     return inputs, targets
 
 
+def set_bandwidths(training_step: CLTTrainingStep, bandwidths: list[float]) -> None:
+    """As a checkpoint would: nothing is calibrated then."""
+    state = training_step.state()
+    for control, bandwidth in zip(state["controls"], bandwidths, strict=True):
+        control["bandwidth"] = bandwidth
+    training_step.load_state(state, training_step.tensors())
+
+
 def trained(
     steps: int, **fields: Any
 ) -> tuple[CLTTrainingStep, list[list[float]], list[list[float]]]:
     model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-    learner = CLTTrainingStep(model, CLTTrainingConfig(step_kernel="sparse", **fields))
+    training_step = CLTTrainingStep(model, CLTTrainingConfig(step_kernel="sparse", **fields))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     l0, fvu = [], []
     for step in range(steps):
-        outcome = learner.loss(*structured(211, step))
+        output = training_step.loss(*structured(211, step))
         optimizer.zero_grad()
-        outcome.loss.backward()
+        output.loss.backward()
         optimizer.step()
-        l0.append(outcome.l0)
-        fvu.append(outcome.fvu(LAYERS))
-    return learner, l0, fvu
+        l0.append(output.l0)
+        fvu.append(output.fvu(LAYERS))
+    return training_step, l0, fvu
 
 
 @pytest.mark.parametrize("mode", ["step", "tanh"])
 def test_each_layer_lands_on_the_l0_asked_for(mode: str) -> None:
-    learner, l0, fvu = trained(240, target_l0=5.0, jumprelu_sparsity_loss_mode=mode)
+    training_step, l0, fvu = trained(240, target_l0=5.0, jumprelu_sparsity_loss_mode=mode)
     last = torch.tensor(l0[-60:]).mean(0)
     assert ((last - 5).abs() < 0.5).all(), last
     assert max(fvu[-1]) < 0.5 * min(fvu[0]) and max(fvu[-1]) < 0.4
-    coefficients = [float(controller.coefficient) for controller in learner.controllers]
+    coefficients = [float(control.multiplier) for control in training_step.controls]
     assert min(coefficients) > 0 and len(set(coefficients)) == LAYERS
-    for source in learner.model.sources:
+    for source in training_step.model.sources:
         torch.testing.assert_close(source.W_dec.norm(dim=1), torch.ones(D_SAE))
         assert (source.threshold >= 0).all()
 
@@ -232,15 +240,15 @@ def test_a_fixed_coefficient_warms_up_and_a_higher_one_is_sparser() -> None:
         for c in (0.5, 0.005)
     )
     assert sparse < 0.8 * dense
-    learner = trained(7, l0_coefficient=0.5, l0_warm_up_steps=20)[0]
-    assert learner._coefficients() == [0.5 * 8 / 20] * LAYERS
+    training_step = trained(7, l0_coefficient=0.5, l0_warm_up_steps=20)[0]
+    assert training_step._coefficients() == [0.5 * 8 / 20] * LAYERS
 
 
 def test_cross_layer_decoders_carry_what_a_layer_s_own_input_cannot() -> None:
     """The last output also depends on earlier layers' causes: cutting those decoders costs."""
-    learner = trained(240, target_l0=5.0)[0]
+    training_step = trained(240, target_l0=5.0)[0]
     inputs, targets = structured(499, 10_001)
-    model = learner.model
+    model = training_step.model
     whole = (model(torch.stack(inputs))[2] - targets[2]).square().sum()
     for source in model.sources:
         source.W_dec.data[:, D_OUT:] = 0
@@ -255,15 +263,15 @@ def test_an_outlier_counts_less_at_the_output_that_has_it() -> None:
     model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
     # A fixed penalty of 0 leaves the error alone.
     cfg = CLTTrainingConfig(l0_coefficient=0.0, step_kernel="sparse", outlier_norm_ratio=4.0)
-    learner = CLTTrainingStep(model, cfg)
-    outcome = learner.loss(inputs, targets)
+    training_step = CLTTrainingStep(model, cfg)
+    output = training_step.loss(inputs, targets)
     expected = 0.0
-    for y, y_hat in zip(targets, outcome.output.split(D_OUT, 1), strict=True):
+    for y, y_hat in zip(targets, output.output.split(D_OUT, 1), strict=True):
         norm = y.norm(dim=1)
         worth = (4 * norm.median() / norm).clamp(max=1).square()
         expected += float((worth * (y_hat - y).square().sum(1)).sum()) / 101
-    assert float(outcome.loss) == pytest.approx(expected, rel=1e-5)
-    full = float((outcome.output - outcome.target).square().sum()) / 101
+    assert float(output.loss) == pytest.approx(expected, rel=1e-5)
+    full = float((output.output - output.target).square().sum()) / 101
     assert full > 20 * expected
 
 
@@ -277,16 +285,35 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
         torch.manual_seed(3)
         model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
         cfg = CLTTrainingConfig(target_l0=5.0, step_kernel="sparse", outlier_norm_ratio=10.0)
-        learner = CLTTrainingStep(model, cfg)
-        learner.loss(x, y)
-        found.append([*learner.bandwidths, *(float(s.b_dec.sum()) for s in model.sources)])
+        training_step = CLTTrainingStep(model, cfg)
+        training_step.loss(x, y)
+        found.append(
+            [
+                *(c.bandwidth or 0.0 for c in training_step.controls),
+                *(float(s.b_dec.sum()) for s in model.sources),
+            ]
+        )
         found[-1] += [float(s.W_dec.sum()) for s in model.sources]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_the_density_limit_holds_in_every_layer() -> None:
+    def densities(**fields: Any) -> Tensor:
+        torch.manual_seed(3)
+        training_step = trained(240, target_l0=5.0, **fields)[0]
+        inputs, _ = structured(1009, 999)
+        layers = zip(training_step.model.sources, inputs, strict=True)
+        return torch.stack([(s.encode(x) > 0).float().mean(0) for s, x in layers])
+
+    without, limited = densities(), densities(max_latent_density=0.2)
+    assert without.max() > 0.35
+    assert limited.max() < 0.25
+    torch.testing.assert_close(limited.sum(1), torch.full((LAYERS,), 5.0), rtol=0.05, atol=0)
+
+
 def test_dead_latents_of_any_layer_start_again() -> None:
     model = CrossLayerTranscoder(CLTConfig(D_IN, D_OUT, D_SAE, tuple(range(LAYERS))))
-    learner = CLTTrainingStep(model, CLTTrainingConfig(target_l0=5.0, step_kernel="sparse"))
+    training_step = CLTTrainingStep(model, CLTTrainingConfig(target_l0=5.0, step_kernel="sparse"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # Looked for every 12 steps, and dead after as many: found at the second look.
     for step in range(30):
@@ -294,17 +321,18 @@ def test_dead_latents_of_any_layer_start_again() -> None:
             for index, source in enumerate(model.sources):
                 source.b_enc.data[index : index + 3] = -100.0
         if step == 11:
-            assert learner.dead_share() == 0.0
+            assert training_step.dead_share() == 0.0
         if step == 20:
-            assert learner.dead_share() >= 3 / D_SAE
-        outcome = learner.loss(*structured(211, step))
+            assert training_step.dead_share() >= 3 / D_SAE
+        output = training_step.loss(*structured(211, step))
         optimizer.zero_grad()
-        outcome.loss.backward()
+        output.loss.backward()
         optimizer.step()
     for index, source in enumerate(model.sources):
         assert (source.b_enc[index : index + 3] > -50).all()
-        assert (learner.firing[index].silent[index : index + 3] < 10).all()
-    assert learner.dead_share() == 0.0
+        firing = training_step.controls[index].firing
+        assert firing is not None and (firing.silent[index : index + 3] < 10).all()
+    assert training_step.dead_share() == 0.0
 
 
 # ---------------------------------------------------------------- whole runs
@@ -503,11 +531,11 @@ def test_unequal_widths_are_refused() -> None:
 
 def test_activations_that_are_not_finite_are_named() -> None:
     inputs, targets = random_batch()
-    learner = CLTTrainingStep(random_clt(), CLTTrainingConfig(target_l0=5.0))
-    learner.bandwidths = [0.5] * LAYERS
+    training_step = CLTTrainingStep(random_clt(), CLTTrainingConfig(target_l0=5.0))
+    set_bandwidths(training_step, [0.5] * LAYERS)
     targets[1][3, 2] = torch.inf
     with pytest.raises(ValueError, match="blocks.1.hook_mlp_out hold NaN or infinite"):
-        learner.loss(inputs, targets)
+        training_step.loss(inputs, targets)
 
 
 MEASURE = """

@@ -57,7 +57,7 @@ def gaussian(d_in: int = 31, rows: int = 2003) -> torch.Tensor:
 
 def gaussian_sae(**fields: Any) -> JumpReLUTrainingSAE:
     """Unit encoders, so that every pre-activation of `gaussian` is a standard normal number."""
-    given = {"d_in": 31, "d_sae": 997, "decoder_rows": "unit_norm", "l0_coefficient": 0.1, **fields}
+    given = {"d_in": 31, "d_sae": 997, "unit_norm_decoder": True, "l0_coefficient": 0.1, **fields}
     return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**given))
 
 
@@ -177,7 +177,7 @@ def stock_settings(parameter: str = "raw", **changes: Any) -> JumpReLUTrainingSA
              "jumprelu_ste_to_input", "normalize_activations", "l0_coefficient")  # fmt: skip
     fields = {name: getattr(stock, name) for name in names} | changes
     return JumpReLUTrainingSAE(
-        JumpReLUTrainingSAEConfig(D_IN, WIDTH, threshold_parameter=parameter, **fields)  # type: ignore[arg-type]
+        JumpReLUTrainingSAEConfig(D_IN, WIDTH, log_threshold=parameter == "log", **fields)  # type: ignore[arg-type]
     )
 
 

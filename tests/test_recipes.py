@@ -108,7 +108,7 @@ def test_flags_of_ones_own_win() -> None:
 
 def test_gemma_scope_2_is_what_it_says() -> None:
     cfg = GEMMA_SCOPE_2.sae_config(d_in=2304, d_sae=65_536, target_l0=100)
-    assert cfg.prefix_widths == [2048, 6144, 14_336, 30_720]
+    assert cfg.resolve().matryoshka_widths == (2048, 6144, 14_336, 30_720)
     sae = JumpReLUTrainingSAE(GEMMA_SCOPE_2.sae_config(D_IN, D_SAE, target_l0=9))
     assert sae.sparsity == WithDensityPenalty(QuadraticL0(9), 0.01)
     assert sae.bandwidth == pytest.approx(0.001 * math.sqrt(D_IN))

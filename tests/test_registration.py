@@ -93,7 +93,7 @@ def assert_stock_behaviour(sae: Any, given: StockConfig) -> None:
     """Fixed λ, free decoder, θ and ε as given, SAELens' parameters and schedule."""
     stock = StockSAE(given)
     assert sae.get_coefficients() == stock.get_coefficients()
-    assert sae.controller is None
+    assert sae.control.l0 is None
     assert not sae.cfg.unit_norm_decoder
     assert sae.bandwidth == given.jumprelu_bandwidth
     assert {n: p.shape for n, p in sae.state_dict().items()} == {
@@ -236,7 +236,7 @@ def test_multi_sae_runner_trains_ours(tmp_path: Path) -> None:
     before = {name: sae.W_dec.detach().clone() for name, sae in runner.saes.items()}
     for name, sae in runner.run().items():
         assert not torch.equal(sae.W_dec, before[name])
-        assert (sae.controller is not None) == (name == "steered")
+        assert (sae.control.l0 is not None) == (name == "steered")
         assert sae.W_dec.isfinite().all()
 
 

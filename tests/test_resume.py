@@ -149,7 +149,7 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run(
         d_sae=D_SAE,
         target_l0=3,
         step_kernel="sparse",
-        threshold_parameter="log",
+        log_threshold=True,
         max_latent_density=0.12,
         normalize_activations=normalisation,  # type: ignore[arg-type]
     )

@@ -5,6 +5,7 @@ Inference folders are read back by a process that never imports this package.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,9 +49,9 @@ def config(kind: str, **fields: Any) -> JumpReLUTrainingSAEConfig:
     return JumpReLUTrainingSAEConfig(
         d_in=D_IN,
         d_sae=D_SAE,
-        units=unit,  # type: ignore[arg-type]
-        threshold_parameter=theta,  # type: ignore[arg-type]
-        decoder_rows=rows,  # type: ignore[arg-type]
+        hyperparameter_units=unit,  # type: ignore[arg-type]
+        log_threshold=theta == "log",  # type: ignore[arg-type]
+        unit_norm_decoder=rows == "unit_norm",  # type: ignore[arg-type]
         step_kernel="sparse",
         decoder_init_norm=1.0,
         **{**start, **fields},
@@ -189,10 +190,10 @@ def test_checkpoint_restores_everything(kind: str, tmp_path: Path) -> None:
     restored = JumpReLUTrainingSAE(config(kind, normalize_activations="none"))
     restored.load_weights_from_checkpoint(tmp_path)
     assert restored.bandwidth == sae.bandwidth
-    assert (restored.controller is None) == (sae.controller is None) == ("fixed" in kind)
-    if sae.controller is not None and restored.controller is not None:
-        assert restored.controller.state() == sae.controller.state()
-        assert restored.controller.penalty != 0 and restored.controller.steps > 0
+    assert (restored.control.l0 is None) == (sae.control.l0 is None) == ("fixed" in kind)
+    if sae.control.l0 is not None and restored.control.l0 is not None:
+        assert restored.control.l0.state() == sae.control.l0.state()
+        assert restored.control.l0.penalty != 0 and restored.control.l0.steps > 0
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
         assert torch.equal(getattr(restored, name), getattr(sae, name)), name
     for (name, found), (_, expected) in zip(
@@ -239,13 +240,33 @@ def test_fine_tuning_starts_from_the_saved_sae(kind: str, tmp_path: Path) -> Non
         # a biased or log parameter shows that times √d_in or times θ, below 5e-3 · √19 · 2.
         change = value - before[name]
         allowed = 0.05
-        if name == "threshold" and loaded.controller is not None:
+        if name == "threshold" and loaded.control.l0 is not None:
             # A steered run also shifts all thresholds together, by up to gain · ε/2.
             assert loaded.bandwidth is not None
-            allowed += loaded.controller.gain * loaded.bandwidth / 2
+            allowed += loaded.control.l0.gain * loaded.bandwidth / 2
         assert change.abs().max() < allowed, name
 
 
 def parameters_of(sae: JumpReLUTrainingSAE) -> dict[str, Tensor]:
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     return {name: getattr(sae, name).detach() for name in names}
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "expected_average_only_in"])
+def test_a_copy_trains_apart_from_its_original(normalization: Any) -> None:
+    """SAELens' normalization functions are closures over the SAE they were made for."""
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=D_IN, d_sae=D_SAE, target_l0=5, normalize_activations=normalization
+        )
+    )
+    x = 3 * torch.randn(101, D_IN) + 1
+    other = copy.deepcopy(sae)
+    found = [
+        a_copy.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False)).loss
+        for a_copy in (other, copy.deepcopy(sae))
+    ]
+    found[0].backward()  # type: ignore[union-attr]
+    assert torch.equal(found[0], found[1])
+    assert other.bandwidth is not None and sae.bandwidth is None
+    assert all(parameter.grad is None for parameter in sae.parameters())

@@ -242,7 +242,7 @@ def test_a_run_of_the_trainer(mode: str, normalisation: str, path: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_threshold_stays_float32(dtype: str) -> None:
-    for extra in ({}, {"threshold_parameter": "log"}, {"units": "unit_rms"}):
+    for extra in ({}, {"log_threshold": True}, {"hyperparameter_units": "unit_rms"}):
         sae = JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig.from_dict({**stock_config(dtype=dtype).to_dict(), **extra})
         )

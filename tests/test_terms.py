@@ -129,13 +129,13 @@ def test_prices_follow_the_frequencies(sparse: bool) -> None:
     prices = DensityMultipliers(3, 0.2)
     for _ in range(7):
         prices.update(acts.to_sparse() if sparse else acts)
-    torch.testing.assert_close(prices.prices, 7 * RATE * torch.tensor([0.0, 0.2, 1.0]))
+    torch.testing.assert_close(prices.multipliers, 7 * RATE * torch.tensor([0.0, 0.2, 1.0]))
     acts[2:, 1:] = 0
     prices.update(acts.to_sparse() if sparse else acts)
-    torch.testing.assert_close(prices.prices, RATE * torch.tensor([0.0, 1.4 - 0.8, 7.0 - 0.8]))
+    torch.testing.assert_close(prices.multipliers, RATE * torch.tensor([0.0, 1.4 - 0.8, 7.0 - 0.8]))
     resumed = DensityMultipliers(3, 0.2)
     resumed.load(prices.tensors())
-    assert torch.equal(resumed.prices, prices.prices)
+    assert torch.equal(resumed.multipliers, prices.multipliers)
 
 
 def test_every_sparsity_mode_takes_a_frequency_scale() -> None:
@@ -224,11 +224,11 @@ def test_the_ceiling_removes_frequent_latents_at_the_l0_asked_for() -> None:
 
 def test_a_ceiling_keeps_off_the_mean_frequency() -> None:
     sparse = JumpReLUTrainingSAEConfig(d_in=13, d_sae=211, target_l0=9.0, max_latent_density=0.09)
-    assert sparse.ceiling == 0.09
-    assert replace(sparse, target_l0=11.0).ceiling == pytest.approx(22 / 211)
-    assert replace(sparse, target_l0=13.0).ceiling is None
+    assert sparse.resolve().max_latent_density == 0.09
+    assert replace(sparse, target_l0=11.0).resolve().max_latent_density == pytest.approx(22 / 211)
+    assert replace(sparse, target_l0=13.0).resolve().max_latent_density == 1
     # At a fixed penalty the frequencies are not known beforehand.
-    assert replace(sparse, target_l0=13.0, l0_coefficient=0.3).ceiling == 0.09
+    assert replace(sparse, target_l0=13.0, l0_coefficient=0.3).resolve().max_latent_density == 0.09
 
 
 # ---------------------------------------------------------------- nested dictionaries, dead latents
@@ -236,18 +236,22 @@ def test_a_ceiling_keeps_off_the_mean_frequency() -> None:
 
 def test_a_steered_training_nests_and_weighs_as_its_config_says() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.prefix_widths == [LATENTS // part for part in (32, 16, 8)]
+    assert plain.resolve().matryoshka_widths == tuple(LATENTS // part for part in (32, 16, 8))
     sparse = replace(plain, target_l0=LATENTS / 97)
-    assert sparse.prefix_loss_weight == 0.5
+    assert sparse.resolve().matryoshka_loss_weight == 0.5
     denser, twice = (
-        replace(plain, target_l0=LATENTS / part).prefix_loss_weight for part in (20, 10)
+        replace(plain, target_l0=LATENTS / part).resolve().matryoshka_loss_weight
+        for part in (20, 10)
     )
     assert 0.5 > denser == pytest.approx(4 * twice)
-    assert replace(plain, matryoshka_loss_weight=0.0).prefix_widths == []
+    assert replace(plain, matryoshka_loss_weight=0.0).resolve().matryoshka_widths == ()
     published = replace(plain, matryoshka_widths=[23, 97])
-    assert published.prefix_widths == [23, 97] and published.prefix_loss_weight == 2
+    assert (
+        published.resolve().matryoshka_widths == (23, 97)
+        and published.resolve().matryoshka_loss_weight == 2
+    )
     fixed = replace(plain, l0_coefficient=0.3)
-    assert fixed.prefix_widths == []
+    assert fixed.resolve().matryoshka_widths == ()
 
 
 def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
@@ -267,13 +271,15 @@ def test_an_outlier_counts_as_if_it_were_no_longer_than_the_limit() -> None:
 
 def test_only_an_saes_steered_training_limits_outliers_unless_it_is_asked_to() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.outlier_norm_limit == 10
+    assert plain.resolve().outlier_norm_ratio == 10
     transcoder = JumpReLUTrainingTranscoderConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert transcoder.outlier_norm_limit is None
-    assert replace(transcoder, outlier_norm_ratio=7.0).outlier_norm_limit == 7
-    assert replace(plain, outlier_norm_ratio=0.0).outlier_norm_limit is None
-    assert replace(plain, l0_coefficient=0.3).outlier_norm_limit is None
-    assert replace(plain, l0_coefficient=0.3, outlier_norm_ratio=7.0).outlier_norm_limit == 7
+    assert transcoder.resolve().outlier_norm_ratio == math.inf
+    assert replace(transcoder, outlier_norm_ratio=7.0).resolve().outlier_norm_ratio == 7
+    assert replace(plain, outlier_norm_ratio=0.0).resolve().outlier_norm_ratio == math.inf
+    assert replace(plain, l0_coefficient=0.3).resolve().outlier_norm_ratio == math.inf
+    assert (
+        replace(plain, l0_coefficient=0.3, outlier_norm_ratio=7.0).resolve().outlier_norm_ratio == 7
+    )
     with pytest.raises(ValueError, match="outlier_norm_ratio is -1"):
         JumpReLUTrainingSAE(replace(plain, outlier_norm_ratio=-1.0))
 
@@ -287,13 +293,13 @@ def test_an_outlier_weighs_less_in_every_dictionary(path: Literal["sparse", "den
     x = next(tokens_with_frequent_features())[:307]
     x[41] *= 150
     out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
-    limit = sae.cfg.outlier_norm_limit
-    assert limit is not None
+    limit = sae.cfg.resolve().outlier_norm_ratio
+    assert limit < math.inf
     acts, worth = out.feature_acts.to_dense(), outlier_token_weights(x, limit)
     assert float(worth.min()) < 0.01
     for m, name, share in (
-        (23, "inner_mse_loss_23", 0.35),
-        (97, "inner_mse_loss_97", 0.35),
+        (23, "matryoshka_mse_loss_23", 0.35),
+        (97, "matryoshka_mse_loss_97", 0.35),
         (LATENTS, "mse_loss", 1.0),
     ):
         squares = (acts[:, :m] @ sae.W_dec[:m] + sae.b_dec - x).square().sum(1)
@@ -423,7 +429,7 @@ def test_nested_dictionaries_survive_json_flags_and_saving(tmp_path: Path) -> No
         matryoshka_widths=[23, 97], density_penalty_scale=0.02, aux_loss_coefficient=1 / 32
     )
     again = JumpReLUTrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert again.prefix_widths == cfg.prefix_widths == [23, 97]
+    assert again.resolve().matryoshka_widths == cfg.resolve().matryoshka_widths == (23, 97)
     assert again.to_dict() == cfg.to_dict()
     flags = "--architecture jumprelu --d_in 41 --d_sae 211 --target_l0 4 --matryoshka_widths 23 97"
     assert parse_flags(flags.split()).sae.matryoshka_widths == [23, 97]  # type: ignore[attr-defined]
@@ -471,7 +477,11 @@ def test_losses_of_nested_dictionaries_are_shares_of_a_mean(
     for width in (23, 97, LATENTS):
         x_hat = scale * (acts[:, :width] @ sae.W_dec[:width] + sae.b_dec) + shift
         errors[width] = (x_hat - x).square().sum(1).mean()
-    for name, width in (("inner_mse_loss_23", 23), ("inner_mse_loss_97", 97), ("mse_loss", 211)):
+    for name, width in (
+        ("matryoshka_mse_loss_23", 23),
+        ("matryoshka_mse_loss_97", 97),
+        ("mse_loss", 211),
+    ):
         assert float(output.losses[name]) == pytest.approx(float(errors[width]) / 3, rel=1e-4)
     whole = (output.sae_out - x).square().sum(1).mean()
     assert float(whole) == pytest.approx(float(errors[LATENTS]), rel=1e-4)
@@ -501,7 +511,7 @@ def test_the_auxiliary_loss_teaches_dead_latents_the_residual() -> None:
             l0_coefficient=2.0,
             jumprelu_init_threshold=1.5,
             jumprelu_bandwidth=0.5,
-            decoder_rows="unit_norm",
+            unit_norm_decoder=True,
             aux_loss_coefficient=coefficient,
             normalize_activations="none",
         )

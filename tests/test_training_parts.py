@@ -37,7 +37,7 @@ from jumprelu_plugin.control.resampling import (
     resample_dead_,
     unexplained,
 )
-from jumprelu_plugin.control.units import LogParameter, ScaledParameter, stored, units
+from jumprelu_plugin.control.units import LogParameter, ScaledParameter, stored, units_of
 
 # ---------------------------------------------------------------- decoder rows
 
@@ -69,11 +69,11 @@ def test_a_row_of_zeros_survives_normalisation() -> None:
 
 
 def test_units_are_the_table() -> None:
-    assert (units("sqrt_d", 23).activation, units("sqrt_d", 23).loss) == (1.0, 1.0)
-    paper = units("unit_rms", 23)
+    assert (units_of("sqrt_d", 23).activation, units_of("sqrt_d", 23).loss) == (1.0, 1.0)
+    paper = units_of("unit_rms", 23)
     assert paper.activation == pytest.approx(math.sqrt(23)) and paper.loss == 23.0
     with pytest.raises(ValueError, match="'rms'.*sqrt_d, unit_rms"):
-        units("rms", 23)
+        units_of("rms", 23)
 
 
 @pytest.mark.parametrize("parametrization", [ScaledParameter(4.8), LogParameter(4.8)])
@@ -107,9 +107,9 @@ def paper_sae(to_input: bool) -> JumpReLUTrainingSAE:
             jumprelu_init_threshold=THETA,
             jumprelu_bandwidth=BANDWIDTH,
             jumprelu_ste_to_input=to_input,
-            units="unit_rms",
-            threshold_parameter="log",
-            decoder_rows="unit_norm",
+            hyperparameter_units="unit_rms",
+            log_threshold=True,
+            unit_norm_decoder=True,
         )
     )
 
@@ -262,7 +262,7 @@ def test_sqrt_d_and_unit_rms_name_the_same_start() -> None:
     common = {"d_in": D_IN, "d_sae": D_SAE}
     paper = JumpReLUTrainingSAEConfig(
         **common,
-        units="unit_rms",
+        hyperparameter_units="unit_rms",
         l0_coefficient=SPARSITY,
         jumprelu_init_threshold=THETA,
         jumprelu_bandwidth=BANDWIDTH,
@@ -333,11 +333,11 @@ def test_an_empty_window_shifts_as_far_as_the_estimate_reaches() -> None:
 
 
 def test_the_target_settles_geometrically() -> None:
-    controller = L0Controller(10.0, start_ratio=4.0, settle_steps=20)
+    controller = L0Controller(10.0, start_ratio=4.0, warm_up_steps=20)
     aims = []
     for _ in range(30):
-        aims.append(controller.aim())
-        controller.shift(controller.aim(), torch.tensor(-1.0), 0.5)
+        aims.append(controller.current_target())
+        controller.shift(controller.current_target(), torch.tensor(-1.0), 0.5)
     assert aims[0] == pytest.approx(40.0) and aims[10] == pytest.approx(20.0)
     assert aims[20:] == [10.0] * 10
 
@@ -347,28 +347,28 @@ def test_the_coefficient_becomes_the_multiplier() -> None:
     controller = L0Controller(7.0)
     worth, random = 0.37, np.random.default_rng(5)
     assert controller.coefficient == 0.0
-    controller.price(torch.tensor(0.0), torch.tensor(0.0))
+    controller.update_multiplier(torch.tensor(0.0), torch.tensor(0.0))
     assert controller.coefficient == 0.0  # an empty window measures nothing
     for step in range(300):
         penalty = -random.uniform(3.0, 30.0)
         others = -worth * penalty * (1 + 0.3 * random.normal())
-        controller.price(torch.tensor(others), torch.tensor(penalty))
+        controller.update_multiplier(torch.tensor(others), torch.tensor(penalty))
         if step == 0:  # the first measurement counts in full
             assert float(controller.coefficient) == pytest.approx(-others / penalty, rel=1e-6)
     assert float(controller.coefficient) == pytest.approx(worth, rel=0.15)
     for _ in range(300):  # latents that only harm are worth nothing, not less
-        controller.price(torch.tensor(-2.0), torch.tensor(-1.0))
+        controller.update_multiplier(torch.tensor(-2.0), torch.tensor(-1.0))
     assert float(controller.coefficient) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_controller_continues_from_its_state() -> None:
-    one, other = (L0Controller(40.0, start_ratio=2.0, settle_steps=9) for _ in range(2))
+    one, other = (L0Controller(40.0, start_ratio=2.0, warm_up_steps=9) for _ in range(2))
     for l0, others in ((70.0, 3.1), (65.3, 2.9), (61.1, 2.2)):
         one.shift(l0, torch.tensor(-5.0), 0.7)
-        one.price(torch.tensor(others), torch.tensor(-5.0))
+        one.update_multiplier(torch.tensor(others), torch.tensor(-5.0))
     other.load_state(one.state())
     for controller in (one, other):
-        controller.price(torch.tensor(1.7), torch.tensor(-4.1))
+        controller.update_multiplier(torch.tensor(1.7), torch.tensor(-4.1))
     assert one.state() == other.state()
     assert one.shift(51.0, torch.tensor(-5.0), 0.7) == other.shift(51.0, torch.tensor(-5.0), 0.7)
 
@@ -410,7 +410,7 @@ def test_steered_training_lands_on_its_target(mode: Any, path: Any) -> None:
         x = torch.cat([next(batches()) for _ in range(8)])
         l0 = float((sae.eval().encode(x) > 0).float().sum(1).mean())
     assert l0 == pytest.approx(5.0, rel=0.03)
-    assert sae.controller is not None and float(sae.controller.coefficient) > 0
+    assert sae.control.l0 is not None and float(sae.control.l0.coefficient) > 0
 
 
 # ---------------------------------------------------------------- dead latents
@@ -419,7 +419,11 @@ def test_steered_training_lands_on_its_target(mode: Any, path: Any) -> None:
 @pytest.mark.parametrize("parameter", ["raw", "log"])
 def test_dead_latents_restart_from_residuals(parameter: Any) -> None:
     cfg = JumpReLUTrainingSAEConfig(
-        d_in=19, d_sae=83, target_l0=5.0, units="unit_rms", threshold_parameter=parameter
+        d_in=19,
+        d_sae=83,
+        target_l0=5.0,
+        hyperparameter_units="unit_rms",
+        log_threshold=parameter == "log",
     )
     torch.manual_seed(7)
     sae = JumpReLUTrainingSAE(cfg)
@@ -717,7 +721,7 @@ def test_an_interrupted_step_leaves_parameters_that_can_be_saved() -> None:
     with pytest.raises(KeyboardInterrupt):
         take_step(model, optimizer)
     handle.remove()
-    seam.settle()
+    seam.restore_layout()
     assert model.weight.shape == (5, 7)
     assert optimizer.state[model.weight]["exp_avg"].shape == (5, 7)
     take_step(model, optimizer)
@@ -803,9 +807,9 @@ def test_the_good_config_is_good() -> None:
         ("pre_act_loss_latents", "living"),
         ("initialization", "random"),
         ("jumprelu_sparsity_loss_mode", "l1"),
-        ("units", "rms"),
-        ("threshold_parameter", "exp"),
-        ("decoder_rows", "unit"),
+        ("hyperparameter_units", "rms"),
+        ("log_threshold", "exp"),
+        ("unit_norm_decoder", "unit"),
         ("step_kernel", "fast"),
     ],
 )
@@ -822,7 +826,7 @@ def test_fields_that_do_not_go_together_are_refused() -> None:
             good_config(aux_loss_coefficient=0.1, normalize_activations="layer_norm")
         )
     with pytest.raises(ValueError, match="initialization.*jumprelu_init_threshold"):
-        JumpReLUTrainingSAE(good_config(initialization="uniform"))
+        JumpReLUTrainingSAE(good_config(initialization="anthropic"))
 
 
 def test_a_config_without_target_or_coefficient_says_which_to_give() -> None:
@@ -900,8 +904,8 @@ def test_the_measured_coefficient_stops_a_common_shift(
         d_sae=43,
         target_l0=3.0,
         jumprelu_sparsity_loss_mode=mode,
-        threshold_parameter=parameter,
-        units=unit,
+        log_threshold=parameter == "log",
+        hyperparameter_units=unit,
         normalize_activations="none",
         resample_dead_latents=False,
     )
@@ -909,7 +913,7 @@ def test_the_measured_coefficient_stops_a_common_shift(
     for path in ("dense", "sparse"):
         torch.manual_seed(2)
         sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(step_kernel=path, **cfg))
-        assert sae.controller is not None
+        assert sae.control.l0 is not None
         sae.train()
 
         def gradients(sae: JumpReLUTrainingSAE = sae) -> dict[str, Tensor]:
@@ -925,8 +929,8 @@ def test_the_measured_coefficient_stops_a_common_shift(
             return {name: p.grad.clone() for name, p in sae.named_parameters()}  # type: ignore[union-attr]
 
         gradients()
-        coefficient = sae.controller.coefficient.clone()
-        controller, sae.controller.smoothing = sae.controller, 0.0  # λ stays where it is
+        coefficient = sae.control.l0.coefficient.clone()
+        controller, sae.control.l0.smoothing = sae.control.l0, 0.0  # λ stays where it is
         steered = gradients()
         stored_gradient = steered.get(
             "parametrizations.threshold.original", steered.get("threshold")
@@ -939,7 +943,7 @@ def test_the_measured_coefficient_stops_a_common_shift(
         total = float((stored_gradient / ones).sum())
         scale = float((stored_gradient / ones).abs().sum())
         assert abs(total) < 1e-4 * scale
-        sae.controller = None
+        sae.control.l0 = None
         used = coefficient * sae.units.loss
         sae._coefficient = lambda _, used=used: used  # type: ignore[method-assign, misc]
         for name, gradient in gradients().items():

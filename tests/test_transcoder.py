@@ -125,7 +125,7 @@ def test_gradients_are_the_closed_form(skip: bool, to_input: bool, path: str) ->
         jumprelu_init_threshold=0.6,
         jumprelu_ste_to_input=to_input,
         step_kernel=path,
-        decoder_rows="free",
+        unit_norm_decoder=False,
     )
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -259,7 +259,9 @@ def test_a_side_without_a_scale_is_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_folding_moves_the_scales_into_the_weights(skip: bool) -> None:
-    sae = make(skip, units="unit_rms", threshold_parameter="log", jumprelu_init_threshold=0.2)
+    sae = make(
+        skip, hyperparameter_units="unit_rms", log_threshold=True, jumprelu_init_threshold=0.2
+    )
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -302,9 +304,9 @@ def of_kind(kind: str, **fields: Any) -> JumpReLUTrainingTranscoder:
     torch.manual_seed(5)
     return make(
         skip,
-        units=unit,
-        threshold_parameter=theta,
-        decoder_rows=rows,
+        hyperparameter_units=unit,
+        log_threshold=theta == "log",
+        unit_norm_decoder=rows == "unit_norm",
         decoder_init_norm=1.0,
         step_kernel="sparse",
         **fields,
@@ -479,4 +481,4 @@ def test_gemma_scope_s_recipe() -> None:
     step = TrainStepInput(batches(1)[0], {"l0": cfg.l0_coefficient or 0.0}, None, 0, False)
     sae.training_forward_pass(step).loss.backward()
     assert sae.b_dec.count_nonzero() == 0  # no data-dependent start
-    assert sae.controller is None
+    assert sae.control.l0 is None

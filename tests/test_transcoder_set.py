@@ -295,7 +295,7 @@ def test_recipe_flags_make_the_transcoder_s_config() -> None:
     assert (cfg.d_in, cfg.d_out, cfg.d_sae) == (33, 37, 59)
     assert cfg.hook_name_out == cfg.metadata.hook_name_out == "blocks.1.x"
     expected = recipes.GEMMA_SCOPE_TRANSCODER.sae_config(33, 59)
-    assert cfg.units == expected.units == "unit_rms"
+    assert cfg.hyperparameter_units == expected.hyperparameter_units == "unit_rms"
     assert cfg.l0_coefficient == expected.l0_coefficient
     assert cfg.apply_b_dec_to_input is False
 

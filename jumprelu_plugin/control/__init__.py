@@ -1,5 +1,4 @@
-"""What happens around the step during training: L0 control, calibration, decoder constraint, units.
+"""What happens between two steps of one dictionary: `DictionaryControl` and the controls it holds.
 
-These files know tensors and optimisers, not SAELens; the SAEs in `saes/` call them, because
-SAELens' runners drive a training through the SAE alone.
+These files know tensors and optimizers, not SAELens.
 """

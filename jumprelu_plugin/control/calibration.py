@@ -1,4 +1,4 @@
-"""Where a training starts: θ, ε and b_dec measured on the first batch instead of guessed.
+"""Where a training starts: thresholds, bandwidth and directions measured on the first batch.
 
 Published thresholds and bandwidths belong to one scale of pre-activations. Measured quantiles
 belong to the user's own layer, so one recipe transfers, and training starts near its target L0,
@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from jumprelu_plugin.control.decoder_norm import normalize_rows_
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,25 @@ def raise_to_fire(
     below = z.kthvalue(len(z) - firing, dim=0).values
     above = z.kthvalue(len(z) - firing + 1, dim=0).values
     return threshold - 0.5 * (below + above)
+
+
+@torch.no_grad()
+def output_directions(
+    z: Float[Tensor, "batch d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+    centered: Float[Tensor, "batch d_out"],
+) -> tuple[Float[Tensor, "d_sae d_out"], Bool[Tensor, " d_sae"]]:
+    """Where a transcoder's decoder rows start: along the mean output where their latent fires.
+
+    Random rows point nowhere in particular, and unit rows cannot start at zero.
+
+    Args:
+        centered: the target less its mean.
+
+    Returns:
+        Unit rows, and which latents fire on this batch; the rows of the others are zero.
+    """
+    rows = (z * (z > threshold)).t() @ centered
+    fires = rows.norm(dim=1) > 0
+    normalize_rows_(rows)
+    return rows, fires

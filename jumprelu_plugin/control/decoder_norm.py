@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE_BYTES = 2**21
+
+
+def keep_gradient_tangential(W_dec: nn.Parameter) -> None:
+    """From now on, remove the parallel part of each row's gradient once it is accumulated."""
+    W_dec.register_post_accumulate_grad_hook(_make_tangential)
 
 
 @torch.no_grad()
@@ -36,3 +41,8 @@ def _in_pieces(matrix: Tensor) -> tuple[Tensor, ...]:
     if matrix.device.type != "cpu":
         return (matrix,)
     return matrix.split(max(1, PIECE_BYTES // (matrix.element_size() * matrix.shape[1])))
+
+
+def _make_tangential(W_dec: Tensor) -> None:
+    if W_dec.grad is not None:
+        remove_parallel_gradient_(W_dec.grad, W_dec.data)

@@ -1,7 +1,7 @@
-"""Closed-loop L0: hold the L0 that was asked for, and find the sparsity coefficient that fits it.
+"""L0 control: hold the target L0, and measure the sparsity coefficient that belongs to it.
 
 Training to a target is a constrained problem: least reconstruction error, subject to a mean L0 of
-L0*. Both of its unknowns are measured on every batch, with the kernel density estimate that the
+L0*. Both unknowns are measured on every batch, with the kernel density estimate that the
 thresholds' own gradients use (arXiv 2407.14435, section 4), so nothing is tuned and nothing lags.
 
 **The constraint.** Raising every threshold by s changes the mean L0 at the rate -Σ_i p_i(θ_i), the
@@ -9,17 +9,17 @@ density of pre-activations at the thresholds. Newton's step on that,
 
     s = (L0 - L0*) / Σ_i p_i(θ_i),
 
-is taken partly after each update of the parameters, and what training keeps undoing of it is added
-up and given in advance (a PI controller, overdamped where the estimate is exact). Whatever the
-learning rate does, L0 stays where it was asked for.
+is taken partly after each update of the parameters. What training keeps undoing of it is summed and
+applied in advance (a PI controller, overdamped where the estimate is exact), so L0 stays on target
+whatever the learning rate does.
 
-**The multiplier.** λ is the Lagrange multiplier of the constraint: what one active latent has to
-be worth. At the solution, shifting all thresholds changes nothing to first order:
+**The multiplier.** λ is the Lagrange multiplier of the constraint. At the solution, shifting all
+thresholds together changes nothing to first order:
 
     Σ_i ∂L/∂θ_i + λ Σ_i ∂‖f‖₀/∂θ_i = 0.
 
-Both sums are at hand after a backward pass, and λ is the ratio of their means over a few batches.
-With any smaller λ the loss pulls all thresholds down while the constraint pushes them up, and in
+Both sums are known after a backward pass, and λ is the ratio of their means over a few batches.
+With a smaller λ the loss pulls all thresholds down while the constraint pushes them up, and in
 between the estimators' gradient to the encoder inflates every pre-activation: on a small language
 model's residual stream (256 wide, 2,048 latents, L0 32, 500 steps at lr 1e-3) FVU was 0.43 at
 λ = 0.09 and 0.21 at the multiplier, 0.76.
@@ -39,14 +39,14 @@ Scalar = Float[Tensor, ""]
 
 @dataclass
 class L0Controller:
-    """Holds a target L0 by shifting thresholds, and prices it by the constraint's multiplier.
+    """Holds a target L0 by shifting thresholds, and measures the constraint's multiplier.
 
     Everything stays on the device of the step: no value is read back to the host.
 
     Attributes:
         target: L0*, active latents a token.
-        start_ratio, settle_steps: the target begins at `start_ratio` · L0* and falls to L0*
-            geometrically over the first `settle_steps` steps. Latents that are tried more often at
+        start_ratio, warm_up_steps: the target begins at `start_ratio` · L0* and falls to L0*
+            geometrically over the first `warm_up_steps` steps. Latents that are tried more often at
             first find their features sooner.
         gain: share of Newton's step that is taken.
         integral_gain: share of it that is added to `drift`.
@@ -59,7 +59,7 @@ class L0Controller:
 
     target: float
     start_ratio: float = 1.0
-    settle_steps: int = 0
+    warm_up_steps: int = 0
     gain: float = 0.3
     integral_gain: float = 0.02
     smoothing: float = 0.05
@@ -71,14 +71,19 @@ class L0Controller:
     @property
     def coefficient(self) -> Scalar:
         """λ, in the units the loss is trained in; 0 until it is first measured."""
-        worth = (-self.others / self.penalty).clamp_min(0.0)
+        multiplier = (-self.others / self.penalty).clamp_min(0.0)
         # No entry in any window yet: nothing was measured.
-        return torch.where(self.penalty == 0, torch.zeros_like(worth), worth)
+        return torch.where(self.penalty == 0, torch.zeros_like(multiplier), multiplier)
 
-    def aim(self) -> float:
+    def current_target(self) -> float:
         """The L0 to hold now."""
-        left = max(0.0, 1.0 - self.steps / self.settle_steps) if self.settle_steps else 0.0
+        warm_up = self.warm_up_steps
+        left = max(0.0, 1.0 - self.steps / warm_up) if warm_up else 0.0
         return self.target * self.start_ratio**left
+
+    def furthest_shift(self, bandwidth: float) -> float:
+        """The largest shift of one step."""
+        return 0.5 * self.gain * bandwidth
 
     def shift(self, l0: float, slope: Scalar, bandwidth: float) -> Scalar:
         """How far to raise every threshold after this step, in their units.
@@ -89,17 +94,17 @@ class L0Controller:
             bandwidth: ε. The estimate says nothing beyond ε/2, so no step goes further.
         """
         self.steps += 1
-        excess = l0 - self.aim()
+        excess = l0 - self.current_target()
         # An empty window means a slope of 0 and a step as far as it may go.
         newton = excess / slope.abs().clamp_min(torch.finfo(slope.dtype).tiny)
         newton = newton.clamp(-0.5 * bandwidth, 0.5 * bandwidth)
         shift = self.gain * newton + self.drift.to(newton.device)
-        furthest = 0.5 * self.gain * bandwidth
+        furthest = self.furthest_shift(bandwidth)
         drift = self.drift.to(newton.device) + self.integral_gain * newton
         self.drift = drift.clamp(-furthest, furthest)
         return shift.clamp(-furthest, furthest)
 
-    def price(self, others: Scalar, penalty: Scalar) -> None:
+    def update_multiplier(self, others: Scalar, penalty: Scalar) -> None:
         """Take in one batch's sums, from which λ follows.
 
         Args:
@@ -112,11 +117,12 @@ class L0Controller:
         self.penalty = torch.lerp(self.penalty.to(penalty.device), penalty.detach(), weight)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """What a resumed run needs, in JSON's types."""
         values = {name: float(getattr(self, name)) for name in ("others", "penalty", "drift")}
         return {**values, "steps": self.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
         for name in ("others", "penalty", "drift"):
             setattr(self, name, torch.tensor(state[name]))
         self.steps = state["steps"]

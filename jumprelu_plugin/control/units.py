@@ -44,7 +44,7 @@ class Units:
     loss: float
 
 
-def units(name: str, d_in: int) -> Units:
+def units_of(name: str, d_in: int) -> Units:
     """`sqrt_d`: the config speaks SAELens' units. `unit_rms`: it speaks Gemma Scope's.
 
     Raises:
@@ -54,11 +54,13 @@ def units(name: str, d_in: int) -> Units:
         return Units(1.0, 1.0)
     if name == "unit_rms":
         return Units(d_in**0.5, float(d_in))
-    raise ValueError(f"units is {name!r}; it must be one of {', '.join(INPUT_UNITS)}")
+    raise ValueError(
+        f"hyperparameter_units is {name!r}; it must be one of {', '.join(INPUT_UNITS)}"
+    )
 
 
 class ScaledParameter(nn.Module):
-    """A parametrization: the optimiser sees `value / factor`, everyone else `value`."""
+    """A parametrization: the optimizer sees `value / factor`, everyone else `value`."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -72,7 +74,7 @@ class ScaledParameter(nn.Module):
 
 
 class LogParameter(nn.Module):
-    """A parametrization: the optimiser sees log(value / factor), everyone else `value` > 0."""
+    """A parametrization: the optimizer sees log(value / factor), everyone else `value` > 0."""
 
     def __init__(self, factor: float = 1.0):
         super().__init__()
@@ -94,7 +96,7 @@ def parametrized(module: nn.Module, name: str) -> ScaledParameter | LogParameter
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
-    """The tensor the optimiser sees for a parameter."""
+    """The tensor the optimizer sees for a parameter."""
     if parametrized(module, name) is None:
         return getattr(module, name)
     return cast(Any, module).parametrizations[name].original

@@ -263,7 +263,7 @@ def _training_sae(
         apply_b_dec_to_input=parameters.subtracts_b_dec,
         normalize_activations="none",
         # Where the encoder is fixed, a row's norm is the latent's one gain.
-        decoder_rows="unit_norm" if "W_enc" in trained else "free",
+        unit_norm_decoder="W_enc" in trained,
         jumprelu_ste_to_input="W_enc" in trained,
         # Every rung is the same dictionary: latent i means the same on all of them.
         resample_dead_latents=False,

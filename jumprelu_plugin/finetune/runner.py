@@ -29,7 +29,7 @@ from typing_extensions import override
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.finetune import pretrained as released
 from jumprelu_plugin.formats.dictionary import Dictionary
-from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, with_our_fields
+from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.runner import (
     JumpReLUTrainingRunner,
@@ -130,7 +130,7 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         """Convert the dictionary to the scale of the first batches, and say what it does there."""
         batches = self._first_batches()
         scale = self._scaler.scaling_factor
-        unit_rows = self.sae.cfg.unit_norm_decoder
+        unit_rows = self.sae.cfg.resolve().unit_norm_decoder
         parameters = released.scaled(self._parameters, scale or 1.0, unit_rows=unit_rows)
         released.load_(self.sae, parameters)
         l0, fvu = self._measure([self._scaler.scale(batch) for batch in batches])
@@ -224,7 +224,7 @@ def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConf
             f"activations, and only {' or '.join(NORMALIZATIONS)} can be folded out of them again"
         )
     parameters = dictionary.parameters
-    cfg = with_our_fields(cfg)
+    cfg = as_plugin_config(cfg)
     # Which latents of a released dictionary come first means nothing.
     nested = cfg.matryoshka_widths is not None or cfg.matryoshka_loss_weight is not None
     return dataclasses.replace(

@@ -11,18 +11,18 @@ ANTHROPIC_2025 = Recipe(
     "a pull on latents below their threshold. The decoder is free: call fold_W_dec_norm on the "
     "trained SAE for unit rows.",
     sae={
-        "units": "sqrt_d",  # E‖x‖ = √d_in
+        "hyperparameter_units": "sqrt_d",  # E‖x‖ = √d_in
         "normalize_activations": "expected_average_only_in",
         "jumprelu_init_threshold": 0.1,
-        "threshold_parameter": "raw",  # θ or log θ: readings of the update differ
+        "log_threshold": False,  # θ or log θ: readings of the update differ
         "jumprelu_bandwidth": 2.0,
         "jumprelu_sparsity_loss_mode": "tanh",
         "jumprelu_tanh_scale": 4.0,
         "jumprelu_ste_to_input": True,  # to all parameters
         "pre_act_loss_coefficient": 3e-6,
         "pre_act_loss_latents": "all",  # SAELens' own takes dead latents alone
-        "decoder_rows": "free",
-        "initialization": "uniform",  # W_dec, W_enc, and b_enc from the first batch
+        "unit_norm_decoder": False,
+        "initialization": "anthropic",  # W_dec, W_enc, and b_enc from the first batch
         "apply_b_dec_to_input": False,  # f = JumpReLU(W_enc x + b_enc)
         # With target_l0, nothing that our own config adds.
         "resample_dead_latents": False,

@@ -9,16 +9,16 @@ GEMMA_SCOPE = Recipe(
     about="The paper's: fixed coefficient, tiny bandwidth, gradient to thresholds alone. Made for "
     "billions of tokens; in a short run its thresholds hardly move.",
     sae={
-        "units": "unit_rms",  # E‖x‖² = 1 (Gemma Scope, 3.1)
+        "hyperparameter_units": "unit_rms",  # E‖x‖² = 1 (Gemma Scope, 3.1)
         "normalize_activations": "expected_average_only_in",  # one scalar, folded at the end (3.1)
         "jumprelu_init_threshold": 0.001,  # Gemma Scope, 3.2
         "jumprelu_bandwidth": 0.001,  # Gemma Scope, 3.2
-        "threshold_parameter": "log",  # Jumping Ahead, appendix (pseudo-code)
+        "log_threshold": True,  # Jumping Ahead, appendix (pseudo-code)
         "jumprelu_sparsity_loss_mode": "step",  # Jumping Ahead, eq. 9
         "jumprelu_ste_to_input": False,  # Jumping Ahead, eq. 11-12: to θ alone
         "l0_coefficient": 6e-4,  # within the range the paper sweeps; the one number to choose
         "l0_warm_up_steps": 10_000,  # Gemma Scope, 3.2: linear
-        "decoder_rows": "unit_norm",  # Gemma Scope, 3.2
+        "unit_norm_decoder": True,  # Gemma Scope, 3.2
         "decoder_init_norm": 1.0,  # He-uniform, then unit norm (3.2)
         "apply_b_dec_to_input": True,  # Jumping Ahead, appendix
     },

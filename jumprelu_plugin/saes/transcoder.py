@@ -19,16 +19,18 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
+from jumprelu_plugin.control.calibration import output_directions
 from jumprelu_plugin.control.decoder_norm import normalize_rows_
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.units import set_value
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.parameters import fold_scales_
+from jumprelu_plugin.saes.storage import by_latent
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUTrainingSkipTranscoderConfig,
     JumpReLUTrainingTranscoderConfig,
-    check_transcoder,
 )
+from jumprelu_plugin.saes.validation import TRANSCODER_RULES
 
 
 class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
@@ -45,11 +47,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
 
     cfg: JumpReLUTrainingTranscoderConfig  # type: ignore[assignment]
 
-    def __init__(self, cfg: JumpReLUTrainingTranscoderConfig, use_error_term: bool = False):
-        check_transcoder(cfg)
-        super().__init__(cfg, use_error_term)
-
-    # ---------------------------------------------------------------- parameters
+    rules = TRANSCODER_RULES
 
     @override
     def initialize_weights(self) -> None:
@@ -65,12 +63,12 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         self.b_dec = nn.Parameter(torch.zeros(d_out, **where))
         nn.init.kaiming_uniform_(self.W_enc.data.t())  # fan_in: d_in
         nn.init.kaiming_uniform_(self.W_dec.data)
-        if self.cfg.unit_norm_decoder:
+        if self.resolved.unit_norm_decoder:
             normalize_rows_(self.W_dec.data)
         elif self.cfg.decoder_init_norm is not None:
             normalize_rows_(self.W_dec.data)
             self.W_dec.data *= self.cfg.decoder_init_norm
-        self._lay_out_encoder()
+        self.W_enc.data = by_latent(self.W_enc.data)
 
     # ---------------------------------------------------------------- one step
 
@@ -82,13 +80,13 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
             raise ValueError(
                 f"a transcoder trains on rows [input ‖ output], d_in + d_out = {self.cfg.d_in} + "
                 f"{self.cfg.width_out} = {expected} wide, and got rows {found} wide. SAELens' own "
-                "runner reads one hook alone: train with jumprelu_plugin.training.runner."
+                "runner reads one hook alone: train with jumprelu_plugin."
                 "JumpReLUTrainingRunner or `jumprelu train`, which read both in one forward pass"
             )
         return super().training_forward_pass(step_input)
 
     @override
-    def _input_and_target(
+    def input_and_target(
         self, rows: Float[Tensor, "batch d_in+d_out"]
     ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         # Copied apart: the sparse products read whole rows, and half a row is not contiguous.
@@ -96,39 +94,30 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         return source.contiguous(), target.contiguous()
 
     @override
-    @torch.no_grad()
-    def _calibrate(self, x: Tensor) -> None:
-        source, target = self._input_and_target(x)
-        super()._calibrate(source)
-        if not self._has_loaded_weights:
-            self._aim_decoder(source, target)
-
-    def _aim_decoder(self, source: Tensor, target: Tensor) -> None:
-        """b_dec at the target's mean, each row of W_dec along the target's mean where it fires.
-
-        Random rows point nowhere in particular, and unit rows cannot start at zero.
-        """
+    def calibrate(self, rows: Float[Tensor, "batch d_in+d_out"]) -> None:
+        """As an SAE, and b_dec at the target's mean, decoder rows along what their latents see."""
+        super().calibrate(rows)
+        if self.has_loaded_weights:
+            return
+        source, target = self.input_and_target(rows)
         mean = target.mean(0)
         set_value(self, "b_dec", mean)
-        z = self._normalized_input(source) @ self.W_enc + self.b_enc
-        f = z * (z > self.threshold)
-        rows = f.t() @ (target - mean).to(f.dtype)
-        fires = rows.norm(dim=1) > 0
+        z = self.normalized_input(source) @ self.W_enc + self.b_enc
+        rows, fires = output_directions(z, self.threshold, (target - mean).to(z.dtype))
         norms = self.W_dec.norm(dim=1, keepdim=True)
-        normalize_rows_(rows)
         self.W_dec.data[fires] = (rows * norms)[fires].to(self.dtype)
 
     @override
-    def _restart_encoders(
+    def resampling_directions(
         self, x: Tensor, residual: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]]:
         return unusual_inputs(x, residual, tokens)
 
     # ---------------------------------------------------------------- inference
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        return self._normalized_input(sae_in)
+        return self.normalized_input(sae_in)
 
     # ---------------------------------------------------------------- folding, saving
 
@@ -142,7 +131,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
             scaling_factor: what inputs and targets were multiplied by in training: one number for
                 both, or one for each.
         """
-        self._store_plainly()
+        self.store_plainly()
         scale_in, scale_out = _pair(scaling_factor)
         fold_scales_(self, scale_in, scale_out)
         self.cfg.normalize_activations = "none"
@@ -159,7 +148,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
                 "this transcoder's weights expect scaled inputs: training is not over, or it was "
                 "loaded from a checkpoint. Finish the run, or fold the two numbers that "
                 "activation_scaler.json holds: transcoder.fold_activation_norm_scaling_factor("
-                "(scale_in, scale_out)"
+                "(scale_in, scale_out))"
             )
         return super().save_inference_model(path)
 
@@ -176,7 +165,7 @@ class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
         self.W_skip = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     @override
-    def _decoder_offset(self, x: Tensor, b_dec: Tensor) -> Tensor:
+    def decoder_offset(self, x: Tensor, b_dec: Tensor) -> Tensor:
         return torch.addmm(b_dec, x, self.W_skip.t().to(x.dtype))
 
     @override

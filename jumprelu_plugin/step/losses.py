@@ -8,6 +8,7 @@ change during training and terms do not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -232,8 +233,8 @@ def sparsity_term(
     *,
     target_l0: float | None,
     tanh_scale: float,
-    density_penalty_scale: float | None = None,
-    max_latent_density: float | None = None,
+    density_penalty_scale: float = math.inf,
+    max_latent_density: float = 1.0,
 ) -> Term:
     """The sparsity term that a SAELens config describes, with its density penalties.
 
@@ -241,8 +242,8 @@ def sparsity_term(
         mode: one of `SPARSITY_MODES`.
         target_l0: L0*, needed by `quadratic`.
         tanh_scale: c of `TanhL0`.
-        density_penalty_scale: w₀ of `WithDensityPenalty`; None leaves the penalty out.
-        max_latent_density: c of `WithDensityLimit`; None leaves the limit out.
+        density_penalty_scale: w₀ of `WithDensityPenalty`; infinity leaves the penalty out.
+        max_latent_density: c of `WithDensityLimit`; 1 leaves the limit out.
 
     Raises:
         ValueError: the mode is unknown, or it is `quadratic` and target_l0 is None.
@@ -260,9 +261,9 @@ def sparsity_term(
             f"jumprelu_sparsity_loss_mode is {mode!r}; it must be one of "
             f"{', '.join(SPARSITY_MODES)}"
         )
-    if density_penalty_scale is not None:
+    if density_penalty_scale < math.inf:
         term = WithDensityPenalty(term, density_penalty_scale)
-    if max_latent_density is not None:
+    if max_latent_density < 1:
         term = WithDensityLimit(term, max_latent_density)
     return term
 

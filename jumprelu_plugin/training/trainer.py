@@ -53,7 +53,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     @override
     def fit(self) -> Any:
-        self.monitor = Monitor(self.sae, self.cfg.total_training_steps)
+        self.monitor = Monitor.of(self.sae, self.cfg.total_training_steps)
         try:
             with stop_signals_to(self._asked):
                 return super().fit()

@@ -18,7 +18,7 @@ from sae_lens.training.types import DataProvider
 from torch import Tensor
 from typing_extensions import override
 
-from jumprelu_plugin.saes.config import OUTLIER_NORM
+from jumprelu_plugin.saes.resolved import OUTLIER_NORM_RATIO
 from jumprelu_plugin.step.losses import outlier_token_weights
 
 
@@ -79,7 +79,7 @@ class PairScaler(ActivationScaler):
         """Take a batch into the estimate."""
         for side, part in enumerate(rows.split([self.d_in, self.d_out], dim=-1)):
             values = part.double()
-            counted = outlier_token_weights(values, OUTLIER_NORM) @ values.square().sum(1)
+            counted = outlier_token_weights(values, OUTLIER_NORM_RATIO) @ values.square().sum(1)
             self._squares[side] += counted.item()
         self._rows += len(rows)
 

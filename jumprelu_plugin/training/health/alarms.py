@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.resampling import longest_patience
 from jumprelu_plugin.control.units import stored
-from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 
 EVERY = 100
 
@@ -78,25 +78,37 @@ class StepStats:
 
 
 class Monitor:
-    """Watches one SAE in training.
+    """Watches one dictionary in training and raises alarms.
 
     Args:
-        sae: any SAELens training SAE, or what has the same weights and settings; L0 targets are
-            watched on ours alone.
+        dictionary: has W_enc, W_dec and, where it is controlled, threshold: any SAELens training
+            SAE, or one layer of a cross-layer transcoder. See `Monitor.of` for an SAE.
         steps: of the whole run.
+        control: what controls the dictionary; None for an architecture without thresholds.
+        target_l0: the L0 that it is to have; None where none was given.
+        warm_up_steps: before which L0 is not judged.
         every: steps between two looks.
-        threshold: the parameter whose gradient is watched; None takes that of our training SAE,
-            and none of another's.
 
     Attributes:
         gauges: what the last look read, by metric name; empty before the first.
         raised: the alarms so far, by name; each is raised once.
     """
 
-    def __init__(self, sae: Any, steps: int, every: int = EVERY, threshold: Tensor | None = None):
+    def __init__(
+        self,
+        dictionary: Any,
+        steps: int,
+        *,
+        control: DictionaryControl | None = None,
+        target_l0: float | None = None,
+        warm_up_steps: int = 0,
+        every: int = EVERY,
+    ):
         self.gauges: dict[str, float] = {}
         self.raised: dict[str, Alarm] = {}
-        self._sae, self._steps, self._every = sae, steps, every
+        self._dictionary, self._control = dictionary, control
+        self._target_l0, self._warm_up_steps = target_l0, warm_up_steps
+        self._steps, self._every = steps, every
         self._seen = 0  # steps since the last look
         self._active: float | Tensor = 0.0
         self._tokens = 0
@@ -104,16 +116,34 @@ class Monitor:
         self._worst: Float[Tensor, ""] | None = None
         self._usual_error: float | None = None
         self._gap: float | None = None
-        self._strikes = 0  # looks in a row at an L0 that will not get there
+        self._misses = 0  # looks in a row at an L0 that will not reach its target
         self._first_gain: float | None = None
         self._probe: Float[Tensor, "probed d_in"] | None = None
         self._moved: Bool[Tensor, " d_sae"] | None = None
-        if threshold is None and isinstance(sae, JumpReLUTrainingSAE):
-            threshold = stored(sae, "threshold")
         listener: Any = self._gradient_of_threshold
         self._hook = (
-            None if threshold is None else threshold.register_post_accumulate_grad_hook(listener)
+            None
+            if control is None
+            else stored(dictionary, "threshold").register_post_accumulate_grad_hook(listener)
         )
+
+    @classmethod
+    def of(cls, sae: Any, steps: int) -> Monitor:
+        """The monitor of any SAELens training SAE; thresholds are watched on ours alone."""
+        control = getattr(sae, "control", None)
+        controlled = control is not None and control.l0 is not None
+        warm_up = "target_l0_warm_up_steps" if controlled else "l0_warm_up_steps"
+        return cls(
+            sae,
+            steps,
+            control=control,
+            target_l0=getattr(sae.cfg, "target_l0", None),
+            warm_up_steps=getattr(sae.cfg, warm_up, 0),
+        )
+
+    @property
+    def _controls_l0(self) -> bool:
+        return self._control is not None and self._control.l0 is not None
 
     def close(self) -> None:
         """Stop listening to the thresholds' gradient."""
@@ -170,7 +200,7 @@ class Monitor:
         return [alarm for alarm in found if alarm is not None]
 
     def _thresholds(self, step: int) -> Alarm | None:
-        if self._hook is None:
+        if self._control is None:
             return None
         starved = 1.0 if self._moved is None else 1.0 - self._moved.float().mean().item()
         self._moved = None
@@ -181,13 +211,12 @@ class Monitor:
             "thresholds starved",
             step,
             f"{starved:.0%} of the thresholds had no gradient in {self._seen} steps: their windows "
-            f"(jumprelu_bandwidth, {self._sae.bandwidth:.3g} in the input's units) hold no token",
+            f"(jumprelu_bandwidth, {self._control.bandwidth:.3g} in the input's units) hold no token",
             "raise jumprelu_bandwidth, or leave it out to take it from the data",
         )
 
     def _dead(self, silent: Tensor, l0: float, step: int, batch: int) -> Alarm | None:
-        cfg = self._sae.cfg
-        wait = longest_patience(cfg.d_sae, getattr(cfg, "target_l0", None) or max(1.0, l0), batch)
+        wait = longest_patience(len(silent), self._target_l0 or max(1.0, l0), batch)
         if step < wait:
             return None
         before = self.gauges.get("health/dead_share", 0.0)
@@ -199,15 +228,15 @@ class Monitor:
             step,
             f"{dead:.0%} of the latents have not fired for {wait:,} steps",
             "lower lr"
-            if getattr(self._sae, "controller", None) is not None
+            if self._controls_l0
             else "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which "
-            "also restarts dead latents",
+            "also resamples dead latents",
         )
 
     def _gain(self) -> float:
         """Mean over the probed latents of ‖encoder‖ · ‖decoder‖: 1 where z is a fair guess."""
-        every = max(1, self._sae.W_enc.shape[1] // PROBED)
-        encoders, decoders = self._sae.W_enc[:, ::every], self._sae.W_dec[::every]
+        every = max(1, self._dictionary.W_enc.shape[1] // PROBED)
+        encoders, decoders = self._dictionary.W_enc[:, ::every], self._dictionary.W_dec[::every]
         return (encoders.float().norm(dim=0) * decoders.float().norm(dim=1)).mean().item()
 
     def _encoder(self, step: int) -> Alarm | None:
@@ -225,7 +254,7 @@ class Monitor:
         )
 
     def _probed(self) -> Float[Tensor, "probed d_in"]:
-        W_enc = self._sae.W_enc
+        W_enc = self._dictionary.W_enc
         return W_enc[:, :: max(1, W_enc.shape[1] // PROBED)].t().clone()
 
     def _frozen(self, silent: Tensor, step: int) -> Alarm | None:
@@ -238,8 +267,9 @@ class Monitor:
         frozen = self.gauges["health/frozen_share"] = same.float().mean().item()
         if frozen <= FROZEN_SHARE:
             return None
-        exact = self._sae.dtype in (torch.float32, torch.float64)
-        name = str(self._sae.dtype).removeprefix("torch.")
+        dtype = self._dictionary.W_enc.dtype
+        exact = dtype in (torch.float32, torch.float64)
+        name = str(dtype).removeprefix("torch.")
         return Alarm(
             "weights frozen",
             step,
@@ -249,20 +279,15 @@ class Monitor:
         )
 
     def _l0(self, l0: float, step: int) -> Alarm | None:
-        cfg = self._sae.cfg
-        controller = getattr(self._sae, "controller", None)
-        target = getattr(cfg, "target_l0", None)
-        settled = getattr(cfg, "target_l0_warm_up_steps", 0)
-        if controller is None:
-            settled = getattr(cfg, "l0_warm_up_steps", 0)
-        if step < settled:
+        target, d_sae = self._target_l0, self._dictionary.W_enc.shape[1]
+        if step < self._warm_up_steps:
             return None
         if target is None:
-            gap = max(1.0 / max(l0, 1e-6), 4.0 * l0 / cfg.d_sae)
+            gap = max(1.0 / max(l0, 1e-6), 4.0 * l0 / d_sae)
         else:
             gap = max(l0, 1e-6) / target
         gap, before = abs(math.log(gap)), self._gap
-        if target is None and 1.0 <= l0 <= cfg.d_sae / 4:
+        if target is None and 1.0 <= l0 <= d_sae / 4:
             gap = 0.0
         self._gap = gap
         if before is None:
@@ -270,29 +295,27 @@ class Monitor:
         # Where it ends if it goes on coming nearer as it did since the last look.
         pace = max(0.0, before - gap) / self._seen
         left = gap - pace * max(0, self._steps - step)
-        self._strikes = self._strikes + 1 if left > math.log(L0_RATIO) else 0
-        if self._strikes < 2:
+        self._misses = self._misses + 1 if left > math.log(L0_RATIO) else 0
+        if self._misses < 2:
             return None
         return self._l0_alarm(l0, target, step)
 
     def _l0_alarm(self, l0: float, target: float | None, step: int) -> Alarm:
-        cfg = self._sae.cfg
         if target is not None:
-            steered = getattr(self._sae, "controller", None) is not None
             return Alarm(
                 "L0 off target",
                 step,
-                f"L0 is {l0:.3g}, asked for {target:g}, and does not get there at this pace",
+                f"L0 is {l0:.3g}, the target {target:g}, and it does not get there at this pace",
                 "leave out jumprelu_bandwidth and jumprelu_init_threshold, which are then taken "
                 "from the data, and lower lr"
-                if steered
+                if self._controls_l0
                 else "leave out l0_coefficient: thresholds then hold the target",
             )
-        few = l0 < 1.0
+        few, d_sae = l0 < 1.0, self._dictionary.W_enc.shape[1]
         return Alarm(
             "L0 off target",
             step,
-            f"L0 is {l0:.3g} of {cfg.d_sae:,} latents, and stays there at this pace",
+            f"L0 is {l0:.3g} of {d_sae:,} latents, and stays there at this pace",
             f"{'lower' if few else 'raise'} l0_coefficient, or give target_l0 in its place",
         )
 

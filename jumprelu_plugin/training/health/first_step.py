@@ -15,6 +15,7 @@ from jaxtyping import Float
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from jumprelu_plugin.control.dictionary_control import keep_thresholds_positive_
 from jumprelu_plugin.control.units import LogParameter, parametrized, stored
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.step.choose import PathChoice
@@ -98,8 +99,8 @@ def threshold_reach(
     else:
         up = sae.units.activation * lr_sum
         down = min(up, threshold)  # never below 0
-    controller = sae.controller
-    furthest = 0.0 if controller is None else 0.5 * controller.gain * bandwidth * steps
+    controller = sae.control.l0
+    furthest = 0.0 if controller is None else controller.furthest_shift(bandwidth) * steps
     return ThresholdReach(up, down, furthest)
 
 
@@ -117,16 +118,15 @@ def first_step(
         ValueError: the activations are not finite, or all the same.
     """
     trial = copy.deepcopy(sae).eval()
-    with torch.no_grad():
-        trial._before_first_step(rows)
-    trial._keep_threshold_positive()
+    trial.calibrate_if_needed(rows)
+    keep_thresholds_positive_(trial)
     # Its coefficient is wanted as the config has it, and nothing else of the trial is trained.
-    trial.controller = trial._firing = None
+    trial.control.disable_feedback()
     for parameter in trial.parameters():
         parameter.requires_grad_(parameter is stored(trial, "threshold"))
     rows = rows[: max(64, _PAIRS // trial.cfg.d_sae)]
     z, rounding, variance = _pre_activations(trial, rows)
-    theta, bandwidth = trial.threshold.detach(), trial.bandwidth
+    theta, bandwidth = trial.threshold.detach(), trial.control.bandwidth
     assert bandwidth is not None
     inside = in_window(z, theta, bandwidth).float().mean(0)
     fidelity, penalty = _pulls(
@@ -170,8 +170,8 @@ def _pre_activations(
     trial: JumpReLUTrainingSAE, rows: Tensor
 ) -> tuple[Float[Tensor, "tokens d_sae"], float, float]:
     """z, what rounding the input does to it, and the variance of the target."""
-    source, target = trial._input_and_target(rows)
-    x = trial._normalized_input(source).float()
+    source, target = trial.input_and_target(rows)
+    x = trial.normalized_input(source).float()
     lost = source.float() - source.to(trial.dtype).float()
     if trial.cfg.apply_b_dec_to_input:
         x = x - trial.b_dec.float()
@@ -188,7 +188,7 @@ def _pulls(
     trial: JumpReLUTrainingSAE, rows: Tensor, dense: bool
 ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
     """∂/∂θ of the reconstruction error, and of the penalty before its coefficient."""
-    trial._path = PathChoice("dense" if dense else "sparse")
+    trial.path_choice = PathChoice("dense" if dense else "sparse")
     output = trial.training_forward_pass(
         step_input=TrainStepInput(
             sae_in=rows,

@@ -115,14 +115,14 @@ def _length_findings(sae: Any, steps: int, batch: int) -> list[Finding]:
     wait, firings = patience(sae.d_sae, target, batch), target * steps * batch / sae.d_sae
     if firings < FEWEST_FIRINGS:
         enough = FEWEST_FIRINGS * sae.d_sae / target
-        dead = f"; dead latents restart after {wait:,} steps of {steps:,}"
-        restarts = getattr(sae, "resamples_dead_latents", False) and wait >= steps
+        dead = f"; dead latents are resampled after {wait:,} steps of {steps:,}"
+        resamples = hasattr(sae, "resolve") and sae.resolve().resample_dead_latents
         findings.append(
             Finding(
                 "warning",
                 "length",
                 f"at L0 {target:g} a latent of {sae.d_sae:,} fires {firings:.0f} times in the "
-                f"whole run{dead if restarts else ''}",
+                f"whole run{dead if resamples and wait >= steps else ''}",
                 f"give training_tokens={enough:,.0f} or more, or a smaller d_sae",
             )
         )

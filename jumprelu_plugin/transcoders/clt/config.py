@@ -5,10 +5,20 @@ Where a field means what it means for an SAE it has SAELens' name.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jumprelu_plugin.control.dictionary_control import ControlSettings
+from jumprelu_plugin.saes.resolved import density_limit
+from jumprelu_plugin.saes.validation import (
+    a_density,
+    a_target,
+    not_negative,
+    one_of,
+    positive,
+    require,
+    yes_no_or_none,
+)
 from jumprelu_plugin.step.choose import STEP_PATHS
 from jumprelu_plugin.training.activations.pairs import HookPair
 
@@ -94,15 +104,16 @@ class CLTTrainingConfig:
         jumprelu_bandwidth: ε; None takes it from the spread of each layer's pre-activations.
         jumprelu_init_threshold: θ₀; None takes it from their quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoders.
-        decoder_rows: `unit_norm` holds ‖d_i‖ = 1, `free` does not. None: unit norm where
-            `target_l0` is steered to.
-        resample_dead_latents: as for an SAE (`control.resampling`); None: where it is steered to.
+        unit_norm_decoder: hold ‖d_i‖ = 1, or leave the rows free. None: True where L0-controlled.
+        resample_dead_latents: as for an SAE (`control.resampling`). None: True where L0-controlled.
         step_kernel: how encoding and decoding are computed (`step.choose`).
         jumprelu_bandwidth_std: where ε is taken from the data, how many standard deviations.
-        outlier_norm_ratio: as for an SAE, at each layer's output apart: the squared error of a token
-            longer than this many times the batch's median norm counts as if it were that long.
-            None is no limit: with one, massive activations are not rebuilt from a normalised
-            input, whose tokens are all of one length (docs/cross_layer.md).
+        max_latent_density: as for an SAE, for the latents of each layer: the largest share of
+            tokens on which one is to fire (`control.density`). None is no limit.
+        outlier_norm_ratio: as for an SAE, at each layer's output apart: the squared error of a
+            token longer than this many times the batch's median norm counts as if it were that
+            long. None is no limit: with one, massive activations are not reconstructed from a
+            normalized input, whose tokens are all of one norm (docs/ablations.md).
 
     Raises:
         ValueError: naming the field, what it holds, and what to do.
@@ -116,48 +127,59 @@ class CLTTrainingConfig:
     jumprelu_bandwidth: float | None = None
     jumprelu_init_threshold: float | None = None
     jumprelu_ste_to_input: bool = True
-    decoder_rows: Literal["free", "unit_norm"] | None = None
+    unit_norm_decoder: bool | None = None
     resample_dead_latents: bool | None = None
     step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
     jumprelu_bandwidth_std: float = 2.0
+    max_latent_density: float | None = None
     outlier_norm_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.l0_coefficient is None and self.target_l0 is None:
-            raise ValueError(
-                "neither target_l0 nor l0_coefficient is set: give target_l0=24 (say) for 24 "
-                "active latents a token at each layer, or l0_coefficient for a fixed penalty"
-            )
-        positive = (
-            "target_l0", "jumprelu_bandwidth", "jumprelu_init_threshold", "jumprelu_tanh_scale",
-            "jumprelu_bandwidth_std", "outlier_norm_ratio",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a finite number greater than 0")
-        if self.l0_coefficient is not None and not 0 <= self.l0_coefficient < math.inf:
-            raise ValueError(f"l0_coefficient is {self.l0_coefficient}; it must be 0 or more")
-        choices = {
-            "jumprelu_sparsity_loss_mode": SPARSITY_MODES,
-            "decoder_rows": (None, "free", "unit_norm"),
-            "step_kernel": STEP_PATHS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                names = ", ".join(map(str, allowed))
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {names}")
+        require(self, CLT_RULES)
 
     @property
     def controls_l0(self) -> bool:
+        """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
 
-    @property
-    def unit_norm_decoder(self) -> bool:
-        return self.controls_l0 if self.decoder_rows is None else self.decoder_rows == "unit_norm"
-
-    @property
-    def resamples_dead_latents(self) -> bool:
-        return (
-            self.controls_l0 if self.resample_dead_latents is None else self.resample_dead_latents
+    def resolve(self, d_sae: int) -> ControlSettings:
+        """The control of each layer of `d_sae` latents, with no field None."""
+        controlled, target = self.controls_l0, self.target_l0 or 0.0
+        rows, resample = self.unit_norm_decoder, self.resample_dead_latents
+        return ControlSettings(
+            d_sae=d_sae,
+            controls_l0=controlled,
+            target_l0=target,
+            target_l0_start_ratio=1.0,
+            target_l0_warm_up_steps=0,
+            jumprelu_bandwidth=self.jumprelu_bandwidth or 0.0,
+            jumprelu_bandwidth_std=self.jumprelu_bandwidth_std,
+            jumprelu_init_threshold=self.jumprelu_init_threshold or 0.0,
+            max_latent_density=density_limit(
+                self.max_latent_density, target / d_sae, controls_l0=controlled
+            ),
+            resample_dead_latents=controlled if resample is None else resample,
+            unit_norm_decoder=controlled if rows is None else rows,
         )
+
+
+CLT_RULES = (
+    a_target(24),
+    *(
+        positive(field)
+        for field in (
+            "target_l0",
+            "jumprelu_bandwidth",
+            "jumprelu_init_threshold",
+            "jumprelu_tanh_scale",
+            "jumprelu_bandwidth_std",
+            "outlier_norm_ratio",
+        )
+    ),
+    not_negative("l0_coefficient", "it must be 0 or more"),
+    a_density("max_latent_density"),
+    one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
+    yes_no_or_none("unit_norm_decoder"),
+    yes_no_or_none("resample_dead_latents"),
+    one_of("step_kernel", STEP_PATHS),
+)

@@ -46,23 +46,35 @@ def forward(
     *,
     path: str = "sparse",
     to_input: bool = True,
+    multipliers: Sequence[Float[Tensor, " d_sae"] | None] | None = None,
 ) -> tuple[list[Step], Float[Tensor, "batch layers*d_out"]]:
-    """What the objective needs of each layer, and ŷ of all layers side by side.
+    """What the loss needs of each layer, and ŷ of all layers side by side.
 
     Args:
         inputs: x of each layer.
         bandwidths: ε of each layer.
         path: `sparse`, `screened` or `dense`; all give the same numbers.
         to_input: whether the estimators' gradient also reaches the encoders.
+        multipliers: of each layer's density limit; None where no layer has one.
     """
     steps, written = [], []
-    for source, x, bandwidth in zip(model.sources, inputs, bandwidths, strict=True):
-        # A node of its own in the graph, so that the gradient of θ can be listened to.
+    multipliers = [None] * len(bandwidths) if multipliers is None else multipliers
+    layers = zip(model.sources, inputs, bandwidths, multipliers, strict=True)
+    for source, x, bandwidth, of_limit in layers:
+        # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = source.threshold.view(-1)
         entries = _encode(source, x, threshold, bandwidth, path)
         theta = entries.per_latent(threshold)
         activations = jumprelu(entries.z, theta, bandwidth, to_input)
-        step = Step(entries, activations, threshold, bandwidth, to_input, source.W_dec)
+        step = Step(
+            entries,
+            activations,
+            threshold,
+            bandwidth,
+            to_input,
+            source.W_dec,
+            density_multipliers=of_limit,
+        )
         steps.append(step)
         written.append(entries.decode(activations, source.W_dec))
     biases = torch.cat([source.b_dec for source in model.sources])

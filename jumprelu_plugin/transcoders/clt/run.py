@@ -266,7 +266,7 @@ def _record(
             "config": cfg,
             "l0_in_training": None if last is None else last.l0,
             "coefficients": None if last is None else [float(c) for c in last.coefficients],
-            "dead_in_training": trainer.learner.dead_share(),
+            "dead_in_training": trainer.training_step.dead_share(),
             "memory_estimate": {**asdict(estimate), "total": estimate.total},
             "held_out": None if found is None else found.to_dict(),
             "provenance": provenance(seed=settings.seed, model_digest=model_digest(model)),

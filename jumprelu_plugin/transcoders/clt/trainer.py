@@ -81,7 +81,7 @@ class Trainer:
     ):
         self.model, self.schedule, self.store = model, schedule, store
         self.checkpoints, self.metrics_path = checkpoints, metrics_path
-        self.learner = CLTTrainingStep(model, cfg)
+        self.training_step = CLTTrainingStep(model, cfg)
         shape = model.cfg
         self.scalers = [PairScaler(shape.d_in, shape.d_out) for _ in shape.layers]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
@@ -107,7 +107,7 @@ class Trainer:
         """
         batches = InterruptibleIterator(self.store.get_multi_hook_data_loader())
         due = self._checkpoint_steps()
-        monitors = LayerMonitors(self.learner, self.schedule.steps)
+        monitors = LayerMonitors(self.training_step, self.schedule.steps)
         with (
             closing(monitors),
             batches.stopped_by_signals(),
@@ -134,7 +134,7 @@ class Trainer:
     @torch.no_grad()
     def fold_scales(self) -> None:
         """Make the weights take and give the model's own activations: when training is over."""
-        self.learner.settle()
+        self.training_step.restore_layout()
         self.model.fold_scales_([scaler.scaling_factor for scaler in self.scalers])
 
     # ---------------------------------------------------------------- one step
@@ -155,7 +155,7 @@ class Trainer:
             # Copied apart: the sparse products read whole rows.
             inputs.append(x.contiguous())
             targets.append(y)
-        outcome = self.learner.loss(inputs, targets)
+        outcome = self.training_step.loss(inputs, targets)
         self.optimizer.zero_grad()
         outcome.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
@@ -172,7 +172,7 @@ class Trainer:
         if not (shown or logged):
             return
         errors, n_layers = outcome.fvu(self.model.cfg.n_layers), self.model.cfg.n_layers
-        dead = self.learner.dead_share()
+        dead = self.training_step.dead_share()
         if shown:
             bar.set_postfix(
                 loss=f"{outcome.loss.item():.3g}",
@@ -201,13 +201,13 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint in one piece and remove those before it."""
-        self.learner.settle()
+        self.training_step.restore_layout()
         name = str(self.step)
         partial, whole = self.checkpoints / f".{name}", self.checkpoints / name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file({**weights, **self.learner.firing_tensors()}, partial / _TENSORS)
+        save_file({**weights, **self.training_step.tensors()}, partial / _TENSORS)
         moving = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -216,7 +216,7 @@ class Trainer:
         state = {
             "step": self.step,
             "scales": [scaler.scaling_factor for scaler in self.scalers],
-            "learner": self.learner.state(),
+            "training_step": self.training_step.state(),
         }
         write_json(partial / _STATE, state)
         self.store.save_to_checkpoint(partial)
@@ -243,7 +243,7 @@ class Trainer:
         self.step = state["step"]
         for scaler, factors in zip(self.scalers, state["scales"], strict=True):
             scaler.scaling_factor = tuple(factors)
-        self.learner.load_state(state["learner"], tensors)
+        self.training_step.load_state(state["training_step"], tensors)
         self.store.load_from_checkpoint(checkpoint)
 
 

@@ -1,12 +1,12 @@
-"""A cross-layer transcoder in training: its loss, each layer's L0 control, and what follows a step.
+"""A cross-layer transcoder in training: one step's loss, and what follows the optimizer's step.
 
-The reconstruction is joint, ‖y - ŷ‖² over all outputs. Sparsity is each layer's own: a controller a
-layer holds its L0 (`control.l0`), and its coefficient is the price that fits.
+The reconstruction is joint, ‖y - ŷ‖² over all outputs. Sparsity is each layer's own: each has a
+`control.DictionaryControl`, as an SAE has, which holds its L0 and measures its coefficient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +14,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jumprelu_plugin.control.calibration import calibrate
-from jumprelu_plugin.control.decoder_norm import normalize_rows_, remove_parallel_gradient_
-from jumprelu_plugin.control.l0 import L0Controller
+from jumprelu_plugin.control.calibration import output_directions
+from jumprelu_plugin.control.decoder_norm import keep_gradient_tangential, normalize_rows_
+from jumprelu_plugin.control.dictionary_control import DictionaryControl
+from jumprelu_plugin.control.finite import require_finite
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
-from jumprelu_plugin.control.resampling import (
-    FiringRecord,
-    patience,
-    resample_dead_,
-    unusual_inputs,
-)
+from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
 from jumprelu_plugin.step.losses import (
     Step,
     outlier_token_weights,
     reconstruction,
     sparsity_term,
-    threshold_slopes,
 )
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.forward import forward
-from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
-
-# The L0 that calibration aims at where none was asked for, as a share of the latents.
-_START_SHARE = 0.05
+from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 
 
 @dataclass(frozen=True)
@@ -57,26 +49,33 @@ class StepOutput:
     l0: list[float]
     coefficients: list[float | Tensor]
 
+    @torch.no_grad()
     def fvu(self, n_layers: int) -> list[float]:
         """Fraction of variance unexplained of each layer's output on this batch."""
-        with torch.no_grad():
-            residual = (self.output - self.target).square().sum(0)
-            deviation = (self.target - self.target.mean(0)).square().sum(0)
-            shape = (n_layers, -1)
-            return (residual.view(shape).sum(1) / deviation.view(shape).sum(1)).tolist()
+        residual = (self.output - self.target).square().sum(0)
+        deviation = (self.target - self.target.mean(0)).square().sum(0)
+        shape = (n_layers, -1)
+        return (residual.view(shape).sum(1) / deviation.view(shape).sum(1)).tolist()
 
+    @torch.no_grad()
     def errors(self, n_layers: int) -> Float[Tensor, " layers"]:
         """Mean over tokens of each layer's ‖ŷ - y‖²."""
-        with torch.no_grad():
-            squares = (self.output - self.target).square().sum(0).view(n_layers, -1)
-            return squares.sum(1) / len(self.target)
+        squares = (self.output - self.target).square().sum(0).view(n_layers, -1)
+        return squares.sum(1) / len(self.target)
 
 
 class CLTTrainingStep:
-    """Everything a training keeps beside the parameters.
+    """The step of a cross-layer transcoder, as a training SAE is the step of an SAE.
 
     `loss` begins a step and calibrates on the first; the rest happens around the step of the
-    optimiser that holds the parameters (`OptimizerHooks`).
+    optimizer that holds the parameters (`control.optimizer_hooks`).
+
+    Attributes:
+        controls: one `DictionaryControl` a layer.
+        steps: made so far.
+
+    Raises:
+        ValueError: the target L0 is above the number of latents.
     """
 
     def __init__(self, model: CrossLayerTranscoder, cfg: CLTTrainingConfig):
@@ -85,30 +84,28 @@ class CLTTrainingStep:
             raise ValueError(
                 f"target_l0 is {cfg.target_l0}; it must be at most d_sae, which is {shape.d_sae}"
             )
-        self.model, self.cfg = model, cfg
+        self.model, self.cfg, self.steps = model, cfg, 0
+        settings = cfg.resolve(shape.d_sae)
         self.sparsity = sparsity_term(
             cfg.jumprelu_sparsity_loss_mode,
             target_l0=cfg.target_l0,
             tanh_scale=cfg.jumprelu_tanh_scale,
+            max_latent_density=settings.max_latent_density,
         )
-        layers = range(shape.n_layers)
-        steered = cfg.controls_l0 and cfg.target_l0 is not None
-        self.controllers = [L0Controller(cfg.target_l0 or 0.0) for _ in layers] if steered else []
-        self.firing = [FiringRecord(shape.d_sae) for _ in layers]
-        self.bandwidths: list[float] = []
-        self.steps = 0
-        self._path = PathChoice(cfg.step_kernel)
-        self._l0 = [0.0] * shape.n_layers
-        self._batch = 1
-        self._slopes: list[Tensor] = []
-        self._latest: dict[int, tuple[Tensor, Tensor]] = {}  # inputs and residual of a layer
-        self._seam = OptimizerHooks(
-            model.sources[0].W_dec, before=self._gradients_ready, after=self._parameters_moved
+        n_layers = shape.n_layers
+        self.controls = [
+            DictionaryControl(settings, keep_firing_record=True, index=index, of=n_layers)
+            for index in range(n_layers)
+        ]
+        self._calibrated = False
+        self._path_choice = PathChoice(cfg.step_kernel)
+        self._optimizer_hooks = OptimizerHooks(
+            model.sources[0].W_dec, before=self._before_update, after=self._after_update
         )
-        if cfg.unit_norm_decoder:
+        if settings.unit_norm_decoder:
             for source in model.sources:
                 normalize_rows_(source.W_dec.data)
-                source.W_dec.register_post_accumulate_grad_hook(_make_tangential)
+                keep_gradient_tangential(source.W_dec)
 
     # ---------------------------------------------------------------- one step
 
@@ -122,54 +119,69 @@ class CLTTrainingStep:
         Raises:
             ValueError: activations or parameters that are not finite.
         """
-        self._seam.settle()
-        if not self.bandwidths:
+        self._optimizer_hooks.restore_layout()
+        shape = self.model.cfg
+        if not self._calibrated:
             self._calibrate(inputs, targets)
         target = torch.cat(list(targets), dim=1)
-        worth = self._worth(targets)
-        self._batch = len(target)
-        path = self._path.start(target.device, self._sizes(len(target)))
+        weights = self._token_weights(targets)
+        path = self._path_choice.start(target.device, self._dense_sizes(len(target)))
         steps, output = forward(
             self.model,
             inputs,
-            self.bandwidths,
+            [control.bandwidth or 0.0 for control in self.controls],
             path=path,
             to_input=self.cfg.jumprelu_ste_to_input,
+            multipliers=[control.density_multipliers(target.device) for control in self.controls],
         )
         penalties = [self.sparsity(step) for step in steps]
         coefficients = self._coefficients()
-        loss = self._reconstruction(output, target, worth)
+        loss = self._reconstruction(output, target, weights)
         for coefficient, penalty in zip(coefficients, penalties, strict=True):
             loss = loss + coefficient * penalty
-        self._refuse_non_finite(loss, inputs, target)
+        self._require_finite(loss, inputs, targets)
         if loss.requires_grad:
-            residual = (target - output).detach()
-            self._watch(steps, penalties, coefficients, inputs, residual, worth)
+            residual = (target - output).detach().unflatten(1, (shape.n_layers, shape.d_out))
+            for index, step in enumerate(steps):
+                self._observe(index, step, penalties[index], coefficients[index])
+                if self.controls[index].resampling_is_due():
+                    later = residual[:, index:]
+                    if weights is not None:
+                        later = later * weights[:, index:, None].sqrt()
+                    self.controls[index].keep_for_resampling(inputs[index], later.flatten(1))
             self.steps += 1
-        return StepOutput(loss, target, output, list(self._l0), coefficients)
+        l0 = [control.batch_l0 for control in self.controls]
+        return StepOutput(loss, target, output, l0, coefficients)
 
-    def _worth(
+    def _observe(
+        self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor
+    ) -> None:
+        active = step.entries.as_matrix(step.activations, where=step.activations > 0)
+        self.controls[index].count_active(active)
+        self.controls[index].observe(step, self.sparsity, penalty, coefficient, active)
+
+    def _token_weights(
         self, targets: Sequence[Float[Tensor, "batch d_out"]]
     ) -> Float[Tensor, "batch layers"] | None:
-        """What a token's squared error counts at each output (`outlier_token_weights`); None: in full."""
-        limit = self.cfg.outlier_norm_ratio
-        if limit is None:
+        """The weight of a token's squared error at each output; None: 1 for all."""
+        ratio = self.cfg.outlier_norm_ratio
+        if ratio is None:
             return None
-        return torch.stack([outlier_token_weights(target, limit) for target in targets], dim=1)
+        return torch.stack([outlier_token_weights(target, ratio) for target in targets], dim=1)
 
     def _reconstruction(
         self,
         output: Float[Tensor, "batch layers*d_out"],
         target: Float[Tensor, "batch layers*d_out"],
-        worth: Float[Tensor, "batch layers"] | None,
+        weights: Float[Tensor, "batch layers"] | None,
     ) -> Float[Tensor, ""]:
-        if worth is None:
+        if weights is None:
             return reconstruction(output, target)
         width = self.model.cfg.d_out
-        sides = zip(output.split(width, 1), target.split(width, 1), worth.unbind(1), strict=True)
-        return torch.stack([reconstruction(*side) for side in sides]).sum()
+        layers = zip(output.split(width, 1), target.split(width, 1), weights.unbind(1), strict=True)
+        return torch.stack([reconstruction(*layer) for layer in layers]).sum()
 
-    def _sizes(self, batch: int) -> tuple[int, int, int]:
+    def _dense_sizes(self, batch: int) -> tuple[int, int, int]:
         """(batch, d_in, d_sae) of one dense step that takes as many products as all of these."""
         cfg = self.model.cfg
         decoders = cfg.n_layers * (cfg.n_layers + 1) / 2 * cfg.d_out / cfg.d_in
@@ -177,180 +189,88 @@ class CLTTrainingStep:
         return round(batch * products / DENSE_PRODUCTS), cfg.d_in, cfg.d_sae
 
     def _coefficients(self) -> list[float | Tensor]:
-        if self.controllers:
-            return [controller.coefficient for controller in self.controllers]
-        warm_up, fixed = self.cfg.l0_warm_up_steps, self.cfg.l0_coefficient
-        assert fixed is not None
+        fixed, warm_up = self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps
+        if fixed is None:
+            return [control.multiplier for control in self.controls]
         share = min(1.0, (self.steps + 1) / warm_up) if warm_up else 1.0
         return [share * fixed] * self.model.cfg.n_layers
 
-    def _watch(
-        self,
-        steps: Sequence[Step],
-        penalties: Sequence[Tensor],
-        coefficients: Sequence[float | Tensor],
-        inputs: Sequence[Tensor],
-        residual: Tensor,
-        worth: Float[Tensor, "batch layers"] | None,
+    def _require_finite(
+        self, loss: Tensor, inputs: Sequence[Tensor], targets: Sequence[Tensor]
     ) -> None:
-        """Measure what control and restarts need of this batch."""
-        self._slopes, self._latest = [], {}
-        for index, step in enumerate(steps):
-            active = step.entries.as_matrix(step.activations, where=step.activations > 0)
-            count = active._nnz() if active.is_sparse else active.count_nonzero()
-            self._l0[index] = float(count) / step.entries.batch
-            if self.controllers:
-                self._price(index, step, penalties[index], coefficients[index])
-            self.firing[index].update(active)
-            restarts = self.cfg.resamples_dead_latents
-            if restarts and self.firing[index].due(self._patience(index)):
-                later = residual[:, index * self.model.cfg.d_out :]
-                if worth is not None:
-                    by_output = later.unflatten(1, (-1, self.model.cfg.d_out))
-                    later = (by_output * worth[:, index:, None].sqrt()).flatten(1)
-                self._latest[index] = inputs[index].detach(), later
-
-    def _price(self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor) -> None:
-        controller = self.controllers[index]
-        slopes = threshold_slopes(self.sparsity, step, penalty)
-        self._slopes.append(slopes.l0)
-        paid = coefficient * slopes.penalty
-
-        def price(gradient: Tensor) -> None:
-            controller.price(gradient.sum() - paid, slopes.penalty)
-
-        step.threshold.register_hook(price)
-
-    def _patience(self, index: int) -> int:
-        target = self.cfg.target_l0 or max(1.0, self._l0[index])
-        return patience(self.model.cfg.d_sae, target, self._batch)
-
-    def _refuse_non_finite(self, loss: Tensor, inputs: Sequence[Tensor], target: Tensor) -> None:
-        # A latent whose b_enc or θ is NaN is selected nowhere, and the loss would not show it.
-        vectors = sum(
-            s.b_enc.detach().sum() + s.threshold.detach().sum() for s in self.model.sources
+        pairs = zip(self.model.cfg.pairs, inputs, targets, strict=True)
+        activations = {
+            hook: values
+            for pair, x, y in pairs
+            for hook, values in ((pair.hook_in, x), (pair.hook_out, y))
+        }
+        require_finite(
+            loss,
+            self.model.sources,
+            activations,
+            self.steps,
+            input_remedy="run the model in float32 or bfloat16",
+            remedy="lower lr",
         )
-        if torch.isfinite(loss.detach() + 0 * vectors):
-            return
-        width = self.model.cfg.d_out
-        for pair, x, y in zip(self.model.cfg.pairs, inputs, target.split(width, 1), strict=True):
-            for hook, values in ((pair.hook_in, x), (pair.hook_out, y)):
-                if not torch.isfinite(values).all():
-                    raise ValueError(
-                        f"the activations of {hook} hold NaN or infinite values (training step "
-                        f"{self.steps}); run the model in float32 or bfloat16"
-                    )
-        raise ValueError(
-            f"the loss became {loss.item()} at training step {self.steps} though the activations "
-            "are finite: the training diverged; lower lr"
-        )
-
-    # ---------------------------------------------------------------- the first step
 
     @torch.no_grad()
     def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """θ₀ and ε from the data, biases at the outputs' means, decoders where latents fire."""
-        cfg, worth = self.cfg, self._worth(targets)
-        if worth is not None:
+        weights = self._token_weights(targets)
+        if weights is not None:
             # One outlier would move an output's mean, and the decoder rows of what fires on it.
-            usual = (worth == 1).all(1)
-            inputs, targets = [x[usual] for x in inputs], [y[usual] for y in targets]
-        aim = self.controllers[0].aim() if self.controllers else _START_SHARE * self.model.cfg.d_sae
+            inlier = (weights == 1).all(1)
+            inputs, targets = [x[inlier] for x in inputs], [y[inlier] for y in targets]
         means = [target.mean(0) for target in targets]
-        centred = torch.cat([y - mean for y, mean in zip(targets, means, strict=True)], dim=1)
-        for source, x, mean in zip(self.model.sources, inputs, means, strict=True):
+        centered = torch.cat([y - mean for y, mean in zip(targets, means, strict=True)], dim=1)
+        layers = zip(self.model.sources, self.controls, inputs, means, strict=True)
+        for source, control, x, mean in layers:
             z = x @ source.W_enc + source.b_enc
-            found = calibrate(z, aim, cfg.jumprelu_bandwidth_std)
-            start = cfg.jumprelu_init_threshold
-            source.threshold.data.copy_(found.threshold if start is None else torch.tensor(start))
-            self.bandwidths.append(cfg.jumprelu_bandwidth or found.bandwidth)
+            source.threshold.data.fill_(control.settings.jumprelu_init_threshold)
+            control.calibrate(source, z)
             source.b_dec.data.copy_(mean)
-            self._aim_decoder(source, z, centred[:, -source.W_dec.shape[1] :])
+            written = centered[:, -source.W_dec.shape[1] :]
+            rows, fires = output_directions(z, source.threshold, written)
+            source.W_dec.data[fires] = rows[fires]
+        self._calibrated = True
 
-    def _aim_decoder(self, source: SourceLayer, z: Tensor, centred: Tensor) -> None:
-        """Each row of W_dec along the mean of all outputs where its latent fires."""
-        rows = (z * (z > source.threshold)).t() @ centred
-        fires = rows.norm(dim=1) > 0
-        normalize_rows_(rows)
-        source.W_dec.data[fires] = rows[fires]
+    # ---------------------------------------------------------------- around the optimizer's step
 
-    # ---------------------------------------------------------------- around the optimiser's step
+    def _before_update(self) -> None:
+        mean_l0 = sum(control.batch_l0 for control in self.controls) / len(self.controls)
+        self._path_choice.finish(mean_l0 / self.model.cfg.d_sae)
 
-    def _gradients_ready(self) -> None:
-        self._path.finish(sum(self._l0) / (len(self._l0) * self.model.cfg.d_sae))
-
-    @torch.no_grad()
-    def _parameters_moved(self) -> None:
-        for index, source in enumerate(self.model.sources):
-            if self.cfg.unit_norm_decoder:
-                normalize_rows_(source.W_dec.data)
-            if self.controllers and self._slopes:
-                shift = self.controllers[index].shift(
-                    self._l0[index], self._slopes[index], self.bandwidths[index]
-                )
-                source.threshold.data.copy_(
-                    torch.maximum(source.threshold + shift, 0.5 * source.threshold)
-                )
-            # Also after the last step: below 0, an active latent could be negative.
-            source.threshold.data.clamp_(min=0.0)
-            if self.cfg.resamples_dead_latents:
-                self._restart(index, source)
-        self._slopes = []
-
-    def _restart(self, index: int, source: SourceLayer) -> None:
-        firing, optimizer = self.firing[index], self._seam.optimizer
-        assert optimizer is not None
-        if not firing.may_resample(optimizer) or index not in self._latest:
-            return
-        x, residual = self._latest.pop(index)
-        seed = firing.steps * self.model.cfg.n_layers + index
-        resample_dead_(
-            source, firing, self._patience(index), x, residual, unusual_inputs, optimizer, seed
-        )
+    def _after_update(self) -> None:
+        for source, control in zip(self.model.sources, self.controls, strict=True):
+            control.after_update(source, self._optimizer_hooks.optimizer, unusual_inputs)
 
     def dead_share(self) -> float:
-        """Share of all latents silent for so long that they count as dead."""
-        shares = [
-            float(record.dead(self._patience(index)).float().mean())
-            for index, record in enumerate(self.firing)
-        ]
+        """Share of all latents that have not fired for so long that they count as dead."""
+        shares = [float(control.dead().float().mean()) for control in self.controls]
         return sum(shares) / len(shares)
 
     # ---------------------------------------------------------------- resuming
 
-    def settle(self) -> None:
-        """Bring every parameter to its shape, should the optimiser's step have been interrupted."""
-        self._seam.settle()
+    def restore_layout(self) -> None:
+        """Bring every parameter to its shape, should the optimizer's step have been interrupted."""
+        self._optimizer_hooks.restore_layout()
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, in JSON's types."""
-        return {
-            "steps": self.steps,
-            "bandwidths": self.bandwidths,
-            "l0": self._l0,
-            "controllers": [controller.state() for controller in self.controllers],
-            "firing": [record.state() for record in self.firing],
-        }
+        """What a resumed run needs beside `tensors`, in JSON's types."""
+        return {"steps": self.steps, "controls": [control.state() for control in self.controls]}
 
-    def firing_tensors(self) -> dict[str, Tensor]:
-        """How long each latent has lived and been silent, by layer."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The controls' tensors, by name and layer."""
         return {
             f"{name}_{index}": tensor
-            for index, record in enumerate(self.firing)
-            for name, tensor in record.tensors().items()
+            for index, control in enumerate(self.controls)
+            for name, tensor in control.tensors().items()
         }
 
-    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.steps, self.bandwidths = state["steps"], list(state["bandwidths"])
-        self._l0 = list(state["l0"])
-        for controller, saved in zip(self.controllers, state["controllers"], strict=True):
-            controller.load_state(saved)
-        for index, (record, saved) in enumerate(zip(self.firing, state["firing"], strict=True)):
-            record.load_state(
-                saved, {name: tensors[f"{name}_{index}"] for name in record.tensors()}
-            )
-
-
-def _make_tangential(W_dec: Tensor) -> None:
-    if W_dec.grad is not None:
-        remove_parallel_gradient_(W_dec.grad, W_dec.data)
+    def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` and `tensors` gave."""
+        self.steps = state["steps"]
+        for index, control in enumerate(self.controls):
+            own = {name: tensors[f"{name}_{index}"] for name in control.tensors()}
+            control.load_state(state["controls"][index], own)
+        self._calibrated = all(control.bandwidth is not None for control in self.controls)

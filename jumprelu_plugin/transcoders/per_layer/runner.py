@@ -59,7 +59,7 @@ class LayerwiseTrainer(MultiSAETrainer):
     @override
     def fit(self) -> dict[str, Any]:
         steps = self.cfg.total_training_steps
-        self.monitors = {name: Monitor(sae, steps) for name, sae in self.saes.items()}
+        self.monitors = {name: Monitor.of(sae, steps) for name, sae in self.saes.items()}
         try:
             return super().fit()
         finally:

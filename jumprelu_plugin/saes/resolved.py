@@ -1,0 +1,152 @@
+"""What the optional fields of a training config resolve to.
+
+A field that the user leaves out means something that depends on others: on the target L0, the
+width, whether L0 is controlled. That is decided here, once; `jumprelu check` prints it, and the
+training reads nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from jumprelu_plugin.control.dictionary_control import ControlSettings
+from jumprelu_plugin.control.units import units_of
+
+if TYPE_CHECKING:
+    from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
+
+T = TypeVar("T")
+
+# With more of it latents match true features better and reconstruct less (docs/ablations.md).
+MATRYOSHKA_LOSS_WEIGHT = 0.5
+# Above this L0/d_sae the weight falls with its square: what prefixes cost grows with it.
+DENSITY_OF_FULL_WEIGHT = 1 / 64
+# The prefixes are these parts of the latents. Longer ones cost more and find less.
+PREFIX_PARTS = (32, 16, 8)
+# Times the median norm. Massive activations have a hundred. With less, they are reconstructed badly
+# where L0 is low (docs/ablations.md).
+OUTLIER_NORM_RATIO = 10.0
+# Times the mean density. A limit below the first is raised to it, since it costs the more the
+# nearer it is; one below the second is left out, since it would hold most latents down.
+ROOM_FOR_DENSITY, LEAST_ROOM = 2.0, 1.5
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(ControlSettings):
+    """A training config with every optional field resolved, under the same names.
+
+    A neutral value stands for what is absent: 0 for a coefficient or a weight, infinity for a scale
+    or a ratio, 1 for a density. ε, θ₀ and λ are in the units of training (`control.units`).
+
+    Attributes:
+        l0_coefficient: the fixed λ; 1 where it is measured, which the measured λ multiplies.
+        quadratic_target: where the `quadratic` penalty has its minimum; 0 where there is no target.
+        density_penalty_scale: ω₀; infinity: no penalty.
+        matryoshka_widths: of the prefixes, without the whole dictionary.
+        matryoshka_loss_weight: of the mean of their errors, beside the whole dictionary's.
+        outlier_norm_ratio: times the median norm; infinity: no limit.
+        pre_act_loss_coefficient, aux_loss_coefficient: 0: no such loss.
+    """
+
+    l0_coefficient: float
+    quadratic_target: float
+    density_penalty_scale: float
+    matryoshka_widths: tuple[int, ...]
+    matryoshka_loss_weight: float
+    outlier_norm_ratio: float
+    pre_act_loss_coefficient: float
+    aux_loss_coefficient: float
+
+    def described(self) -> dict[str, str]:
+        """Every field in words, for reading."""
+        return {
+            field.name: _in_words(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+
+def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
+    """Resolve a config that `saes.validation` accepts."""
+    controlled, target = cfg.controls_l0, cfg.target_l0 or 0.0
+    units = units_of(cfg.hyperparameter_units, cfg.d_in)
+    widths = _prefix_widths(cfg)
+    return ResolvedConfig(
+        d_sae=cfg.d_sae,
+        controls_l0=controlled,
+        target_l0=target,
+        target_l0_start_ratio=cfg.target_l0_start_ratio,
+        target_l0_warm_up_steps=cfg.target_l0_warm_up_steps,
+        jumprelu_bandwidth=units.activation * (cfg.jumprelu_bandwidth or 0.0),
+        jumprelu_bandwidth_std=cfg.jumprelu_bandwidth_std,
+        jumprelu_init_threshold=units.activation * (cfg.jumprelu_init_threshold or 0.0),
+        max_latent_density=density_limit(
+            cfg.max_latent_density, target / cfg.d_sae, controls_l0=controlled
+        ),
+        resample_dead_latents=_or(cfg.resample_dead_latents, controlled),
+        unit_norm_decoder=_or(cfg.unit_norm_decoder, controlled),
+        # The controller is the schedule: 1 is what it multiplies.
+        l0_coefficient=1.0 if cfg.l0_coefficient is None else cfg.l0_coefficient,
+        # An L0-controlled training is held at its target, where the penalty would be flat and have
+        # no multiplier: it is centered at half the target instead.
+        quadratic_target=0.5 * target if controlled else target,
+        density_penalty_scale=_or(cfg.density_penalty_scale, math.inf),
+        matryoshka_widths=widths,
+        matryoshka_loss_weight=_prefix_weight(cfg, widths),
+        outlier_norm_ratio=_outlier_norm_ratio(cfg),
+        pre_act_loss_coefficient=_or(cfg.pre_act_loss_coefficient, 0.0),
+        aux_loss_coefficient=_or(cfg.aux_loss_coefficient, 0.0),
+    )
+
+
+def density_limit(given: float | None, mean_density: float, *, controls_l0: bool) -> float:
+    """The largest latent density to allow; 1 is no limit.
+
+    Args:
+        given: what the config says.
+        mean_density: the target L0 over d_sae.
+    """
+    if given is None:
+        return 1.0
+    if not controls_l0:
+        return given
+    if LEAST_ROOM * mean_density > given:
+        return 1.0
+    return min(1.0, max(given, ROOM_FOR_DENSITY * mean_density))
+
+
+def _prefix_widths(cfg: JumpReLUTrainingSAEConfig) -> tuple[int, ...]:
+    if cfg.matryoshka_loss_weight == 0:
+        return ()
+    if cfg.matryoshka_widths is not None:
+        return tuple(width for width in cfg.matryoshka_widths if width < cfg.d_sae)
+    if not (cfg.controls_l0 and cfg.matryoshka_by_default):
+        return ()
+    return tuple(sorted({cfg.d_sae // part for part in PREFIX_PARTS} - {0}))
+
+
+def _prefix_weight(cfg: JumpReLUTrainingSAEConfig, widths: tuple[int, ...]) -> float:
+    if cfg.matryoshka_loss_weight is not None:
+        return cfg.matryoshka_loss_weight
+    if cfg.matryoshka_widths is not None:
+        return float(len(widths))
+    density = (cfg.target_l0 or 0) / cfg.d_sae
+    return MATRYOSHKA_LOSS_WEIGHT * min(1.0, DENSITY_OF_FULL_WEIGHT / max(density, 1e-12)) ** 2
+
+
+def _outlier_norm_ratio(cfg: JumpReLUTrainingSAEConfig) -> float:
+    if cfg.outlier_norm_ratio is None:
+        limited = cfg.controls_l0 and cfg.outlier_limit_by_default
+        return OUTLIER_NORM_RATIO if limited else math.inf
+    return cfg.outlier_norm_ratio or math.inf
+
+
+def _or(given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

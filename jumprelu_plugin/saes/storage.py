@@ -1,0 +1,151 @@
+"""How a training SAE keeps, copies, saves and loads its parameters.
+
+The optimizer may see a parameter in other units than everyone else: log θ in place of θ, or biases
+in units of E‖x‖² = 1 (`control.units`). What is folded, saved or handed on is always the plain
+parameter. W_enc lies by latent in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
+from torch import Tensor
+from torch.nn.utils import parametrize
+from typing_extensions import Self, override
+
+from jumprelu_plugin.control.dictionary_control import DictionaryControl
+from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
+from jumprelu_plugin.control.units import LogParameter, ScaledParameter, parametrized, stored
+from jumprelu_plugin.saes import checkpoint
+
+_NAMES = ("threshold", "b_enc", "b_dec")
+
+
+class StoredParameters(StockTrainingSAE):
+    """SAELens' training SAE with parameters that may be stored in other units.
+
+    Attributes:
+        control: what training keeps beside the parameters.
+        calibrated: whether everything that the config leaves to the data is set.
+        has_loaded_weights: whether its weights came from a file, and are not to be initialized.
+        optimizer_hooks: around the steps of its optimizer; None before the first step.
+    """
+
+    control: DictionaryControl
+    calibrated = False
+    has_loaded_weights = False
+    optimizer_hooks: OptimizerHooks | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that trains on its own: SAELens' normalization functions are closures over the
+        SAE they were made for, and an optimizer's hooks belong to one SAE."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        vars(new).update(copy.deepcopy({**vars(self), "optimizer_hooks": None}, memo))
+        new._setup_activation_normalization()
+        return new
+
+    def store_in_units(self, scale: float, *, log_threshold: bool) -> None:
+        """Let the optimizer see θ and the biases divided by `scale`, or log θ."""
+        if log_threshold:
+            parametrize.register_parametrization(self, "threshold", LogParameter(scale))
+        elif scale != 1.0:
+            parametrize.register_parametrization(self, "threshold", ScaledParameter(scale))
+        if scale != 1.0:
+            for name in ("b_enc", "b_dec"):
+                parametrize.register_parametrization(self, name, ScaledParameter(scale))
+
+    def store_plainly(self) -> None:
+        """Replace parametrized parameters by plain ones: for folding, when training is over."""
+        for name in self.parametrized_names():
+            parametrize.remove_parametrizations(self, name, leave_parametrized=True)
+
+    def parametrized_names(self) -> list[str]:
+        """The parameters that are stored in other units."""
+        return [name for name in _NAMES if parametrized(self, name) is not None]
+
+    def stored_parameters(self) -> dict[str, Tensor]:
+        """Those parameters as the optimizer sees them: exp(log θ) does not round-trip to the bit."""
+        return {name: stored(self, name).detach().clone() for name in self.parametrized_names()}
+
+    def load_stored_parameters(self, tensors: dict[str, Tensor]) -> None:
+        """Set parameters from what `stored_parameters` gave."""
+        for name in self.parametrized_names():
+            stored(self, name).data.copy_(tensors[name])
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # θ stays in float32 whatever the SAE's dtype, as SAELens keeps a plain one.
+        out = super()._apply(*args, **kwargs)
+        if parametrized(self, "threshold") is not None:
+            threshold = stored(self, "threshold")
+            threshold.data = threshold.data.float()
+        return out  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------- folding
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self.store_plainly()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self.store_plainly()
+        super().fold_activation_whitening(*args, **kwargs)
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        self.store_plainly()
+        super().fold_W_dec_norm()
+
+    # ---------------------------------------------------------------- saving, loading
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Write what stock SAELens reads: plain parameters, contiguous."""
+        for name in self.parametrized_names():
+            del state_dict[f"parametrizations.{name}.original"]
+            state_dict[name] = getattr(self, name).detach()
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        self.has_loaded_weights = True
+        state_dict["W_enc"] = by_latent(state_dict["W_enc"])
+        for name in self.parametrized_names():
+            how = parametrized(self, name)
+            assert how is not None
+            key = f"parametrizations.{name}.original"
+            state_dict[key] = how.right_inverse(state_dict.pop(name))
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save for resuming: SAELens' checkpoint files and, beside them, what they do not hold."""
+        if self.optimizer_hooks is not None:  # the optimizer's step may have been interrupted
+            self.optimizer_hooks.restore_layout()
+        saved = super().save_model(path)
+        checkpoint.write(Path(path), self.stored_parameters(), self.control)
+        return saved
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        super().load_weights_from_checkpoint(checkpoint_path)
+        tensors = checkpoint.read(Path(checkpoint_path), self.control)
+        if tensors is not None:
+            self.load_stored_parameters(tensors)
+        self.calibrated = self.control.bandwidth is not None
+
+
+def by_latent(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    """The same matrix, with each latent's encoder vector contiguous in memory.
+
+    The fast step computes the encoder's gradient by latent ([d_sae, d_in]), and a parameter that is
+    stored the same way takes it without a transposing copy.
+    """
+    return W_enc.t().contiguous().t()

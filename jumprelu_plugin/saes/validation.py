@@ -1,0 +1,231 @@
+"""What a training config must hold: one table of field, predicate and message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from jumprelu_plugin.control.units import INPUT_UNITS
+from jumprelu_plugin.step.choose import STEP_PATHS
+from jumprelu_plugin.step.losses import SPARSITY_MODES
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a config must hold.
+
+    Attributes:
+        field: the field that is wrong where it does not.
+        holds: a predicate of the config.
+        message: what is expected and what to do. `{value}` is the field's value and `{cfg.name}`
+            another field's.
+    """
+
+    field: str
+    holds: Callable[[Any], bool]
+    message: str
+
+    def text(self, cfg: Any) -> str:
+        """The message for this config."""
+        return self.message.format(field=self.field, value=getattr(cfg, self.field), cfg=cfg)
+
+
+def require(cfg: Any, rules: Iterable[Rule]) -> None:
+    """Raise ValueError with the message of the first rule that does not hold."""
+    for rule in rules:
+        if not rule.holds(cfg):
+            raise ValueError(rule.text(cfg))
+
+
+def positive(field: str, message: str = "it must be a finite number greater than 0") -> Rule:
+    """The field is None or a finite number above 0."""
+    return Rule(field, _number(field, lambda v: 0 < v < math.inf), "{field} is {value}; " + message)
+
+
+def not_negative(field: str, message: str = "it must be a finite number, 0 or more") -> Rule:
+    """The field is None or a finite number, 0 or more."""
+    return Rule(
+        field, _number(field, lambda v: 0 <= v < math.inf), "{field} is {value}; " + message
+    )
+
+
+def one_of(field: str, allowed: Sequence[str]) -> Rule:
+    """The field is one of these words."""
+    return Rule(
+        field,
+        lambda cfg: getattr(cfg, field) in allowed,
+        f"{{field}} is {{value!r}}; it must be one of {', '.join(allowed)}",
+    )
+
+
+def yes_no_or_none(field: str) -> Rule:
+    """The field is True, False or None."""
+    return Rule(
+        field,
+        lambda cfg: getattr(cfg, field) in (None, False, True),
+        "{field} is {value!r}; it must be True, False, or None to follow the other settings",
+    )
+
+
+def a_density(field: str) -> Rule:
+    """The field is None or a share of the tokens."""
+    return Rule(
+        field,
+        _number(field, lambda v: 0 < v <= 1),
+        "{field} is {value}; it must be a share of the tokens, greater than 0 and at most 1, or "
+        "None for no limit",
+    )
+
+
+def a_target(example: float) -> Rule:
+    """There is a target L0 or a coefficient."""
+    return Rule(
+        "target_l0",
+        lambda cfg: cfg.l0_coefficient is not None or cfg.target_l0 is not None,
+        "neither target_l0 nor l0_coefficient is set: give target_l0"
+        f"={example:g}, for example, to train for {example:g} active latents a token, or "
+        "l0_coefficient for a fixed sparsity penalty",
+    )
+
+
+def _number(field: str, accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
+    def holds(cfg: Any) -> bool:
+        value = getattr(cfg, field)
+        return value is None or accepts(value)
+
+    return holds
+
+
+def _widths_rise(cfg: Any) -> bool:
+    widths = cfg.matryoshka_widths
+    return widths is None or (
+        bool(widths)
+        and all(isinstance(width, int) and 0 < width <= cfg.d_sae for width in widths)
+        and all(first < second for first, second in pairwise(widths))
+    )
+
+
+_FROM_DATA = (
+    "it must be greater than 0 (leave it out in jumprelu_plugin.JumpReLUTrainingSAEConfig to take "
+    "it from the data)"
+)
+
+SAE_RULES = (
+    a_target(40),
+    Rule(
+        "target_l0",
+        lambda cfg: cfg.jumprelu_sparsity_loss_mode != "quadratic" or cfg.target_l0 is not None,
+        "cfg.target_l0 must be set for quadratic sparsity loss mode: it is where the penalty has "
+        "its minimum",
+    ),
+    Rule(
+        "l0_coefficient",
+        _number("l0_coefficient", math.isfinite),
+        "{field} is {value}; it must be a finite number",
+    ),
+    Rule(
+        "jumprelu_init_threshold",
+        _number("jumprelu_init_threshold", lambda v: v > 0),
+        "{field} is {value}; " + _FROM_DATA,
+    ),
+    Rule(
+        "jumprelu_bandwidth",
+        _number("jumprelu_bandwidth", lambda v: v > 0),
+        "{field} is {value}; " + _FROM_DATA,
+    ),
+    positive("target_l0_start_ratio"),
+    positive("jumprelu_bandwidth_std"),
+    positive(
+        "density_penalty_scale",
+        "it must be a finite number greater than 0 (0.01 as published), or None for no density "
+        "penalty",
+    ),
+    a_density("max_latent_density"),
+    not_negative("matryoshka_loss_weight", "it must be a finite number, 0 or more, or None"),
+    not_negative("outlier_norm_ratio", "it must be a finite number, 0 or more, or None"),
+    Rule(
+        "matryoshka_widths",
+        _widths_rise,
+        "{field} is {value}; it must be whole numbers of latents in rising order, from 1 to d_sae, "
+        "which is {cfg.d_sae}, or None for the default",
+    ),
+    not_negative(
+        "aux_loss_coefficient",
+        "it must be a finite number, 0 or more (1/32 as published), or None for no auxiliary loss",
+    ),
+    Rule(
+        "aux_loss_coefficient",
+        lambda cfg: cfg.aux_loss_coefficient is None or cfg.normalize_activations != "layer_norm",
+        "{field} is {value} and normalize_activations is 'layer_norm': dead latents would have to "
+        "reconstruct a residual on another scale than their own. Use 'expected_average_only_in' or "
+        "'none'",
+    ),
+    Rule(
+        "initialization",
+        lambda cfg: cfg.initialization != "anthropic" or cfg.jumprelu_init_threshold is not None,
+        "{field} is 'anthropic' and jumprelu_init_threshold is None: biases are set for a known "
+        "threshold; give one (0.1 as published)",
+    ),
+    Rule(
+        "target_l0_warm_up_steps",
+        lambda cfg: cfg.target_l0_warm_up_steps >= 0,
+        "{field} is {value}; it must be 0 or more",
+    ),
+    Rule(
+        "target_l0",
+        lambda cfg: cfg.target_l0 is None or 0 < cfg.target_l0 <= cfg.d_sae,
+        "{field} is {value}; it must be greater than 0 and at most d_sae, which is {cfg.d_sae}",
+    ),
+    Rule(
+        "target_l0_start_ratio",
+        lambda cfg: 1 <= cfg.target_l0_start_ratio <= cfg.d_sae / (cfg.target_l0 or 1),
+        "{field} is {value}; it must be at least 1, and times target_l0 ({cfg.target_l0}) at most "
+        "d_sae ({cfg.d_sae})",
+    ),
+    one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
+    one_of("pre_act_loss_latents", ("dead", "all")),
+    one_of("initialization", ("saelens", "anthropic")),
+    one_of("hyperparameter_units", INPUT_UNITS),
+    Rule(
+        "log_threshold",
+        lambda cfg: cfg.log_threshold in (False, True),
+        "{field} is {value!r}; it must be True (train log θ) or False (train θ)",
+    ),
+    yes_no_or_none("unit_norm_decoder"),
+    yes_no_or_none("resample_dead_latents"),
+    one_of("step_kernel", STEP_PATHS),
+)
+
+TRANSCODER_RULES = (
+    *SAE_RULES,
+    Rule(
+        "d_out",
+        lambda cfg: cfg.width_out >= 1,
+        "{field} is {value}; it must be the width of the output hook",
+    ),
+    Rule(
+        "apply_b_dec_to_input",
+        lambda cfg: not cfg.apply_b_dec_to_input,
+        "{field} is True, but a transcoder's b_dec lives in the output's space: leave it False",
+    ),
+    Rule(
+        "initialization",
+        lambda cfg: cfg.initialization == "saelens",
+        "{field} is {value!r}, which makes the encoder from the decoder; a transcoder's are drawn "
+        "apart: leave it 'saelens'",
+    ),
+    Rule(
+        "normalize_activations",
+        lambda cfg: cfg.normalize_activations in ("none", "expected_average_only_in"),
+        "{field} is {value!r}; a transcoder takes none or expected_average_only_in: nothing else "
+        "can be folded into its weights",
+    ),
+    Rule(
+        "reshape_activations",
+        lambda cfg: cfg.reshape_activations == "none",
+        "{field} is {value!r}; a transcoder takes flattened heads: leave it 'none'",
+    ),
+)
