@@ -296,6 +296,10 @@ def test_a_run_that_works_is_shown_and_nothing_is_written(
         "dead_feature_window",
     ):
         assert word in result.output
+    # What the optional fields mean in this run.
+    for field in ("controls_l0", "matryoshka_widths", "unit_norm_decoder", "max_latent_density"):
+        assert field in result.output
+    assert "from the first batch" in result.output
     assert files(folders, tmp_path) == before
 
 

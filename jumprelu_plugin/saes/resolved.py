@@ -34,12 +34,27 @@ OUTLIER_NORM_RATIO = 10.0
 ROOM_FOR_DENSITY, LEAST_ROOM = 2.0, 1.5
 
 
+# What a neutral value is called.
+_ABSENT: dict[str, tuple[float, str]] = {
+    "target_l0": (0.0, "none"),
+    "quadratic_target": (0.0, "none"),
+    "jumprelu_bandwidth": (0.0, "from the first batch"),
+    "jumprelu_init_threshold": (0.0, "from the first batch"),
+    "max_latent_density": (1.0, "no limit"),
+    "density_penalty_scale": (math.inf, "no penalty"),
+    "outlier_norm_ratio": (math.inf, "no limit"),
+    "pre_act_loss_coefficient": (0.0, "no such loss"),
+    "aux_loss_coefficient": (0.0, "no such loss"),
+}
+
+
 @dataclass(frozen=True)
 class ResolvedConfig(ControlSettings):
     """A training config with every optional field resolved, under the same names.
 
     A neutral value stands for what is absent: 0 for a coefficient or a weight, infinity for a scale
-    or a ratio, 1 for a density. ε, θ₀ and λ are in the units of training (`control.units`).
+    or a ratio, 1 for a density. ε and θ₀ are in the units of training (`control.units`), and 0 there
+    means that the first batch gives them.
 
     Attributes:
         l0_coefficient: the fixed λ; 1 where it is measured, which the measured λ multiplies.
@@ -62,9 +77,9 @@ class ResolvedConfig(ControlSettings):
 
     def described(self) -> dict[str, str]:
         """Every field in words, for reading."""
-        return {
-            field.name: _in_words(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        words = {name: _in_words(name, value) for name, value in values.items()}
+        return {**words, "l0_coefficient": "measured"} if self.controls_l0 else words
 
 
 def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
@@ -146,7 +161,9 @@ def _or(given: T | None, default: T) -> T:
     return default if given is None else given
 
 
-def _in_words(value: object) -> str:
+def _in_words(name: str, value: object) -> str:
+    if _ABSENT.get(name, (None,))[0] == value:
+        return _ABSENT[name][1]
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.saes.resolved import ResolvedConfig
 from jumprelu_plugin.training.health.findings import (
     Finding,
     first_step_findings,
@@ -51,6 +52,7 @@ class Preflight:
             resumed.
         threshold_reach: how far a threshold can get.
         findings: what follows, the worst first.
+        resolved: what the config's optional fields mean in this run; None for another architecture.
     """
 
     steps: int
@@ -58,6 +60,7 @@ class Preflight:
     first: FirstStep | None
     threshold_reach: ThresholdReach | None
     findings: tuple[Finding, ...]
+    resolved: ResolvedConfig | None = None
 
     def of(self, severity: str) -> list[Finding]:
         """The findings of one severity."""
@@ -77,6 +80,10 @@ class Preflight:
         for name, value in self._numbers():
             table.add_row(name, value)
         table.add_section()
+        if self.resolved is not None:
+            for name, value in self.resolved.described().items():
+                table.add_row(name, value)
+            table.add_section()
         for finding in self.findings:
             table.add_row(f"[{_STYLES[finding.severity]}]{finding.severity}[/]", str(finding))
         if not self.findings:
@@ -181,13 +188,14 @@ def run_preflight(
         sae,
         None if store is None else store.model,
         entries=_usual_entries(sae.cfg) if found is None else found.entries,
-        calibrates=not resumed and not getattr(sae, "_calibrated", True),
+        calibrates=not resumed and not getattr(sae, "calibrated", True),
         width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
     )
     findings += memory_findings(memory)
     order = list(_STYLES)
     ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
-    return Preflight(steps, memory, found, reach, tuple(ranked))
+    resolved = getattr(sae, "resolved", None)
+    return Preflight(steps, memory, found, reach, tuple(ranked), resolved)
 
 
 def _usual_entries(cfg: Any) -> float:
