@@ -65,7 +65,7 @@ def quick_transcoders(folder: Path) -> Path:
 
 def explore(folder: Path) -> None:
     """Attribute, check the graph, intervene."""
-    model = circuits.replacement_model(folder, EMBEDDED_MODEL)
+    model = circuits.load_replacement_model(folder, EMBEDDED_MODEL)
     graph = circuits.attribute(model, PROMPT)
     tokens = graph.input_tokens
     says = ", ".join(f"{t.token_str!r} {p:.2f}" for t, p in zip(graph.logit_targets,
@@ -93,10 +93,10 @@ def explore(folder: Path) -> None:
         value = 2 * graph.activation_values[feature]
         change = circuits.change_feature(model, graph, feature, value)
         word = model.tokenizer.decode([int(tokens[position])])
-        predicted, seen = (part[-change.logits] for part in (change.predicted, change.seen))
+        predicted, measured = (part[-change.n_logits] for part in (change.predicted, change.measured))
         print(
             f"layer {layer}, {word!r}, latent {latent}, doubled: "
-            f"{graph.logit_targets[0].token_str!r} predicted {predicted:+.3f}, seen {seen:+.3f}"
+            f"{graph.logit_targets[0].token_str!r} predicted {predicted:+.3f}, measured {measured:+.3f}"
         )
 
 

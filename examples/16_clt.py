@@ -60,7 +60,7 @@ except ImportError as missing:
     export(f"{OUTPUT}/trained", "circuit-tracer", f"{OUTPUT}/circuit_tracer", unchecked=True)
     print(f"exported without the check: {missing}")
 else:
-    replacement = circuits.replacement_model(f"{OUTPUT}/circuit_tracer", EMBEDDED_MODEL)
+    replacement = circuits.load_replacement_model(f"{OUTPUT}/circuit_tracer", EMBEDDED_MODEL)
     graph = circuits.attribute(replacement, "The capital of France is")
     error = circuits.row_sums(replacement, graph).relative_error
     print(

@@ -1,4 +1,4 @@
-"""A circuit on the embedded Gemma 2: complete, equal to the model, right about interventions."""
+"""Circuits of the embedded Gemma 2: logits, row sums and interventions agree with the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from dictionaries import needs, random_transcoder, saved
 from safetensors.torch import load_file
 
-from jumprelu_plugin.circuits.graph_checks import (
+from jumprelu_plugin.circuits import (
     attribute,
     change_feature,
-    replacement_model,
+    load_replacement_model,
     row_sums,
     spliced_logits,
 )
@@ -84,7 +84,7 @@ def circuit(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any
     needs("circuit_tracer")
     folder = tmp_path_factory.mktemp("circuit")
     export(made(folder, *request.param), "circuit-tracer", folder / "out")
-    model = replacement_model(folder / "out")
+    model = load_replacement_model(folder / "out")
     return model, attribute(model, PROMPT)
 
 
@@ -121,8 +121,8 @@ def test_interventions_do_what_the_graph_predicts(circuit: tuple[Any, Any], rank
     features = to_first_logit[: len(graph.active_features)].abs()
     feature = int(features.argsort(descending=True)[rank])
     change = change_feature(model, graph, feature, 3.0 * float(graph.activation_values[feature]))
-    assert change.logits == len(graph.logit_targets)
-    assert float(change.seen[-change.logits :].abs().max()) > 0.01
+    assert change.n_logits == len(graph.logit_targets)
+    assert float(change.measured[-change.n_logits :].abs().max()) > 0.01
     assert change.relative_error < 1e-3
 
 
@@ -148,14 +148,14 @@ def test_wrong_sets_are_refused(tmp_path: Path) -> None:
     sets = random_set(tmp_path / "set", hook_in=HOOKS[0], skip=False, layers=2)
     export(sets, "circuit-tracer", tmp_path / "out", n_layers=2)
     with pytest.raises(ValueError, match="2 transcoders of width 256.*6 layers"):
-        replacement_model(tmp_path / "out")
+        load_replacement_model(tmp_path / "out")
 
 
 def test_padded_layers_become_error_nodes(tmp_path: Path) -> None:
     needs("circuit_tracer")
     sets = random_set(tmp_path / "set", hook_in=HOOKS[0], skip=False, layers=4)
     export(sets, "circuit-tracer", tmp_path / "out", pad_missing=True)
-    model = replacement_model(tmp_path / "out", embedded_model_folder())
+    model = load_replacement_model(tmp_path / "out", embedded_model_folder())
     graph = attribute(model, PROMPT)
     assert int(graph.active_features[:, 0].max()) <= 3
     assert row_sums(model, graph).relative_error < 1e-3
@@ -166,4 +166,4 @@ def test_padded_layers_become_error_nodes(tmp_path: Path) -> None:
 )
 def test_missing_circuit_tracer_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match="pip install --no-deps circuit-tracer"):
-        replacement_model(tmp_path)
+        load_replacement_model(tmp_path)

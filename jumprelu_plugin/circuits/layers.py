@@ -1,4 +1,4 @@
-"""circuit-tracer's two kinds of transcoders, a set and a cross-layer one, seen layer by layer."""
+"""A common interface to circuit-tracer's transcoder sets and cross-layer transcoders."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def is_cross_layer(transcoders: Any) -> bool:
-    """Whether it is one cross-layer transcoder; a set can be walked through."""
+    """Whether it is a cross-layer transcoder; a set is iterable."""
     return not hasattr(transcoders, "__iter__")
 
 
-def shape(transcoders: Any) -> tuple[int, int]:
-    """How many layers, and the width they read and write."""
+def layers_and_width(transcoders: Any) -> tuple[int, int]:
+    """The number of layers, and d_model."""
     if is_cross_layer(transcoders):
         return transcoders.n_layers, transcoders.d_model
     return len(transcoders), transcoders[0].d_model
@@ -29,19 +29,23 @@ def encoder(transcoders: Any, layer: int) -> Float[Tensor, "d_sae d_model"]:
 
 
 def output_bias(transcoders: Any, layer: int) -> Float[Tensor, " d_model"]:
-    """What is added to a layer's output whatever fires."""
+    """b_dec of a layer's output."""
     return transcoders.b_dec[layer] if is_cross_layer(transcoders) else transcoders[layer].b_dec
 
 
-class Outputs:
-    """What transcoders write, as a forward pass goes up through the layers."""
+class LayerOutputs:
+    """The transcoders' output at each layer, computed layer by layer during a forward pass.
+
+    Args:
+        transcoders: circuit-tracer's set or cross-layer transcoder.
+    """
 
     def __init__(self, transcoders: Any):
         self._transcoders = transcoders
         self._written: dict[int, Tensor] = {}
 
     def next(self, layer: int, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
-        """The output of the next layer, from its own features and those of the layers before."""
+        """The output at the next layer, from its features and those of earlier layers."""
         transcoders = self._transcoders
         if not is_cross_layer(transcoders):
             return transcoders[layer](x)
