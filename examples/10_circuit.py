@@ -93,10 +93,12 @@ def explore(folder: Path) -> None:
         value = 2 * graph.activation_values[feature]
         change = circuits.change_feature(model, graph, feature, value)
         word = model.tokenizer.decode([int(tokens[position])])
-        predicted, measured = (part[-change.n_logits] for part in (change.predicted, change.measured))
+        predicted = change.predicted[-change.n_logits]
+        measured = change.measured[-change.n_logits]
         print(
             f"layer {layer}, {word!r}, latent {latent}, doubled: "
-            f"{graph.logit_targets[0].token_str!r} predicted {predicted:+.3f}, measured {measured:+.3f}"
+            f"{graph.logit_targets[0].token_str!r} predicted {predicted:+.3f}, "
+            f"measured {measured:+.3f}"
         )
 
 

@@ -86,7 +86,7 @@ for name, cfg in configs.items():
 # The recipe's own numbers. Only lr is raised for a run this short.
 recipe = get_recipe("anthropic_2025")
 cfg = recipe.sae_config(D_IN, D_SAE, target_l0=24, step_kernel="dense")
-anthropic = train(cfg, lr=3e-3, decay=recipe.decay_steps(STEPS))
+anthropic = train(cfg, lr=3e-3, decay=recipe.lr_decay_steps(STEPS))
 before = anthropic(activations[:64])
 anthropic.fold_W_dec_norm()
 error = (anthropic(activations[:64]) - before).norm() / before.norm()

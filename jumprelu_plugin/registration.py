@@ -1,9 +1,9 @@
-"""The only file that touches SAELens' registries.
+"""Registers this package's training classes with SAELens. Only this file changes its registries.
 
-`register()` makes `architecture="jumprelu"` train this package's class, in every runner of SAELens,
-and gives `jumprelu_transcoder` and `jumprelu_skip_transcoder`, which SAELens can only load, a class
-to train. It touches *training* entries alone: what is saved is a stock folder, and the entries that
-load one for inference are never touched.
+After `register()`, every SAELens runner trains this package's class for `architecture="jumprelu"`,
+and can train `jumprelu_transcoder` and `jumprelu_skip_transcoder`, which SAELens can only load.
+Only *training* entries change. Trained dictionaries are saved as stock folders, and SAELens loads
+them for inference with its own classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUTrainingTranscoderConfig,
 )
 
-_OURS: dict[str, tuple[Any, Any]] = {
+_CLASSES: dict[str, tuple[Any, Any]] = {
     "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
     "jumprelu_transcoder": (JumpReLUTrainingTranscoder, JumpReLUTrainingTranscoderConfig),
     "jumprelu_skip_transcoder": (
@@ -31,23 +31,23 @@ _OURS: dict[str, tuple[Any, Any]] = {
         JumpReLUTrainingSkipTranscoderConfig,
     ),
 }
-# What was there before us, None for an architecture nobody trained; empty while not registered.
+# The entries that `register` replaced; None where there was none. Empty while not registered.
 _replaced: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Train this package's classes for its architectures. Harmless to repeat."""
-    for architecture, ours in _OURS.items():
+    """Make SAELens train this package's classes. Repeated calls have no effect."""
+    for architecture, classes in _CLASSES.items():
         entry = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
-        if entry != ours:
+        if entry != classes:
             _replaced[architecture] = entry
-            SAE_TRAINING_CLASS_REGISTRY[architecture] = ours
+            SAE_TRAINING_CLASS_REGISTRY[architecture] = classes
 
 
 def unregister() -> None:
-    """Give the architectures back to the classes that had them. Harmless to repeat."""
+    """Restore the entries that `register` replaced. Repeated calls have no effect."""
     for architecture, entry in _replaced.items():
-        if SAE_TRAINING_CLASS_REGISTRY.get(architecture) != _OURS[architecture]:
+        if SAE_TRAINING_CLASS_REGISTRY.get(architecture) != _CLASSES[architecture]:
             continue
         if entry is None:
             del SAE_TRAINING_CLASS_REGISTRY[architecture]
@@ -57,5 +57,7 @@ def unregister() -> None:
 
 
 def is_registered() -> bool:
-    """Whether the architectures train this package's classes now."""
-    return all(SAE_TRAINING_CLASS_REGISTRY.get(name) == ours for name, ours in _OURS.items())
+    """Whether SAELens trains this package's classes."""
+    return all(
+        SAE_TRAINING_CLASS_REGISTRY.get(name) == classes for name, classes in _CLASSES.items()
+    )

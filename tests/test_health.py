@@ -551,7 +551,7 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
         lr=DEFAULT.runner["lr"],
-        lr_decay_steps=DEFAULT.decay_steps(steps),
+        lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=steps // 5,
         checkpoint_path=None,
         output_path=str(tmp_path / "output"),

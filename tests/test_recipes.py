@@ -48,14 +48,14 @@ def trained(recipe: Recipe, **changes: Any) -> JumpReLUTrainingSAE:
     cfg = recipe.sae_config(
         D_IN, D_SAE, step_kernel="sparse", **{**CHOSEN.get(recipe.name, {}), **changes}
     )
-    cfg.l0_warm_up_steps = recipe.penalty_steps(STEPS)
+    cfg.l0_warm_up_steps = recipe.l0_warm_up_steps(STEPS)
     sae = JumpReLUTrainingSAE(cfg)
     trainer = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,
         lr=recipe.runner["lr"],
         lr_end=recipe.runner.get("lr_end", recipe.runner["lr"] / 10),
-        lr_decay_steps=recipe.decay_steps(STEPS),
+        lr_decay_steps=recipe.lr_decay_steps(STEPS),
         n_batches_for_norm_estimate=5,
     )
     SAETrainer(trainer, sae, data_provider=tokens()).fit()
@@ -82,16 +82,16 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
     given = ["--d_in", str(D_IN), "--d_sae", str(D_SAE), "--training_tokens", "1000000000"]
     given += [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
     cfg = parse_flags(["--architecture", "jumprelu", *recipe.flags(), *given])
-    recipe.fit(cfg, given)
+    recipe.adapt_to_run(cfg, given)
     steps = 1_000_000_000 // recipe.runner["train_batch_size_tokens"]
     expected = recipe.sae_config(
-        D_IN, D_SAE, l0_warm_up_steps=recipe.penalty_steps(steps), **chosen
+        D_IN, D_SAE, l0_warm_up_steps=recipe.l0_warm_up_steps(steps), **chosen
     )
     for field in fields(expected):
         if field.name != "metadata":
             assert getattr(cfg.sae, field.name) == getattr(expected, field.name), field.name
     assert {name: getattr(cfg, name) for name in recipe.runner} == dict(recipe.runner)
-    assert cfg.lr_decay_steps == recipe.decay_steps(steps)
+    assert cfg.lr_decay_steps == recipe.lr_decay_steps(steps)
 
 
 def test_flags_of_ones_own_win() -> None:
@@ -101,7 +101,7 @@ def test_flags_of_ones_own_win() -> None:
     ]  # fmt: skip
     for recipe in (GEMMA_SCOPE_2, ANTHROPIC_2025):
         cfg = parse_flags(["--architecture", "jumprelu", *recipe.flags(), *given])
-        recipe.fit(cfg, given)
+        recipe.adapt_to_run(cfg, given)
         assert (cfg.lr_decay_steps, cfg.sae.l0_warm_up_steps, cfg.sae.target_l0) == (3, 5, 9)  # type: ignore[attr-defined]
         assert cfg.sae.matryoshka_widths == [7]  # type: ignore[attr-defined]
 
@@ -112,7 +112,7 @@ def test_gemma_scope_2_is_what_it_says() -> None:
     sae = JumpReLUTrainingSAE(GEMMA_SCOPE_2.sae_config(D_IN, D_SAE, target_l0=9))
     assert sae.sparsity == WithDensityPenalty(QuadraticL0(9), 0.01)
     assert sae.bandwidth == pytest.approx(0.001 * math.sqrt(D_IN))
-    assert GEMMA_SCOPE_2.penalty_steps(10**6) == 50_000
+    assert GEMMA_SCOPE_2.l0_warm_up_steps(10**6) == 50_000
 
 
 def test_anthropic_s_initialisation() -> None:
@@ -143,12 +143,12 @@ def test_anthropic_s_initialisation() -> None:
 def test_anthropic_s_coefficient_rises_over_the_whole_run() -> None:
     sae = JumpReLUTrainingSAE(
         ANTHROPIC_2025.sae_config(
-            D_IN, D_SAE, l0_coefficient=0.4, l0_warm_up_steps=ANTHROPIC_2025.penalty_steps(STEPS)
+            D_IN, D_SAE, l0_coefficient=0.4, l0_warm_up_steps=ANTHROPIC_2025.l0_warm_up_steps(STEPS)
         )
     )
     coefficient: Any = sae.get_coefficients()["l0"]
     assert (coefficient.value, coefficient.warm_up_steps) == (0.4, STEPS)
-    assert ANTHROPIC_2025.decay_steps(STEPS) == STEPS // 5
+    assert ANTHROPIC_2025.lr_decay_steps(STEPS) == STEPS // 5
 
 
 def test_a_free_decoder_is_normalised_at_the_end_and_computes_the_same() -> None:

@@ -52,7 +52,7 @@ def _run_config(given: list[str], recipe: str | None) -> Any:
     # The user's own flags come last, and the last one counts.
     cfg = parse_flags([*defaults, *([] if chosen is None else chosen.flags()), *given])
     if chosen is not None:
-        chosen.fit(cfg, given)
+        chosen.adapt_to_run(cfg, given)
     return cfg
 
 
@@ -112,8 +112,8 @@ def recipes() -> None:
 
     for recipe in RECIPES.values():
         console.rule(f"[bold]{recipe.name}[/]", align="left")
-        console.print(f"{recipe.about}\n[dim]{recipe.source}[/]\n")
+        console.print(f"{recipe.description}\n[dim]{recipe.source}[/]\n")
         numbers = Table.grid(padding=(0, 2))
-        for name, value in recipe.numbers().items():
+        for name, value in recipe.field_values().items():
             numbers.add_row(f"  {name}", value)
         console.print(numbers, "")

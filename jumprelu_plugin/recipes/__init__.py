@@ -1,4 +1,4 @@
-"""Published training recipes as frozen data: one file each, a citation beside every number."""
+"""Training recipes as frozen data: one file each, with the source beside every number."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of this name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists all recipes.
     """
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are: {', '.join(RECIPES)}")
@@ -36,18 +36,18 @@ def get_recipe(name: str) -> Recipe:
 
 
 def get_transcoder_recipe(name: str) -> TranscoderRecipe:
-    """The transcoders' recipe of that name.
+    """The recipe of this name for transcoders.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists all recipes for transcoders.
     """
-    found = RECIPES.get(name)
-    if not isinstance(found, TranscoderRecipe):
+    recipe = RECIPES.get(name)
+    if not isinstance(recipe, TranscoderRecipe):
         names = [other.name for other in RECIPES.values() if isinstance(other, TranscoderRecipe)]
         raise ValueError(
             f"there is no recipe {name!r} for transcoders; there are: {', '.join(names)}"
         )
-    return found
+    return recipe
 
 
 __all__ = [

@@ -1,15 +1,16 @@
-"""Our recipe: ask for an L0, and everything else is found from the data."""
+"""This package's recipe: the user sets a target L0, and the rest is measured from the data."""
 
 from jumprelu_plugin.recipes.recipe import Recipe
 
 DEFAULT = Recipe(
     name="default",
     source="this package; measurements in docs/results.md",
-    about="Give target_l0. Thresholds and bandwidth come from the data's own pre-activations, the "
-    "coefficient is measured as the multiplier of the target L0, gradient reaches the encoder too, "
-    "inner dictionaries rebuild the input too, tokens of huge norm count less, decoder rows are "
-    "unit vectors, dead latents restart. JumpReLUTrainingSAEConfig does this when only target_l0 "
-    "is given; for text, the recipe adds a ceiling of 6 % on how often a latent fires.",
+    description="Set target_l0. Thresholds and bandwidth are calibrated on pre-activations, and "
+    "the coefficient is measured as the multiplier of the target L0. The estimators' gradient reaches "
+    "the encoder, Matryoshka prefixes have a loss of their own, tokens of outlying norm weigh "
+    "less, decoder rows have unit norm, and dead latents are resampled. "
+    "JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for text, the recipe adds "
+    "a maximum latent density of 6 %.",
     sae={
         "max_latent_density": 0.06,  # docs/results.md
     },
@@ -18,5 +19,5 @@ DEFAULT = Recipe(
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },
-    decay_share=0.2,
+    lr_decay_fraction=0.2,
 )

@@ -1,4 +1,4 @@
-"""What a recipe is: SAELens config fields, frozen, with where each number comes from."""
+"""A recipe: values of SAELens config fields as frozen data, with their source."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train, as data.
+    """The hyper-parameters of a published or measured way to train an SAE.
 
     Attributes:
-        name: how it is asked for.
+        name: the name that `get_recipe` takes.
         source: the publication.
-        about: what it does and when to take it, in a sentence or two.
-        sae: fields of `JumpReLUTrainingSAEConfig`.
-        runner: fields of SAELens' `LanguageModelSAERunnerConfig`.
-        decay_share: share of a run's steps over which the learning rate falls, at its end.
-        penalty_share: share of a run's steps over which λ rises, at its start. 0: as `sae` says.
-        prefix_shares: Matryoshka prefixes, as shares of the dictionary; the whole one goes without
-            saying.
+        description: what it does and when to use it.
+        sae: values of `JumpReLUTrainingSAEConfig` fields.
+        runner: values of SAELens' `LanguageModelSAERunnerConfig` fields.
+        lr_decay_fraction: fraction of the steps, at the end, in which the learning rate falls.
+        l0_warm_up_fraction: fraction of the steps, at the start, in which λ rises; 0 leaves
+            `l0_warm_up_steps` as in `sae`.
+        matryoshka_fractions: widths of the Matryoshka prefixes as fractions of d_sae, without 1.
     """
 
     name: str
     source: str
-    about: str
+    description: str
     sae: Mapping[str, Any]
     runner: Mapping[str, Any]
-    decay_share: float = 0.0
-    penalty_share: float = 0.0
-    prefix_shares: tuple[float, ...] = ()
+    lr_decay_fraction: float = 0.0
+    l0_warm_up_fraction: float = 0.0
+    matryoshka_fractions: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sae", MappingProxyType(dict(self.sae)))
@@ -44,53 +44,57 @@ class Recipe:
 
     def sae_config(self, d_in: int, d_sae: int, **changes: Any) -> JumpReLUTrainingSAEConfig:
         """The SAE's config for these widths; `changes` override fields of the recipe."""
-        fields = {**self.sae, **self.for_width(d_sae), **changes}
+        fields = {**self.sae, **self.matryoshka_fields(d_sae), **changes}
         return JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **fields)
 
-    def for_width(self, d_sae: int) -> dict[str, Any]:
-        """The fields that depend on how many latents there are."""
-        if not self.prefix_shares:
+    def matryoshka_fields(self, d_sae: int) -> dict[str, Any]:
+        """The SAE's fields that depend on the number of latents."""
+        if not self.matryoshka_fractions:
             return {}
-        widths = {max(1, round(share * d_sae)) for share in self.prefix_shares}
+        widths = {max(1, round(fraction * d_sae)) for fraction in self.matryoshka_fractions}
         return {"matryoshka_widths": sorted(widths)}
 
-    def decay_steps(self, steps: int) -> int:
-        """SAELens' `lr_decay_steps` for a run of this length."""
-        return round(self.decay_share * steps)
+    def lr_decay_steps(self, steps: int) -> int:
+        """SAELens' `lr_decay_steps` for a run of this many steps."""
+        return round(self.lr_decay_fraction * steps)
 
-    def penalty_steps(self, steps: int) -> int:
-        """SAELens' `l0_warm_up_steps` for a run of this length."""
-        rising = round(self.penalty_share * steps)
-        return rising or self.sae.get("l0_warm_up_steps", 0)
+    def l0_warm_up_steps(self, steps: int) -> int:
+        """SAELens' `l0_warm_up_steps` for a run of this many steps."""
+        warm_up = round(self.l0_warm_up_fraction * steps)
+        return warm_up or self.sae.get("l0_warm_up_steps", 0)
 
-    def fit(self, cfg: LanguageModelSAERunnerConfig[Any], given: Sequence[str]) -> None:
-        """Set what depends on the run's length and width, but for what flags in `given` set."""
+    def adapt_to_run(self, cfg: LanguageModelSAERunnerConfig[Any], flags: Sequence[str]) -> None:
+        """Set the fields of `cfg` that depend on the run's length and on d_sae, in place.
+
+        Fields that the user's `flags` set stay as they are.
+        """
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
-        names = {flag.partition("=")[0] for flag in given}
-        if "--lr_decay_steps" not in names:
-            cfg.lr_decay_steps = self.decay_steps(steps)
-        of_sae = self.for_width(cfg.sae.d_sae)
-        if self.penalty_share:
-            of_sae["l0_warm_up_steps"] = self.penalty_steps(steps)
-        for name, value in of_sae.items():
-            if f"--{name}" not in names:
+        given = {flag.partition("=")[0] for flag in flags}
+        if "--lr_decay_steps" not in given:
+            cfg.lr_decay_steps = self.lr_decay_steps(steps)
+        sae_fields = self.matryoshka_fields(cfg.sae.d_sae)
+        if self.l0_warm_up_fraction:
+            sae_fields["l0_warm_up_steps"] = self.l0_warm_up_steps(steps)
+        for name, value in sae_fields.items():
+            if f"--{name}" not in given:
                 setattr(cfg.sae, name, value)
 
-    def numbers(self) -> dict[str, str]:
-        """Every field the recipe sets, for people to read."""
-        shown = {name: str(value) for name, value in {**self.sae, **self.runner}.items()}
-        if self.prefix_shares:
-            shares = ", ".join(
-                str(Fraction(share).limit_denominator()) for share in self.prefix_shares
+    def field_values(self) -> dict[str, str]:
+        """Every field that the recipe sets and its value as text."""
+        values = {name: str(value) for name, value in {**self.sae, **self.runner}.items()}
+        if self.matryoshka_fractions:
+            fractions = ", ".join(
+                str(Fraction(fraction).limit_denominator())
+                for fraction in self.matryoshka_fractions
             )
-            shown["matryoshka_widths"] = f"{shares} of d_sae, and d_sae"
-        if self.penalty_share:
-            shown["l0_warm_up_steps"] = f"{self.penalty_share:.0%} of the run"
-        if self.decay_share:
-            shown["lr_decay_steps"] = f"{self.decay_share:.0%} of the run"
-        return shown
+            values["matryoshka_widths"] = f"{fractions} of d_sae, and d_sae"
+        if self.l0_warm_up_fraction:
+            values["l0_warm_up_steps"] = f"{self.l0_warm_up_fraction:.0%} of the run"
+        if self.lr_decay_fraction:
+            values["lr_decay_steps"] = f"{self.lr_decay_fraction:.0%} of the run"
+        return values
 
     def flags(self) -> list[str]:
-        """The recipe as flags of `jumprelu train`, but for what `fit` sets."""
-        numbers = {**self.sae, **self.runner}
-        return [text for name, value in numbers.items() for text in (f"--{name}", str(value))]
+        """The recipe as flags of `jumprelu train`, without the fields that `adapt_to_run` sets."""
+        values = {**self.sae, **self.runner}
+        return [text for name, value in values.items() for text in (f"--{name}", str(value))]

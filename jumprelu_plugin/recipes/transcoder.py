@@ -1,4 +1,4 @@
-"""Our recipe for transcoders: ask for an L0, and everything else is found from the data."""
+"""This package's recipe for transcoders: the user sets a target L0, and the rest is measured."""
 
 from jumprelu_plugin.recipes.default import DEFAULT
 from jumprelu_plugin.recipes.transcoder_recipe import TranscoderRecipe
@@ -6,17 +6,16 @@ from jumprelu_plugin.recipes.transcoder_recipe import TranscoderRecipe
 TRANSCODER = TranscoderRecipe(
     name="transcoder",
     source="this package; measurements in docs/guides/transcoders-and-clt.md",
-    about="Give target_l0 and an output hook. As `default`, with input and target each on its own "
-    "scale, b_dec starting at the target's mean and each decoder row at the mean of the target "
+    description="Set target_l0 and an output hook. Like `default`, with a scale each for input and "
+    "target; b_dec starts at the target's mean, and each decoder row at the mean of the target "
     "where its latent fires.",
     sae={},
     runner={
         **DEFAULT.runner,
-        # On layer 4 of the embedded Gemma 2 (d_sae 2048, 400k tokens in steps of 1,024, one seed),
-        # before λ was measured as the multiplier, held-out FVU with ε at twice the spread: 0.375 at
-        # L0 25.1. With ε at the spread itself, lr 4e-4, 1e-3, 2e-3, 4e-3 gave 0.633, 0.512, 0.439,
-        # 0.358, at L0 24.6 to 26.5.
+        # The SAEs' 3e-3 is not used: on layer 4 of the embedded Gemma 2 (d_sae 2048, 400k tokens in
+        # steps of 1,024, one seed), lr 4e-4, 1e-3, 2e-3 and 4e-3 gave held-out FVU 0.633, 0.512,
+        # 0.439 and 0.358 at L0 24.6 to 26.5, with an earlier way to measure λ.
         "lr": 4e-3,
     },
-    decay_share=DEFAULT.decay_share,
+    lr_decay_fraction=DEFAULT.lr_decay_fraction,
 )

@@ -1,4 +1,4 @@
-"""A recipe for transcoders: the same data, for the transcoders' config."""
+"""A recipe for transcoders: like `Recipe`, with values for the transcoders' config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jumprelu_plugin.saes.transcoder_config import (
 
 @dataclass(frozen=True)
 class TranscoderRecipe(Recipe):
-    """A way to train a transcoder; `sae` holds fields of `JumpReLUTrainingTranscoderConfig`."""
+    """A recipe whose `sae` holds values of `JumpReLUTrainingTranscoderConfig` fields."""
 
     @override
     def sae_config(
@@ -25,11 +25,13 @@ class TranscoderRecipe(Recipe):
         """The transcoder's config for these widths; `changes` override fields of the recipe.
 
         Args:
-            skip: with a linear map from input to output.
-            changes: `d_out` and `hook_name_out` among them.
+            d_in: width of the input.
+            d_sae: number of latents.
+            skip: whether to add a linear map from input to output.
+            changes: other fields; give at least `d_out` and `hook_name_out`.
         """
         kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
-        fields = {**self.sae, **self.for_width(d_sae), **changes}
+        fields = {**self.sae, **self.matryoshka_fields(d_sae), **changes}
         return kind(d_in=d_in, d_sae=d_sae, **fields)
 
     @override

@@ -136,7 +136,7 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
         lr=DEFAULT.runner["lr"],
-        lr_decay_steps=DEFAULT.decay_steps(steps),
+        lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=max(1, steps // 5),
         seed=settings.seed,
         checkpoint_path=None,
