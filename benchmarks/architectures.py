@@ -1,11 +1,11 @@
-"""The contenders of the quality benchmarks: ours, and SAELens' own, each asked for one L0.
+"""The architectures of the quality benchmarks: the plugin's and SAELens' own, at one target L0.
 
-Ours comes as the bare config and, for text, as the recipe `default`.
+The plugin trains from its bare config and, on text, from the recipe `default`.
 
-SAELens' `gated` takes no L0, so its coefficient is made to follow the measured one, which is more
-than SAELens does for it. Stock `jumprelu` is given the target in its quadratic mode, and misses it;
-asked for 15, it lands near 8 on the synthetic features (its L0 falls until the end of the run, and
-moving the target during training only made it miss by more).
+SAELens' `gated` takes no L0, so a controller moves its coefficient until it has the target L0;
+SAELens has no such controller. Stock `jumprelu` takes the target in its quadratic mode and misses
+it. With a target of 15 it lands near 8 on the synthetic features: its L0 falls until the end of the
+run, and moving the target during training made it miss by more.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from typing_extensions import override
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.recipes import DEFAULT
 
-OURS, OURS_ON_TEXT = "ours", "ours (recipe default)"
+PLUGIN, PLUGIN_RECIPE = "jumprelu-plugin", "jumprelu-plugin (recipe default)"
+STOCK, BATCHTOPK = "jumprelu (stock, quadratic)", "batchtopk"
+GATED = "gated (L0-controlled)"
 Build = Callable[[int, int, float], Any]
 
 # Of log(L0/target), added to the log of the coefficient at every step. Ten times more oscillates:
 # gated's L0 answers some fifty steps late.
-STEERING_GAIN = 0.02
+CONTROL_GAIN = 0.02
 
 
-class SteeredGated(GatedTrainingSAE):
-    """Stock gated, its coefficient following the L0 it shows."""
+class L0ControlledGated(GatedTrainingSAE):
+    """Stock gated; a controller moves its coefficient until the batch's L0 is the target."""
 
-    wanted_l0: float
+    target_l0: float
     log_coefficient: float = 0.0
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         factor = math.exp(self.log_coefficient)
-        steered = {name: factor * value for name, value in step_input.coefficients.items()}
-        output = super().training_forward_pass(
-            dataclasses.replace(step_input, coefficients=steered)
-        )
+        scaled = {name: factor * value for name, value in step_input.coefficients.items()}
+        output = super().training_forward_pass(dataclasses.replace(step_input, coefficients=scaled))
         l0 = float((output.feature_acts > 0).sum() / len(output.feature_acts))
-        error = math.log(max(l0, 1e-3) / self.wanted_l0)
-        self.log_coefficient += STEERING_GAIN * min(1.0, max(-1.0, error))
+        error = math.log(max(l0, 1e-3) / self.target_l0)
+        self.log_coefficient += CONTROL_GAIN * min(1.0, max(-1.0, error))
         return output
 
 
@@ -66,7 +66,7 @@ def _common(d_in: int, d_sae: int) -> dict[str, Any]:
     return {"d_in": d_in, "d_sae": d_sae, "normalize_activations": "expected_average_only_in"}
 
 
-def _ours(d_in: int, d_sae: int, l0: float) -> Any:
+def _plugin(d_in: int, d_sae: int, l0: float) -> Any:
     return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, target_l0=l0))
 
 
@@ -90,8 +90,8 @@ def _topk(d_in: int, d_sae: int, l0: float) -> Any:
 
 
 def _gated(d_in: int, d_sae: int, l0: float) -> Any:
-    sae = SteeredGated(GatedTrainingSAEConfig(**_common(d_in, d_sae)))
-    sae.wanted_l0 = l0
+    sae = L0ControlledGated(GatedTrainingSAEConfig(**_common(d_in, d_sae)))
+    sae.target_l0 = l0
     return sae
 
 
@@ -109,12 +109,12 @@ def _pursuit(d_in: int, d_sae: int, l0: float) -> Any:
 
 
 ARCHITECTURES: dict[str, Build] = {
-    OURS: _ours,
-    OURS_ON_TEXT: _recipe,
-    "batchtopk": _batchtopk,
+    PLUGIN: _plugin,
+    PLUGIN_RECIPE: _recipe,
+    BATCHTOPK: _batchtopk,
     "matryoshka_batchtopk": _matryoshka,
     "topk": _topk,
     "matching_pursuit": _pursuit,
-    "gated (steered)": _gated,
-    "jumprelu (stock, quadratic)": _stock,
+    GATED: _gated,
+    STOCK: _stock,
 }

@@ -144,7 +144,7 @@ def _quantile(z: Tensor, shape: Shape) -> float:
     return float(z.flatten().kthvalue(z.numel() - above).values)
 
 
-def _ours(path: str) -> Callable[[Shape], Contender]:
+def _plugin(path: str) -> Callable[[Shape], Contender]:
     def make(shape: Shape) -> Contender:
         cfg = JumpReLUTrainingSAEConfig(
             **_sizes(shape),
@@ -159,8 +159,8 @@ def _ours(path: str) -> Callable[[Shape], Contender]:
     return make
 
 
-def _as_it_comes(shape: Shape) -> Contender:
-    """Nothing but the L0 asked for: inner dictionaries, and the control of L0."""
+def _default_config(shape: Shape) -> Contender:
+    """The target L0 alone, everything else by default: Matryoshka prefixes, L0 control."""
     sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae}
     return _SAELens(
         JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, target_l0=shape.l0)), shape
@@ -210,18 +210,18 @@ def _sizes(shape: Shape) -> dict[str, Any]:
 
 
 STOCK = "SAELens jumprelu"
-SPARSE = "this package, sparse"
-SCREENED = "this package, screened"
-DENSE = "this package, dense"
-AUTO = "this package, auto"
-AS_IT_COMES = "this package, auto, as it comes"
+SPARSE = "jumprelu-plugin, sparse"
+SCREENED = "jumprelu-plugin, screened"
+DENSE = "jumprelu-plugin, dense"
+AUTO = "jumprelu-plugin, auto"
+DEFAULT_CONFIG = "jumprelu-plugin, default config"
 
 CONTENDERS: dict[str, Callable[[Shape], Contender]] = {
-    SPARSE: _ours("sparse"),
-    SCREENED: _ours("screened"),
-    DENSE: _ours("dense"),
-    AUTO: _ours("auto"),
-    AS_IT_COMES: _as_it_comes,
+    SPARSE: _plugin("sparse"),
+    SCREENED: _plugin("screened"),
+    DENSE: _plugin("dense"),
+    AUTO: _plugin("auto"),
+    DEFAULT_CONFIG: _default_config,
     STOCK: _stock_jumprelu,
     "SAELens topk": lambda shape: _topk(shape, sparse=False),
     "SAELens topk, sparse activations": lambda shape: _topk(shape, sparse=True),

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import AS_IT_COMES, AUTO, CONTENDERS, Contender, Shape, activations
+from benchmarks.contenders import AUTO, CONTENDERS, DEFAULT_CONFIG, Contender, Shape, activations
 from jumprelu_plugin.step import product
 
 # Steps that are not timed; 13 are enough for `auto` to have timed every path it tries.
-WARM_UP = dict.fromkeys(CONTENDERS, 1) | dict.fromkeys((AUTO, AS_IT_COMES), 13)
+WARM_UP = dict.fromkeys(CONTENDERS, 1) | dict.fromkeys((AUTO, DEFAULT_CONFIG), 13)
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

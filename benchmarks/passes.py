@@ -91,7 +91,7 @@ def round_of(passes: Callable[[], object]) -> dict[str, float]:
 def measured(path: str, shape: Shape, rounds: int) -> dict[str, float]:
     """The smallest CPU seconds of each part, and of one product alone."""
     torch.manual_seed(0)
-    contender = CONTENDERS[f"this package, {path}"](shape)
+    contender = CONTENDERS[f"jumprelu-plugin, {path}"](shape)
     contender.step()
     alone = one_product(shape)
     found: dict[str, list[float]] = defaultdict(list)

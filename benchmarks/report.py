@@ -1,9 +1,8 @@
-"""Draw the tables and the figure of docs/speed.md from the records, and nothing else.
+"""Draw the documents' tables and figure of speed from the records, and nothing else.
 
     python -m benchmarks.report
 
-Every number between `<!-- speed:NAME -->` and `<!-- /speed -->` in the document is replaced by what
-the newest records say.
+Every block between `<!-- speed:NAME -->` and `<!-- /speed -->` is replaced by what the records say.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import typer
 
 from benchmarks.contenders import AUTO, SCREENED, SPARSE, STOCK
 from benchmarks.speed import IN_SWEEPS, PRODUCT, RESULTS, megabytes
-from benchmarks.tables import Records, fill, read, table
+from benchmarks.tables import FIGURES, ROOT, Records, commits, fill, read, seconds, table
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
-FIGURE = DOCUMENT.parent / "figures" / "speed.png"
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "ablations.md")
+FIGURE = FIGURES / "speed.png"
 
-COLOURS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
+COLORS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
 
 
 def shapes(records: Records) -> str:
@@ -33,7 +32,7 @@ def shapes(records: Records) -> str:
         rows = [
             (
                 r["contender"],
-                _seconds(r["median_seconds"]),
+                seconds(r["median_seconds"]),
                 f"{stock['median_seconds'] / r['median_seconds']:.1f}",
                 f"{r['tokens_per_second']:,.0f}",
                 f"{r['share_of_one_product']:.0%}",
@@ -53,9 +52,9 @@ def passes(records: Records) -> str:
         stock = _one(group, STOCK)["forward_backward_seconds"]
         for name in (SPARSE, SCREENED, STOCK):
             r = _one(group, name)
-            seconds = r["forward_backward_seconds"]
+            took = r["forward_backward_seconds"]
             share = f"{r['product_share_of_passes']:.0%}"
-            rows.append((title, name, _seconds(seconds), f"{stock / seconds:.1f}", share))
+            rows.append((title, name, seconds(took), f"{stock / took:.1f}", share))
     return table(("", "", "forward + backward, s", "× stock", "one product's share"), rows)
 
 
@@ -70,8 +69,8 @@ def sweep(name: str) -> Callable[[Records], str]:
             stock = _one(group, STOCK)["median_seconds"]
             cells = [f"{value:g}"]
             for contender in IN_SWEEPS:
-                seconds = _one(group, contender)["median_seconds"]
-                cells.append(f"{_seconds(seconds)} ({stock / seconds:.1f}×)")
+                took = _one(group, contender)["median_seconds"]
+                cells.append(f"{seconds(took)} ({stock / took:.1f}×)")
             rows.append(tuple(cells))
         return table((name, *IN_SWEEPS), rows)
 
@@ -81,13 +80,13 @@ def sweep(name: str) -> Callable[[Records], str]:
 def origin(records: Records) -> str:
     """Where the records come from."""
     source = records[0]["provenance"]
-    hardware, versions, git = source["hardware"], source["versions"], source["git"]
+    hardware, versions = source["hardware"], source["versions"]
     libraries = {r["product_library"] for r in records if r["product_library"]}
-    commit = "an unknown commit" if git is None else f"commit {git['commit'][:10]}"
+    machine = f"{hardware['threads']} threads of {hardware['cpu']}"
     return (
-        f"Measured {source['time_utc'][:10]} at {commit} on {hardware['threads']} threads of "
-        f"{hardware['cpu']}, PyTorch {versions['torch']}, SAELens {versions['sae-lens']}; the "
-        f"full-precision product went through {' and '.join(sorted(libraries))}."
+        f"Measured {source['time_utc'][:10]} at {commits(records)} on {machine}, PyTorch "
+        f"{versions['torch']}, SAELens {versions['sae-lens']}; the full-precision product went "
+        f"through {' and '.join(sorted(libraries))}."
     )
 
 
@@ -118,7 +117,7 @@ def draw(records: Records, path: Path) -> None:
                 values,
                 [r["median_seconds"] for r in line],
                 label=contender,
-                color=COLOURS.get(contender, "#bbbbbb"),
+                color=COLORS.get(contender, "#bbbbbb"),
                 linestyle=":" if contender == PRODUCT else "-",
                 marker=None if contender == PRODUCT else "o",
                 markersize=4,
@@ -148,10 +147,6 @@ def _one(records: Records, contender: str) -> dict[str, Any]:
     return next(r for r in records if r["contender"] == contender)
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
 def _megabytes(record: dict[str, Any], stock: dict[str, Any]) -> str:
     if record.get("memory") is None:
         return ""
@@ -161,16 +156,17 @@ def _megabytes(record: dict[str, Any], stock: dict[str, Any]) -> str:
 
 def main(
     records: Annotated[Path, typer.Option(help="Records of benchmarks.speed.")] = RESULTS,
-    document: Annotated[Path, typer.Option(help="The document to fill.")] = DOCUMENT,
+    documents: Annotated[list[Path] | None, typer.Argument(help="Documents; all.")] = None,
     figure: Annotated[Path, typer.Option(help="Where the figure goes.")] = FIGURE,
 ) -> None:
-    """Fill the document and draw the figure."""
+    """Fill the documents and draw the figure."""
     found = read(records)
     blocks = {name: functools.partial(block, found) for name, block in BLOCKS.items()}
-    filled = fill(document.read_text(encoding="utf-8"), "speed", blocks)
+    for document in documents or DOCUMENTS:
+        filled = fill(document.read_text(encoding="utf-8"), "speed", blocks)
+        document.write_text(filled, encoding="utf-8")
+        print(f"{document} drawn from {records}")
     draw(found, figure)
-    document.write_text(filled, encoding="utf-8")
-    print(f"{document} and {figure} drawn from {records}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed            everything; prints an estimate of the minutes first
     python -m benchmarks.speed --quick    small shapes, to see that it runs
-    python -m benchmarks.report           tables and figure of docs/speed.md from the records
+    python -m benchmarks.report           tables and figure of the documents from the records
 
 Everything at one shape is timed in turns, in one process, on the same activations. Each record is a
 line of JSON with what is needed to repeat it.
@@ -22,9 +22,9 @@ import typer
 from rich.table import Table
 
 from benchmarks.contenders import (
-    AS_IT_COMES,
     AUTO,
     CONTENDERS,
+    DEFAULT_CONFIG,
     SCREENED,
     SPARSE,
     STOCK,
@@ -44,13 +44,13 @@ WIDTHS = tuple(Shape(768, d_sae, 2048, 70) for d_sae in (4096, 16384, 65536))
 L0S = tuple(Shape(768, 12288, 2048, l0) for l0 in (10, 100, 1000, 3072))
 IN_SWEEPS = (SPARSE, SCREENED, AUTO, STOCK)
 # Dense trainers take over ten seconds a step there, on two cores; everyone is at the small shape.
-AT_THE_LARGE_SHAPE = (SPARSE, SCREENED, AUTO, AS_IT_COMES, STOCK, "SAELens batchtopk")
+AT_THE_LARGE_SHAPE = (SPARSE, SCREENED, AUTO, DEFAULT_CONFIG, STOCK, "SAELens batchtopk")
 # A step in units of one product, roughly, for the estimate alone.
 ROUGH_COST = dict.fromkeys(CONTENDERS, 15.0) | {
     SPARSE: 1.9,
     SCREENED: 1.5,
     AUTO: 1.5,
-    AS_IT_COMES: 2.5,
+    DEFAULT_CONFIG: 2.5,
 }
 
 console = terminal()

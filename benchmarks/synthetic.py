@@ -34,7 +34,7 @@ from sae_lens.synthetic.evals import (
 )
 from torch import Tensor
 
-from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
+from benchmarks.architectures import ARCHITECTURES, PLUGIN_RECIPE
 from benchmarks.quality import Ledger, as_saved, table, train
 from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
@@ -44,7 +44,7 @@ from jumprelu_plugin.records import provenance
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
 D_IN = 256
 CONTENDERS = [
-    name for name in ARCHITECTURES if name != OURS_ON_TEXT and not name.startswith("gated")
+    name for name in ARCHITECTURES if name != PLUGIN_RECIPE and not name.startswith("gated")
 ]
 SHOWN = ("mcc", "f1", "explained_variance", "l0", "dead_share")
 
@@ -118,7 +118,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Training samples, seen once.")] = 1_000_000,
     widths: Annotated[list[int] | None, typer.Option(help="Dictionary widths.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, …")] = 3,
-    l0: Annotated[float, typer.Option(help="L0 that is asked for.")] = 8.0,
+    l0: Annotated[float, typer.Option(help="Target L0.")] = 8.0,
     generator: Annotated[int, typer.Option(help="Seed of the generator.")] = 11,
     only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
     output: Annotated[Path, typer.Option(help="Records, one JSON line a run.")] = RESULTS,
@@ -134,7 +134,7 @@ def main(
         "samples": samples,
         "batch": batch,
         "lr": lr,
-        "l0_asked": l0,
+        "target_l0": l0,
         "generator": generator,
     }
     ledger, origin = Ledger(output), provenance(seed=generator)

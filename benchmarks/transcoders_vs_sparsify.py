@@ -6,10 +6,10 @@
 Same model, hooks, width, tokens and number of tokens in a step; both are judged on the same
 held-out tokens. sparsify goes first, through its own unmodified Trainer with its defaults. Its k is
 an upper bound: a latent among the k that is not positive counts for nothing, so its measured L0 can
-lie below. Ours, on every layer, is then asked for the smallest L0 that sparsify came out with on
-any of them.
+lie below. The target L0 of the plugin, on every layer, is then the smallest L0 that sparsify
+reached on any of them.
 
-The CPU is asked for one thread unless --threads says more.
+It runs on one thread unless --threads says more.
 """
 
 from __future__ import annotations
@@ -71,33 +71,31 @@ def main() -> None:
         their_found = judge(model, pairs, held_out, special, theirs)
         target_l0 = min(layer["l0"] for layer in their_found)
         started = time.perf_counter()
-        ours = train_ours(model, text, target_l0, given, Path(folder, "ours"))
+        ours = train_plugin(model, text, target_l0, given, Path(folder, "plugin"))
         seconds = time.perf_counter() - started
         found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
         spliced = evaluate_transcoders(model, ours, held_out)
 
-    print("layer       ours FVU, L0, dead       sparsify FVU, L0, dead")
+    print("layer     plugin FVU, L0, dead       sparsify FVU, L0, dead")
     for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):
         print(f"{layer:>5}  {in_words(a)}  {in_words(b)}")
     delta = spliced.loss_spliced - spliced.loss_clean
-    print(
-        f"all of ours spliced in: delta LM loss {delta:.3f} on a loss of {spliced.loss_clean:.3f}"
-    )
+    print(f"all spliced in: delta LM loss {delta:.3f} on a loss of {spliced.loss_clean:.3f}")
     print(f"seconds: {seconds:.0f} and {their_seconds:.0f}")
     write_json(
         given.output,
         {
             "kind": "transcoders_vs_sparsify",
-            "settings": vars(given),
+            "settings": {k: v for k, v in vars(given).items() if k != "output"},
             "target_l0": target_l0,
-            "ours": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
+            "jumprelu-plugin": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
             "sparsify": {"seconds": their_seconds, "layers": their_found},
             "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
         },
     )
 
 
-def train_ours(
+def train_plugin(
     model: Any, text: Any, target_l0: float, given: argparse.Namespace, folder: Path
 ) -> list[Any]:
     batch = SEQUENCES_A_STEP * (CONTEXT - 1)

@@ -42,7 +42,7 @@ def test_every_contender_is_measured_at_the_asked_l0(records: Path) -> None:
     assert set(found) == {PRODUCT, *CONTENDERS} - set(absent())
     for name, record in found.items():
         assert record["median_seconds"] > 0 and len(record["seconds"]) == 2
-        if "jumprelu" in name.lower() or "package" in name or "topk" in name:
+        if "jumprelu" in name.lower() or "plugin" in name or "topk" in name:
             assert record["measured_l0"] == pytest.approx(SMALL.l0, rel=0.35), name
     product, ours = found[PRODUCT], found[SPARSE]
     expected = product["median_seconds"] / ours["median_seconds"]
@@ -52,15 +52,15 @@ def test_every_contender_is_measured_at_the_asked_l0(records: Path) -> None:
 def test_the_page_is_drawn_from_the_records(records: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page, figure = tmp_path / "speed.md", tmp_path / "speed.png"
-    page.write_text(report.DOCUMENT.read_text())
-    report.main(records, page, figure)
+    page.write_text("".join(document.read_text() for document in report.DOCUMENTS))
+    report.main(records, [page], figure)
     text = page.read_text()
     blocks = text.split("<!-- speed:")[1:]
     assert {block.split(" ")[0] for block in blocks} == set(report.BLOCKS)
     assert "Not measured" not in text and f"| {STOCK} |" in text
     assert figure.read_bytes().startswith(b"\x89PNG")
     # Drawn again from the same records, nothing changes.
-    report.main(records, page, figure)
+    report.main(records, [page], figure)
     assert page.read_text() == text
 
 
@@ -97,7 +97,7 @@ def test_records_are_strict_json(records: Path) -> None:
 
 @pytest.mark.parametrize("path", ["sparse", "screened"])
 def test_the_parts_of_a_pass_are_timed_and_add_up(path: str) -> None:
-    contender = CONTENDERS[f"this package, {path}"](SMALL)
+    contender = CONTENDERS[f"jumprelu-plugin, {path}"](SMALL)
     contender.step()
     before = {part: getattr(*where) for part, where in passes.PARTS.items()}
     started = time.process_time()

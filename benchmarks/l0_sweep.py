@@ -1,10 +1,10 @@
-"""An L0 ladder beside a training from scratch at each L0: what does a refit cost, and what lose?
+"""An L0 sweep beside a training from scratch at each L0: the FVU of each, and what it takes.
 
-    python -m benchmarks.ladder
+    python -m benchmarks.l0_sweep
 
 Layer 2's residual stream of the embedded Gemma 2, harvested as in `language_model.py`. One SAE is
-trained at L0 40 and refitted to the other L0s in three ways, each rung from the one before; another
-is trained from scratch at every L0. Both are judged on held-out text.
+trained at L0 40 and refitted to the other L0s in three ways, each point from the one before.
+Another is trained from scratch at every L0. Both are evaluated on held-out text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import typer
 from sae_lens import SAE
 
-from benchmarks.architectures import ARCHITECTURES, OURS_ON_TEXT
+from benchmarks.architectures import ARCHITECTURES, PLUGIN_RECIPE
 from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, judge
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
@@ -35,7 +35,7 @@ SITE, OWN_L0 = "blocks.2.hook_resid_post", 40
 
 def main(
     steps: Annotated[int, typer.Option(help="Training steps from scratch.")] = 1000,
-    rung_steps: Annotated[int, typer.Option(help="Training steps of a rung.")] = 200,
+    refit_steps: Annotated[int, typer.Option(help="Training steps of a refit.")] = 200,
     saes: Annotated[
         Path | None, typer.Option(help="Folder that keeps what is trained from scratch.")
     ] = None,
@@ -44,14 +44,14 @@ def main(
     rows = SUBJECT.activations((SITE,), "train", SUBJECT.sequences)[SITE]
     held_out = SUBJECT.activations((SITE,), "test", HELD_OUT_SEQUENCES)[SITE]
     origin = provenance(seed=0, model_digest=SUBJECT.digest)
-    partial = RESULTS / "ladder.partial"
+    partial = RESULTS / "l0_sweep.partial"
     partial.unlink(missing_ok=True)
     records: list[dict[str, Any]] = []
 
     def record(how: str, l0: float, sae: Any, steps: int, seconds: float) -> None:
-        found = {"site": SITE, "how": how, "l0_asked": l0, "steps": steps, "batch": BATCH}
+        found = {"site": SITE, "how": how, "target_l0": l0, "steps": steps, "batch": BATCH}
         found |= {"seconds": seconds, **judge(sae, held_out)}
-        found["off_by"] = abs(found["l0"] / l0 - 1)
+        found["relative_error"] = abs(found["l0"] / l0 - 1)
         records.append(found)
         append_jsonl(partial, {**found, "provenance": origin})
 
@@ -70,16 +70,16 @@ def main(
         seconds = time.perf_counter() - started
         record("one shift", l0, replace(dictionary, parameters=at).as_sae(), 0, seconds)
     for way in TRAINED:
-        settings = RefitSettings(train=way, steps=rung_steps, batch_tokens=BATCH)
+        settings = RefitSettings(train=way, steps=refit_steps, batch_tokens=BATCH)
         started = time.perf_counter()
         for l0, at in sweep_points(dictionary.parameters, others, rows, settings):
             seconds = time.perf_counter() - started
             sae = replace(dictionary, parameters=at).as_sae()
-            record(f"refit {way}", l0, sae, rung_steps, seconds)
+            record(f"refit {way}", l0, sae, refit_steps, seconds)
             started = time.perf_counter()
-    partial.replace(RESULTS / "ladder.jsonl")
+    partial.replace(RESULTS / "l0_sweep.jsonl")
     for l0 in others:
-        at_l0 = [record for record in records if record["l0_asked"] == l0]
+        at_l0 = [record for record in records if record["target_l0"] == l0]
         terminal().print(table(f"L0 {l0}", at_l0, "how", ("l0", "fvu", "dead_share", "seconds")))
 
 
@@ -88,7 +88,7 @@ def from_scratch(rows: torch.Tensor, l0: int, steps: int, kept: Path | None) -> 
     if kept is not None and (kept / "cfg.json").is_file():
         return SAE.load_from_disk(kept)
     torch.manual_seed(0)
-    sae = ARCHITECTURES[OURS_ON_TEXT](rows.shape[1], SUBJECT.d_sae, l0)
+    sae = ARCHITECTURES[PLUGIN_RECIPE](rows.shape[1], SUBJECT.d_sae, l0)
     train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.runner["lr"], seed=0)
     saved = as_saved(sae)
     if kept is not None:
