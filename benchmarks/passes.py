@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.contenders import CONTENDERS, Shape
 from benchmarks.measure import one_product
 from benchmarks.tables import terminal
-from jumprelu_plugin.saes import jumprelu
+from jumprelu_plugin.saes import losses
 from jumprelu_plugin.step import product, select, sparse
 from jumprelu_plugin.step.pattern import Pattern
 
@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "decode": (Pattern, "times"),
     "gradients of W_dec and W_enc": (Pattern, "transposed_times"),
     "handing free memory back": (sparse, "make_room"),
-    "reconstruction loss, forward": (jumprelu, "reconstruction"),
+    "reconstruction loss, forward": (losses, "reconstruction"),
     "dropping the gradients": (torch.optim.Optimizer, "zero_grad"),
 }
 REST = "everything else"
