@@ -77,10 +77,10 @@ def config_page() -> str:
     for recipe in jumprelu_plugin.RECIPES.values():
         parts += [
             f"### {recipe.name}",
-            f"{recipe.about}\n\nSource: {recipe.source}.",
+            f"{recipe.description}\n\nSource: {recipe.source}.",
             table(
                 ("field", "value"),
-                [(f"`{field}`", f"`{value}`") for field, value in recipe.numbers().items()],
+                [(f"`{field}`", f"`{value}`") for field, value in recipe.field_values().items()],
             ),
         ]
     return page(parts)
