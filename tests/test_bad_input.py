@@ -18,6 +18,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from tiny import CONTEXT, D_MODEL, HEADS, RESIDUAL, WIDTH, tiny_hf, tiny_sae, tiny_tokenizer
 from typer.testing import CliRunner
 
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.cli.saelens_flags import parse_flags
 from jumprelu_plugin.models.language_models import load_model
@@ -275,3 +276,28 @@ def test_a_checkpoint_of_another_size_is_refused(folders: Path, tmp_path: Path) 
 def test_a_hub_name_says_what_to_do_about_the_license() -> None:
     with pytest.raises(OSError, match=r"google/gemma-2-2b.*\n.*accept the license.*hf auth login"):
         load_model("google/gemma-2-2b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"l0_warm_up_steps": 500}, "l0_warm_up_steps is 500 and l0_coefficient is None"),
+        ({"l0_coefficient": 0.3}, "target_l0 is 7.*l0_coefficient is 0.3"),
+        ({"target_l0_warm_up_steps": 9}, "target_l0_warm_up_steps is 9.*target_l0_start_ratio"),
+        ({"target_l0_start_ratio": 2.0}, "target_l0_start_ratio is 2.0.*target_l0_warm_up_steps"),
+        ({"jumprelu_tanh_scale": 2.0}, "jumprelu_tanh_scale is 2.0.*'tanh'"),
+        (
+            {"jumprelu_bandwidth": 0.5, "jumprelu_bandwidth_std": 2.0},
+            "jumprelu_bandwidth_std is 2.0 and jumprelu_bandwidth is 0.5",
+        ),
+        ({"pre_act_loss_latents": "all"}, "pre_act_loss_latents is 'all'.*coefficient"),
+        (
+            {"target_l0": None, "l0_coefficient": 0.3, "matryoshka_loss_weight": 0.5},
+            "matryoshka_loss_weight is 0.5.*matryoshka_widths",
+        ),
+    ],
+)
+def test_a_field_without_effect_is_refused(fields: dict[str, Any], words: str) -> None:
+    cfg = JumpReLUTrainingSAEConfig(**{"d_in": 13, "d_sae": 97, "target_l0": 7.0, **fields})
+    with pytest.raises(ValueError, match=words):
+        JumpReLUTrainingSAE(cfg)

@@ -158,3 +158,11 @@ def test_a_free_decoder_is_normalised_at_the_end_and_computes_the_same() -> None
     sae.fold_W_dec_norm()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-4)
+
+
+@each
+def test_a_target_takes_the_place_of_any_recipes_penalty(recipe: Recipe) -> None:
+    """A published penalty's warm-up would have nothing to warm up."""
+    sae = recipe.sae_config(D_IN, D_SAE, target_l0=5.0, l0_coefficient=None)
+    assert sae.l0_warm_up_steps == 0
+    JumpReLUTrainingSAE(sae)

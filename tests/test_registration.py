@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import sae_lens
 import torch
 from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.config import LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import (
@@ -278,3 +280,23 @@ def test_import_prints_nothing_plots_nothing_and_starts_nothing(tmp_path: Path) 
     assert not found["run"] and not found["cuda"]
     assert found["registered"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_a_stock_config_survives_a_round_trip_equal() -> None:
+    given = stock_config(jumprelu_bandwidth=0.043, l0_warm_up_steps=13, jumprelu_tanh_scale=2.0)
+    again = TrainingSAEConfig.from_dict(given.to_dict())
+    assert again == given and given == again
+    assert again.to_dict() == given.to_dict()
+    assert again != stock_config(jumprelu_bandwidth=0.044, l0_warm_up_steps=13)
+    run = LanguageModelSAERunnerConfig(
+        sae=given, logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None
+    )
+    read = LanguageModelSAERunnerConfig.from_dict(run.to_dict())
+    assert read.sae == run.sae and read.to_dict()["sae"] == run.to_dict()["sae"]
+
+
+def test_one_of_our_configs_survives_a_round_trip_with_every_field() -> None:
+    ours = JumpReLUTrainingSAEConfig(d_in=23, d_sae=101, target_l0=7.0, max_latent_density=0.3)
+    again = TrainingSAEConfig.from_dict(ours.to_dict())
+    assert again == ours and again.to_dict()["max_latent_density"] == 0.3
+    assert again != dataclasses.replace(ours, max_latent_density=0.4)

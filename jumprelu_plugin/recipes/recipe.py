@@ -45,6 +45,8 @@ class Recipe:
     def sae_config(self, d_in: int, d_sae: int, **changes: Any) -> JumpReLUTrainingSAEConfig:
         """The SAE's config for these widths; `changes` override fields of the recipe."""
         fields = {**self.sae, **self.matryoshka_fields(d_sae), **changes}
+        if fields.get("l0_coefficient") is None and "l0_warm_up_steps" not in changes:
+            fields.pop("l0_warm_up_steps", None)  # there is no fixed penalty to warm up
         return JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **fields)
 
     def matryoshka_fields(self, d_sae: int) -> dict[str, Any]:
@@ -73,7 +75,9 @@ class Recipe:
         if "--lr_decay_steps" not in given:
             cfg.lr_decay_steps = self.lr_decay_steps(steps)
         sae_fields = self.matryoshka_fields(cfg.sae.d_sae)
-        if self.l0_warm_up_fraction:
+        if cfg.sae.l0_coefficient is None:  # there is no fixed penalty to warm up
+            sae_fields["l0_warm_up_steps"] = 0
+        elif self.l0_warm_up_fraction:
             sae_fields["l0_warm_up_steps"] = self.l0_warm_up_steps(steps)
         for name, value in sae_fields.items():
             if f"--{name}" not in given:

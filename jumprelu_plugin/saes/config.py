@@ -8,8 +8,8 @@ then found from the data. What optional fields resolve to is in `saes.resolved`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import sae_lens
 from typing_extensions import override
@@ -113,6 +113,36 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it says nothing that a stock SAELens config could not say."""
+        given = (self.l0_coefficient, self.jumprelu_bandwidth, self.jumprelu_init_threshold)
+        return None not in given and all(
+            getattr(self, field.name) == field.default for field in _own_fields(self)
+        )
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """Every field; a stock config's are stock's alone, so that it survives a round trip."""
+        return self._without_unset(super().to_dict())
+
+    @override
+    def get_training_architecture_details(self) -> dict[str, Any]:
+        """The fields that only training needs, for the metadata of what is saved."""
+        return self._without_unset(super().get_training_architecture_details())
+
+    def _without_unset(self, values: dict[str, Any]) -> dict[str, Any]:
+        if not self.is_stock:
+            return values
+        own = {field.name for field in _own_fields(self)}
+        return {name: value for name, value in values.items() if name not in own}
+
+    def __eq__(self, other: object) -> bool:
+        """By what they say: a stock config in this class equals the stock object."""
+        if not isinstance(other, StockConfig):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
     def resolve(self) -> ResolvedConfig:
         """What the optional fields mean here, with none of them None."""
         return resolve(self)
@@ -129,3 +159,8 @@ def as_plugin_config(cfg: StockConfig) -> JumpReLUTrainingSAEConfig:
         return cfg
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
     return JumpReLUTrainingSAEConfig(**values)
+
+
+def _own_fields(cfg: JumpReLUTrainingSAEConfig) -> list[Field[Any]]:
+    stock = {field.name for field in fields(StockConfig)}
+    return [field for field in fields(cfg) if field.name not in stock]

@@ -27,7 +27,7 @@ from jumprelu_plugin.control.units import set_value, units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
 from jumprelu_plugin.saes.losses import decoder_target, loss_terms, sparsity_of, token_weights
 from jumprelu_plugin.saes.storage import StoredParameters, by_latent
-from jumprelu_plugin.saes.validation import SAE_RULES, require
+from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.dense import DenseEntries, encode_dense
 from jumprelu_plugin.step.entries import Entries
@@ -65,6 +65,8 @@ class JumpReLUTrainingSAE(StoredParameters):
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
         cfg = as_plugin_config(cfg)
         require(cfg, self.rules)
+        if not cfg.is_stock:
+            require(cfg, EFFECT_RULES)
         self.resolved = cfg.resolve()
         self.control = DictionaryControl(self.resolved)
         self.units = units_of(cfg.hyperparameter_units, cfg.d_in)

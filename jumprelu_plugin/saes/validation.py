@@ -199,6 +199,72 @@ SAE_RULES = (
     one_of("step_kernel", STEP_PATHS),
 )
 
+# Fields that would do nothing in the mode chosen. A stock config may carry them, as in SAELens.
+EFFECT_RULES = (
+    Rule(
+        "l0_warm_up_steps",
+        lambda cfg: not (cfg.controls_l0 and cfg.l0_warm_up_steps),
+        "{field} is {value} and l0_coefficient is None: there is no fixed penalty to warm up. Give "
+        "target_l0_warm_up_steps with target_l0_start_ratio to come down to the target, or an "
+        "l0_coefficient",
+    ),
+    Rule(
+        "target_l0",
+        lambda cfg: (
+            cfg.controls_l0
+            or cfg.target_l0 is None
+            or cfg.jumprelu_sparsity_loss_mode == "quadratic"
+        ),
+        "{field} is {value} and l0_coefficient is {cfg.l0_coefficient}: with a fixed coefficient "
+        "only jumprelu_sparsity_loss_mode='quadratic' reads a target. Leave out l0_coefficient to "
+        "hold the target, or target_l0",
+    ),
+    Rule(
+        "target_l0_warm_up_steps",
+        lambda cfg: (
+            not cfg.target_l0_warm_up_steps or (cfg.controls_l0 and cfg.target_l0_start_ratio != 1)
+        ),
+        "{field} is {value}, which needs a target_l0_start_ratio above 1 (it is "
+        "{cfg.target_l0_start_ratio}) and no l0_coefficient (it is {cfg.l0_coefficient})",
+    ),
+    Rule(
+        "target_l0_start_ratio",
+        lambda cfg: (
+            cfg.target_l0_start_ratio == 1 or (cfg.controls_l0 and cfg.target_l0_warm_up_steps > 0)
+        ),
+        "{field} is {value}, which needs target_l0_warm_up_steps (they are "
+        "{cfg.target_l0_warm_up_steps}) and no l0_coefficient (it is {cfg.l0_coefficient})",
+    ),
+    Rule(
+        "jumprelu_tanh_scale",
+        lambda cfg: (
+            cfg.jumprelu_sparsity_loss_mode == "tanh"
+            or cfg.jumprelu_tanh_scale == type(cfg).jumprelu_tanh_scale
+        ),
+        "{field} is {value}, and only jumprelu_sparsity_loss_mode='tanh' reads it (it is "
+        "{cfg.jumprelu_sparsity_loss_mode!r})",
+    ),
+    Rule(
+        "jumprelu_bandwidth_std",
+        lambda cfg: (
+            cfg.jumprelu_bandwidth is None
+            or cfg.jumprelu_bandwidth_std == type(cfg).jumprelu_bandwidth_std
+        ),
+        "{field} is {value} and jumprelu_bandwidth is {cfg.jumprelu_bandwidth}: give one of them",
+    ),
+    Rule(
+        "pre_act_loss_latents",
+        lambda cfg: cfg.pre_act_loss_latents == "dead" or cfg.pre_act_loss_coefficient is not None,
+        "{field} is {value!r} and pre_act_loss_coefficient is None: give a coefficient (3e-6 as "
+        "published), or leave both out",
+    ),
+    Rule(
+        "matryoshka_loss_weight",
+        lambda cfg: not cfg.matryoshka_loss_weight or bool(cfg.resolve().matryoshka_widths),
+        "{field} is {value}, and there are no prefixes to weigh: give matryoshka_widths",
+    ),
+)
+
 TRANSCODER_RULES = (
     *SAE_RULES,
     Rule(
