@@ -172,6 +172,57 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run(
         assert made == {c.name for c in checkpoints if int(c.name) > int(checkpoint.name)}
 
 
+@pytest.mark.parametrize("normalization", ["layer_norm", "covariance_whitening"])
+def test_a_run_is_looked_at_and_trained_with_every_normalization(
+    model: Any, tmp_path: Path, normalization: Any
+) -> None:
+    sae = JumpReLUTrainingSAEConfig(
+        d_in=D_MODEL, d_sae=D_SAE, target_l0=7, normalize_activations=normalization
+    )
+    looked_at, not_looked_at = (
+        run(
+            model,
+            config(tmp_path / str(look), sae=sae, training_tokens=30 * BATCH),
+            token_rows(),
+            check_first=look,
+        )
+        for look in (True, False)
+    )
+    assert_same_sae(looked_at, not_looked_at)
+
+
+def test_the_end_of_a_run_is_not_resumed(model: Any, tmp_path: Path) -> None:
+    """Its weights are folded; resuming would scale the activations and fold the weights again."""
+    cfg = config(tmp_path, save_final_checkpoint=True, training_tokens=40 * BATCH)
+    run(model, cfg, token_rows())
+    (final,) = Path(cfg.checkpoint_path or "").glob("final_*")
+    longer = config(tmp_path / "on", training_tokens=50 * BATCH, resume_from_checkpoint=str(final))
+    with pytest.raises(ValueError, match=r"normalized as 'none'.*jumprelu finetune"):
+        run(model, longer, token_rows())
+    from_it = config(tmp_path / "from", from_pretrained_path=str(final))
+    with pytest.raises(ValueError, match=r"normalized as 'none'.*jumprelu finetune"):
+        run(model, from_it, token_rows())
+    assert not (tmp_path / "on").exists() and not (tmp_path / "from").exists()
+
+
+def test_a_run_from_pretrained_weights_trains_for_its_own_target(
+    model: Any, tmp_path: Path
+) -> None:
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=100 * BATCH)  # for L0 7
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, target_l0=3, step_kernel="sparse")
+    other = config(
+        tmp_path / "other",
+        sae=sae,
+        from_pretrained_path=str(checkpoint),
+        training_tokens=200 * BATCH,
+    )
+    trained = run(model, other, token_rows())
+    assert trained.sae.cfg.target_l0 == trained.sae.control.l0.target == 3  # type: ignore[union-attr]
+    assert trained.sae.cfg.metadata.l0 == pytest.approx(3, rel=0.1)
+
+
 def test_a_checkpoint_without_the_buffer_is_smaller_and_resumes(model: Any, tmp_path: Path) -> None:
     cfg = config(tmp_path, n_checkpoints=1, training_tokens=60 * BATCH)
     run(model, cfg, token_rows(), save_buffer=False)

@@ -37,8 +37,8 @@ from jumprelu_plugin.training.runner import (
     language_model,
     quiet,
     refuse_used_output_folder,
-    refuse_wrong_checkpoint,
 )
+from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 
 # L0 and FVU at the start are measured on this many batches.
 MEASURED_BATCHES = 4

@@ -16,7 +16,6 @@ A script that keeps SAELens' own runner trains the same SAE.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, logger
-from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.load_model import load_model as load_hub_model
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -43,6 +42,7 @@ from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.activations.store import resumable
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
+from jumprelu_plugin.training.starting_weights import pretrained_sae, refuse_wrong_checkpoint
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from jumprelu_plugin.training.transcoder_evaluator import TranscoderEvaluator
 
@@ -69,7 +69,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
-            checkpoint to resume is of another SAE; on `run`, if the first look finds that it
+            checkpoint to resume is of another SAE or the end of a run; on `run`, if the first look finds that it
             cannot work.
         OSError: the model cannot be had, or there is no such checkpoint.
     """
@@ -88,6 +88,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         self._check_first = check_first
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
+        if cfg.from_pretrained_path is not None and override_sae is None:
+            override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
         refuse_empty_text(override_dataset)
         ours = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
@@ -222,26 +224,6 @@ def refuse_empty_text(dataset: Any) -> None:
     """Raise ValueError for a dataset without rows."""
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset has no rows: too little text to train on; give another one")
-
-
-def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
-    """Raise if there is no such checkpoint (FileNotFoundError), or if it is not of this SAE."""
-    if folder is None:
-        return
-    for name in (SAE_CFG_FILENAME, TRAINER_STATE_FILENAME):
-        if not Path(folder, name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a checkpoint (no {name} in it); give resume_from_checkpoint a "
-                "folder that an interrupted run or n_checkpoints wrote"
-            )
-    saved = json.loads(Path(folder, SAE_CFG_FILENAME).read_text())
-    for field in ("architecture", "d_in", "d_sae"):
-        asked = sae_cfg.architecture() if field == "architecture" else getattr(sae_cfg, field)
-        if saved.get(field) != asked:
-            raise ValueError(
-                f"the checkpoint {folder} has {field} {saved.get(field)!r} and this run {asked!r}; "
-                "resume with the config the run started with"
-            )
 
 
 def refuse_used_output_folder(output_path: str | None) -> None:

@@ -1,0 +1,68 @@
+"""The weights that a run starts from: a checkpoint that it resumes, or another run's.
+
+A finished run's weights are folded: they take raw activations, and the scale that training put on
+them is gone. A run that scales its activations cannot start from them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.saes.sae import TrainingSAE
+
+
+def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
+    """Raise if there is no such checkpoint (FileNotFoundError), or if this run cannot resume it."""
+    if folder is None:
+        return
+    for name in (SAE_CFG_FILENAME, TRAINER_STATE_FILENAME):
+        if not Path(folder, name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a checkpoint (no {name} in it); give resume_from_checkpoint a "
+                "folder that an interrupted run or n_checkpoints wrote"
+            )
+    _refuse_other_sae(folder, sae_cfg, "resume with the config the run started with")
+
+
+def pretrained_sae(folder: str, sae_cfg: Any) -> TrainingSAE[Any]:
+    """The SAE that a run with `from_pretrained_path` trains: this run's config, those weights.
+
+    SAELens takes the folder's config with its weights, so that a target L0 given for the run would
+    not be the one it trains for.
+
+    Raises:
+        FileNotFoundError: there is no SAE in the folder.
+        ValueError: the weights do not fit this run.
+    """
+    if not Path(folder, SAE_CFG_FILENAME).is_file():
+        raise FileNotFoundError(
+            f"from_pretrained_path is {folder}, and there is no {SAE_CFG_FILENAME} in it; give the "
+            "folder of a checkpoint"
+        )
+    _refuse_other_sae(folder, sae_cfg, "give this run the same")
+    sae = TrainingSAE.from_dict(sae_cfg.to_dict())
+    sae.load_weights_from_checkpoint(folder)
+    return sae
+
+
+def _refuse_other_sae(folder: str, sae_cfg: Any, remedy: str) -> None:
+    saved = json.loads(Path(folder, SAE_CFG_FILENAME).read_text())
+    for field in ("architecture", "d_in", "d_sae"):
+        wanted = sae_cfg.architecture() if field == "architecture" else getattr(sae_cfg, field)
+        if saved.get(field) != wanted:
+            raise ValueError(
+                f"the checkpoint {folder} has {field} {saved.get(field)!r} and this run "
+                f"{wanted!r}; {remedy}"
+            )
+    found, wanted = saved.get("normalize_activations", "none"), sae_cfg.normalize_activations
+    if found != wanted:
+        raise ValueError(
+            f"the weights in {folder} take activations normalized as {found!r}, and this run "
+            f"normalizes them as {wanted!r}: at the end of a run the scale of its activations is "
+            "folded into the weights. Train a finished SAE further with `jumprelu finetune "
+            f"{folder}` (jumprelu_plugin.FinetuningRunner), or give a checkpoint from the middle "
+            "of a run"
+        )
