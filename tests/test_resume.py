@@ -182,7 +182,7 @@ def test_a_run_is_looked_at_and_trained_with_every_normalization(
     looked_at, not_looked_at = (
         run(
             model,
-            config(tmp_path / str(look), sae=sae, training_tokens=30 * BATCH),
+            config(tmp_path / str(look), sae=sae, training_tokens=30 * BATCH, lr_decay_steps=10),
             token_rows(),
             check_first=look,
         )
