@@ -1,8 +1,8 @@
-"""A result and where it came from: provenance, strict JSON on disk, short digests.
+"""A result and where it came from: provenance, strict JSON on disk, short digests, whole folders.
 
-Files are whole or absent: a record is written beside its place and renamed into it. JSON is
-strict: NaN and infinities are an error that names the key, never a silent `NaN` token and never a
-silent null. A quantity that does not exist is None, and whoever makes the record says so.
+Files and folders are whole or absent: they are written beside their place and renamed into it. JSON
+is strict: NaN and infinities are an error that names the key, never a silent `NaN` token and never
+a silent null. A quantity that does not exist is None, and whoever makes the record says so.
 
 It does not decide what a result contains, and it draws nothing.
 """
@@ -14,13 +14,16 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -70,8 +73,12 @@ def write_json(path: str | Path, obj: Any) -> Path:
     ValueError (and leaves any file already there as it was) for NaN or an infinity, naming the
     key, and TypeError for anything JSON has no form for.
     """
+    return write_text(path, _strict_json(obj, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` to `path` in UTF-8, in one atomic step; parents are created."""
     path = Path(path)
-    text = _strict_json(obj, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -101,6 +108,77 @@ def append_jsonl(path: str | Path, obj: Any) -> Path:
                 line = "\n" + line
         file.write(line.encode("utf-8"))
     return path
+
+
+@contextmanager
+def whole_folder(
+    path: str | Path, *, replaces: bool | Callable[[Path], bool] = False, kind: str = "folder"
+) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `path` when the block ends without an exception.
+
+    After an exception `path` is as it was. Either way nothing is left beside it. Parents are
+    created.
+
+    Args:
+        replaces: whether a folder already at `path` gives way: True, False, or a function that
+            recognizes an earlier one of the same kind. An empty folder always does.
+        kind: what the folder is, for the error message.
+
+    Raises:
+        ValueError: at once, if `path` is a file or a folder that does not give way.
+    """
+    path = Path(path)
+    _refuse_foreign(path, replaces, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+        fresh = Path(beside, path.name)
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            path.rename(Path(beside, "replaced"))
+        fresh.rename(path)
+
+
+@contextmanager
+def whole_files(folder: str | Path, *, last: str | None = None) -> Iterator[Path]:
+    """An empty folder to write into, whose entries then move into `folder`, beside what is there.
+
+    They replace entries of the same name. `last` names the file by which others know that the
+    result is there: it comes after all others. After an exception `folder` is as it was. One
+    process at a time may write to a folder so.
+    """
+    folder = Path(folder)
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        names = sorted(os.listdir(unfinished), key=lambda name: (name == last, name))
+        for name in names:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            (unfinished / name).replace(folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_others(folder: Path) -> None:
+    """Remove all folders beside `folder`, and what an interrupted `whole_folder` left of them."""
+    for other in folder.parent.iterdir():
+        if other != folder and other.is_dir():
+            shutil.rmtree(other)
+
+
+def _refuse_foreign(path: Path, replaces: bool | Callable[[Path], bool], kind: str) -> None:
+    if path.is_dir():
+        gives_way = replaces(path) if callable(replaces) else replaces
+        if not gives_way and any(path.iterdir()):
+            raise ValueError(
+                f"{path} is there and is not an earlier {kind}: give a folder that does not exist "
+                "or is empty"
+            )
+    elif path.exists():
+        raise ValueError(f"{path} is a file: give a folder to write into")
 
 
 def digest(*items: Tensor | bytes | str | Mapping[str, Tensor] | Iterable[Any]) -> str:

@@ -38,7 +38,7 @@ from jumprelu_plugin.formats import (
     saelens,
     steering_vector,
 )
-from jumprelu_plugin.formats.checking import compare, new_folder
+from jumprelu_plugin.formats.checking import compare
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.saes.parameters import Parameters
 
@@ -292,8 +292,8 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not an earlier export"):
         export(folder, "saelens", tmp_path / "mine")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is a file"), new_folder(tmp_path / "file"):
-        pass
+    with pytest.raises(ValueError, match="is a file"):
+        export(folder, "saelens", tmp_path / "file")
 
 
 def test_missing_tool_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch) -> None:

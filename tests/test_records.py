@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from jumprelu_plugin import records
-from jumprelu_plugin.records import append_jsonl, digest, provenance, write_json
+from jumprelu_plugin.records import (
+    append_jsonl,
+    digest,
+    provenance,
+    remove_others,
+    whole_files,
+    whole_folder,
+    write_json,
+)
 
 
 def test_write_json_round_trips_and_makes_parents(tmp_path):
@@ -154,3 +162,94 @@ def test_digest_is_sha256_and_tells_apart_what_differs():
     assert digest(tensor, b"x") != digest(b"x", tensor)
     with pytest.raises(TypeError, match="got int"):
         digest(3)  # pyright: ignore[reportArgumentType]
+
+
+def _entries(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too, and what it holds."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def test_a_whole_folder_appears_at_the_end_of_the_block(tmp_path):
+    place = tmp_path / "a" / "b"
+    with whole_folder(place) as folder:
+        (folder / "x.txt").write_text("x")
+        assert not place.exists()
+        assert folder.name == place.name
+    assert _entries(tmp_path) == {"a/b/x.txt": "x"}
+    assert os.listdir(place.parent) == ["b"]
+
+
+@pytest.mark.parametrize("replaces", [True, lambda folder: (folder / "old.txt").is_file()])
+def test_a_whole_folder_replaces_an_earlier_one_and_only_when_it_is_whole(tmp_path, replaces):
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / "old.txt").write_text("old")
+    with (
+        pytest.raises(RuntimeError, match="half-way"),
+        whole_folder(place, replaces=replaces) as folder,
+    ):
+        (folder / "new.txt").write_text("new")
+        raise RuntimeError("half-way")
+    assert _entries(tmp_path) == {"run/old.txt": "old"}
+    with whole_folder(place, replaces=replaces) as folder:
+        (folder / "new.txt").write_text("new")
+    assert _entries(tmp_path) == {"run/new.txt": "new"}
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("replaces", [False, lambda folder: (folder / "old.txt").is_file()])
+def test_a_whole_folder_never_replaces_a_foreign_one(tmp_path, replaces):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(ValueError, match="is not an earlier export"),
+        whole_folder(tmp_path / "mine", replaces=replaces, kind="export"),
+    ):
+        raise AssertionError("the block was entered")
+    with (
+        pytest.raises(ValueError, match="is a file"),
+        whole_folder(tmp_path / "mine" / "thesis.txt", replaces=replaces),
+    ):
+        raise AssertionError("the block was entered")
+    assert _entries(tmp_path) == {"mine/thesis.txt": "years of work"}
+    (tmp_path / "empty").mkdir()
+    with whole_folder(tmp_path / "empty", replaces=replaces):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["empty", "mine"]
+
+
+def test_whole_files_join_what_is_there_and_the_last_one_tells_that_all_are(tmp_path, monkeypatch):
+    (tmp_path / "layer_0").mkdir()
+    (tmp_path / "layer_0" / "old").write_text("old")
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    (tmp_path / ".unfinished").mkdir()  # of a process that was killed
+    (tmp_path / ".unfinished" / "stale").write_text("stale")
+    order = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: order.append(path.name) or replace(path, to)
+    )
+    with whole_files(tmp_path, last="a.json") as folder:
+        for name in ("a.json", "b.json", "layer_0/new"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(name)
+    assert order == ["b.json", "layer_0", "a.json"]
+    whole = {
+        "metrics.jsonl": "kept",
+        **{name: name for name in ("a.json", "b.json", "layer_0/new")},
+    }
+    assert _entries(tmp_path) == whole
+    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path) as folder:
+        (folder / "b.json").write_text("half")
+        raise KeyboardInterrupt
+    assert _entries(tmp_path) == whole
+    assert ".unfinished" not in os.listdir(tmp_path)
+
+
+def test_remove_others_leaves_one_folder_and_the_files(tmp_path):
+    for name in ("100", ".200-x", "200"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("kept")
+    remove_others(tmp_path / "200")
+    assert sorted(os.listdir(tmp_path)) == ["200", "notes.txt"]

@@ -8,8 +8,6 @@ and the page's script only sets text.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects
 from jumprelu_plugin.analysis.neighbors import nearest_latents
 from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
 from jumprelu_plugin.models.hooks import sae_sites
+from jumprelu_plugin.records import write_text
 
 _TEMPLATE = "dashboard.html.j2"
 # Hooks whose values are, or are added to, the residual stream, which the unembedding reads.
@@ -85,7 +84,7 @@ def write_dashboard(
         "L0": f"{float(top.latent_density.sum()):.1f}",
         **(facts or {}),
     }
-    _write(path, page.render(title=title or hook_in, facts=head, data=_embedded(data)))
+    write_text(path, page.render(title=title or hook_in, facts=head, data=_embedded(data)))
     return path
 
 
@@ -195,13 +194,3 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

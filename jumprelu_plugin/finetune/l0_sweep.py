@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from jumprelu_plugin.finetune import pretrained as released
 from jumprelu_plugin.finetune.refit import RefitSettings, shifted, sweep_points
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input
-from jumprelu_plugin.records import append_jsonl, provenance
+from jumprelu_plugin.records import append_jsonl, provenance, whole_folder
 from jumprelu_plugin.saes.parameters import Parameters
 
 RECORD_FILENAME = "ladder.jsonl"
@@ -244,8 +243,5 @@ def _as_sae(dictionary: Dictionary, parameters: Parameters) -> Any:
 
 def _save(dictionary: Dictionary, parameters: Parameters, folder: Path) -> None:
     """Write a stock folder, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as unfinished:
-        written = Path(unfinished, folder.name)
-        _as_sae(dictionary, parameters).save_model(written)
-        written.rename(folder)
+    with whole_folder(folder) as unfinished:
+        _as_sae(dictionary, parameters).save_model(unfinished)

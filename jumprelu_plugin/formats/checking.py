@@ -6,9 +6,7 @@ An export is written into a folder beside its place, read back, compared, and on
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -92,36 +90,9 @@ class Loader:
             )
 
 
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` when the block ends without an exception.
-
-    An earlier export at `output` is replaced.
-
-    Raises:
-        ValueError: `output` holds something else.
-    """
-    output = Path(output)
-    _refuse_foreign(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
-        fresh = Path(beside, output.name)
-        fresh.mkdir()
-        yield fresh
-        if output.exists():
-            output.rename(Path(beside, "old"))
-        fresh.rename(output)
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.is_dir():
-        if any(output.iterdir()) and not (output / RECORD_FILENAME).is_file():
-            raise ValueError(
-                f"{output} is there and is not an earlier export: give a folder that does not "
-                "exist or is empty"
-            )
-    elif output.exists():
-        raise ValueError(f"{output} is a file: give a folder to write into")
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an earlier export, which a new one may replace."""
+    return (folder / RECORD_FILENAME).is_file()
 
 
 def record(folder: Path, target: str, check: Check | None, **known: object) -> None:

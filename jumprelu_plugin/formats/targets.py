@@ -20,10 +20,11 @@ from jumprelu_plugin.formats import (
     saelens,
     steering_vector,
 )
-from jumprelu_plugin.formats.checking import Check, Loader, new_folder, record
+from jumprelu_plugin.formats.checking import Check, Loader, is_export, record
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.reading import load_dictionary
 from jumprelu_plugin.models.language_models import local_folder
+from jumprelu_plugin.records import whole_folder
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt import folder as cross_layer_folder
 
@@ -84,7 +85,7 @@ def export(
     if not unchecked:
         target.loader.require()
     subject, named = target.prepare(Path(source), **options)
-    with new_folder(output) as folder:
+    with whole_folder(output, replaces=is_export, kind="export") as folder:
         target.write(subject, folder, **named)
         check = None
         if not unchecked:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from jumprelu_plugin.evaluation import Evaluation, evaluate
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
 
 RECORD_FILENAME = "demo.json"
@@ -82,15 +80,8 @@ def run_demo(output: str | Path, settings: DemoSettings, console: Console) -> Pa
         ValueError: `output` holds something that is not an earlier demo.
     """
     output = Path(output)
-    _refuse_foreign_folder(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Into a folder beside it, moved into place when everything is there.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as unfinished:
-        folder = Path(unfinished, "demo")
+    with whole_folder(output, replaces=_is_demo, kind="demo") as folder:
         _run(folder, settings, console)
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
     sae_folder = output / SAE_FOLDER
     _say_what_next(console, sae_folder, output)
     return sae_folder
@@ -260,15 +251,9 @@ def _record(
     )
 
 
-def _refuse_foreign_folder(output: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    record = output / RECORD_FILENAME
-    if not record.is_file() or json.loads(record.read_text()).get("kind") != "demo":
-        raise ValueError(
-            f"{output} exists and is not an earlier demo (no {RECORD_FILENAME} in it); "
-            "give another folder with --output"
-        )
+def _is_demo(folder: Path) -> bool:
+    record = folder / RECORD_FILENAME
+    return record.is_file() and json.loads(record.read_text()).get("kind") == "demo"
 
 
 def _say_what_next(console: Console, sae_folder: Path, output: Path) -> None:

@@ -20,7 +20,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.models.language_models import hub_errors_explained, load_model, local_folder
 from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.records import whole_files
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
@@ -174,14 +174,9 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
         """Write the output folder; `cfg.json`, by which it is known as an SAE, comes last."""
-        output = Path(output_path)
-        output.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".unfinished-", dir=output) as unfinished:
+        with whole_files(output_path, last=SAE_CFG_FILENAME) as unfinished:
             # What is handed in comes from the trainer SAELens made, which trained nothing.
-            super().save_final_sae(sae, unfinished, self.trainer.log_feature_sparsity)
-            files = sorted(Path(unfinished).iterdir(), key=lambda f: f.name == SAE_CFG_FILENAME)
-            for file in files:
-                file.replace(output / file.name)
+            super().save_final_sae(sae, str(unfinished), self.trainer.log_feature_sparsity)
 
 
 def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:

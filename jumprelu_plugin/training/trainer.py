@@ -8,10 +8,8 @@ made between steps, and are made when the run is interrupted.
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
-from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.records import append_jsonl, whole_folder
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
@@ -138,14 +136,9 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         base = self.cfg.checkpoint_path if base_path is None else base_path
         if base is None:
             return super().save_checkpoint(checkpoint_name, None, wandb_aliases)
-        Path(base).mkdir(parents=True, exist_ok=True)
-        # Beside its place, and moved there when everything is in it: whole, or not there.
-        with TemporaryDirectory(prefix=".unfinished-", dir=base) as unfinished:
+        with whole_folder(Path(base, checkpoint_name), replaces=True) as unfinished:
             with self._producer_paused():
-                super().save_checkpoint(checkpoint_name, unfinished, wandb_aliases)
-            place = Path(base, checkpoint_name)
-            shutil.rmtree(place, ignore_errors=True)
-            Path(unfinished, checkpoint_name).rename(place)
+                super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
     def _producer_paused(self) -> Any:
         source = self.data_provider

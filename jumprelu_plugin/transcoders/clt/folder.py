@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jumprelu_plugin.records import write_json
+from jumprelu_plugin.records import whole_files, write_json
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
 
@@ -35,13 +35,12 @@ def save_clt(model: CrossLayerTranscoder, folder: str | Path) -> Path:
     Raises:
         ValueError: parameters that are not finite, or negative thresholds.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, source in enumerate(model.sources):
-        source.parameters_to_all()
-        save_file(_tensors(source), folder / f"layer_{model.cfg.layers[index]}.safetensors")
-    write_json(folder / CONFIG, {"architecture": ARCHITECTURE, **asdict(model.cfg)})
-    return folder
+    with whole_files(folder, last=CONFIG) as unfinished:
+        for layer, source in zip(model.cfg.layers, model.sources, strict=True):
+            source.parameters_to_all()
+            save_file(_tensors(source), unfinished / f"layer_{layer}.safetensors")
+        write_json(unfinished / CONFIG, {"architecture": ARCHITECTURE, **asdict(model.cfg)})
+    return Path(folder)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from jumprelu_plugin.records import append_jsonl, write_json
+from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder, write_json
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.health.reporting import report
@@ -202,30 +201,27 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint in one piece and remove those before it."""
         self.training_step.restore_layout()
-        name = str(self.step)
-        partial, whole = self.checkpoints / f".{name}", self.checkpoints / name
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        whole = self.checkpoints / str(self.step)
+        with whole_folder(whole, replaces=True) as unfinished:
+            self._write(unfinished)
+        remove_others(whole)
+        return whole
+
+    def _write(self, folder: Path) -> None:
         weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file({**weights, **self.training_step.tensors()}, partial / _TENSORS)
+        save_file({**weights, **self.training_step.tensors()}, folder / _TENSORS)
         moving = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        torch.save(moving, partial / _OPTIMIZER)
+        torch.save(moving, folder / _OPTIMIZER)
         state = {
             "step": self.step,
             "scales": [scaler.scaling_factor for scaler in self.scalers],
             "training_step": self.training_step.state(),
         }
-        write_json(partial / _STATE, state)
-        self.store.save_to_checkpoint(partial)
-        shutil.rmtree(whole, ignore_errors=True)
-        partial.rename(whole)
-        for older in self.checkpoints.iterdir():
-            if older != whole:
-                shutil.rmtree(older)
-        return whole
+        write_json(folder / _STATE, state)
+        self.store.save_to_checkpoint(folder)
 
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of a training with the same settings; call before `fit`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE, LoggingConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
 from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_transcoders
@@ -20,7 +21,7 @@ from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import get_transcoder_recipe
-from jumprelu_plugin.records import provenance, write_json
+from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
@@ -98,18 +99,16 @@ def train_transcoders(
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
         held_out = settings.held_out(model)
     write_json(output / SETTINGS_FILENAME, settings)
-    unfinished = output / ".unfinished"
-    runner = LayerwiseRunner(
-        _runner_config(configs, pairs, settings_now, unfinished, checkpoint),
-        pairs,
-        override_dataset=dataset,
-        override_model=model,
-        metrics_path=output / METRICS_FILENAME,
-    )
-    trained = runner.run()
-    for folder in sorted(path for path in unfinished.iterdir() if path.is_dir()):
-        shutil.rmtree(output / folder.name, ignore_errors=True)
-        folder.rename(output / folder.name)
+    with whole_files(output) as unfinished:
+        runner = LayerwiseRunner(
+            _runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
+            pairs,
+            override_dataset=dataset,
+            override_model=model,
+            metrics_path=output / METRICS_FILENAME,
+        )
+        trained = runner.run()
+        (unfinished / RUNNER_CFG_FILENAME).unlink()
     found = None
     if held_out is not None:
         # What was saved is what is judged: loaded by stock SAELens, as any other tool would.
@@ -117,8 +116,7 @@ def train_transcoders(
         found = evaluate_transcoders(model, saved, held_out)
         log(found.table())
     _record(output, settings, pairs, trained, estimate, found, model)
-    for leftover in (unfinished, output / CHECKPOINTS):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     Path(output, SETTINGS_FILENAME).unlink()
     return output
 
@@ -209,6 +207,7 @@ def _runner_config(
     configs: dict[str, Any],
     pairs: dict[str, HookPair],
     settings: TranscoderSettings,
+    unfinished: Path,
     output: Path,
     checkpoint: Path | None,
 ) -> MultiSAETrainingRunnerConfig:
@@ -244,12 +243,12 @@ def _runner_config(
         n_checkpoints=settings.checkpoints,
         checkpoint_path=None,
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-        output_path=str(output),
+        output_path=str(unfinished),
         logger=LoggingConfig(log_to_wandb=False),
         **fields,
     )
     # Set afterwards: the constructor puts a random folder below it.
-    cfg.checkpoint_path = str(output.parent / CHECKPOINTS)
+    cfg.checkpoint_path = str(output / CHECKPOINTS)
     return cfg
 
 

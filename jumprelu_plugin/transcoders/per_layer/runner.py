@@ -9,7 +9,6 @@ end of a step, so that a resumed run is the uninterrupted one.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
-from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
@@ -129,15 +128,12 @@ class LayerwiseTrainer(MultiSAETrainer):
         """Write a checkpoint in one piece and remove those before it."""
         if self.cfg.checkpoint_path is None:
             return
-        base = Path(self.cfg.checkpoint_path)
-        partial, whole = base / f".{checkpoint_name}", base / checkpoint_name
-        shutil.rmtree(partial, ignore_errors=True)
-        super().save_checkpoint(partial.name, wandb_aliases)
-        shutil.rmtree(whole, ignore_errors=True)
-        partial.rename(whole)
-        for older in base.iterdir():
-            if older != whole:
-                shutil.rmtree(older)
+        whole = Path(self.cfg.checkpoint_path, checkpoint_name)
+        with whole_folder(whole, replaces=True) as unfinished:
+            # SAELens writes below `checkpoint_path`.
+            name = unfinished.relative_to(self.cfg.checkpoint_path)
+            super().save_checkpoint(str(name), wandb_aliases)
+        remove_others(whole)
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:
