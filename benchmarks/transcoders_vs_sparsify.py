@@ -26,8 +26,7 @@ from sae_lens import SAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
 
-from jumprelu_plugin.evaluation import StreamingMetrics
-from jumprelu_plugin.evaluation.splice import evaluate_transcoders
+from jumprelu_plugin.evaluation import StreamingMetrics, evaluate_transcoders
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jumprelu_plugin.transcoders.clt.running_outputs import RunningOutputs
+
 
 def is_cross_layer(transcoders: Any) -> bool:
     """Whether it is a cross-layer transcoder; a set is iterable."""
@@ -42,7 +44,7 @@ class LayerOutputs:
 
     def __init__(self, transcoders: Any):
         self._transcoders = transcoders
-        self._written: dict[int, Tensor] = {}
+        self._running = RunningOutputs()
 
     def next(self, layer: int, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
         """The output at the next layer, from its features and those of earlier layers."""
@@ -52,9 +54,8 @@ class LayerOutputs:
         features = transcoders.encode_layer(x, layer)
         active = features.any(0).nonzero().flatten()
         vectors = transcoders._get_decoder_vectors(layer, active)  # [active, later, d_model]
-        for step, part in enumerate(torch.einsum("pf,fld->lpd", features[:, active], vectors)):
-            self._written[layer + step] = self._written.get(layer + step, 0) + part
-        output = self._written.pop(layer) + transcoders.b_dec[layer]
+        written = torch.einsum("pf,fld->lpd", features[:, active], vectors)
+        output = self._running.take(layer, written) + transcoders.b_dec[layer]
         if transcoders.W_skip is not None:
             output = output + transcoders.compute_skip(layer, x)
         return output

@@ -11,24 +11,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.table import Table
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from jumprelu_plugin.evaluation.loss import delta_lm_loss
-from jumprelu_plugin.evaluation.metrics import StreamingMetrics
+from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
+from jumprelu_plugin.evaluation.splicing import special_token_ids_of
 from jumprelu_plugin.models.hooks import hook_point, sae_sites
 from jumprelu_plugin.records import provenance as current_provenance
 from jumprelu_plugin.records import write_json
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluation(Metrics):
     """How faithful and how sparse one SAE is on one text. Losses are in nats per prediction.
 
     The quantities are defined in `LanguageModelLoss` and `Metrics`; `n_tokens` are the evaluated
-    (not special) tokens and `n_predictions` the counted predictions, as loss.py defines them.
+    (not special) tokens and `n_predictions` the counted predictions, as splicing.py defines them.
     `hook_out` differs from `hook` for a transcoder only. `fraction_recovered` is None when mean
     ablation does not raise the loss.
     """
@@ -40,7 +40,6 @@ class Evaluation:
     d_in: int
     d_sae: int
     n_sequences: int
-    n_tokens: int
     n_predictions: int
     loss_clean: float
     loss_spliced: float
@@ -48,14 +47,6 @@ class Evaluation:
     loss_zero_ablated: float
     delta_loss: float
     fraction_recovered: float | None
-    fvu: float
-    mse: float
-    cosine: float
-    l0: float
-    dead_share: float
-    share_above_1_percent: float
-    share_above_10_percent: float
-    firing_frequency: Float[Tensor, " d_sae"]
 
     def table(self) -> Table:
         """A rich table: print it with `rich.print` or a `Console`."""
@@ -90,7 +81,10 @@ class Evaluation:
 
     def to_dict(self, frequencies: bool = False) -> dict[str, Any]:
         """Plain values under the field names; `firing_frequency` as a list when asked for."""
-        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        metrics = {field.name for field in fields(Metrics)}
+        # What was evaluated comes first, where a reader of the record looks for it.
+        ordered = sorted(fields(self), key=lambda field: field.name in metrics)
+        record = {field.name: getattr(self, field.name) for field in ordered}
         frequency = record.pop("firing_frequency")
         return {**record, "firing_frequency": frequency.tolist()} if frequencies else record
 
@@ -151,7 +145,7 @@ def evaluate(
         tokens,
         hook_in=hook_in,
         hook_out=hook_out,
-        special_token_ids=_special_token_ids(model, special_token_ids),
+        special_token_ids=special_token_ids_of(model, special_token_ids),
         batch_size=batch_size,
         observe=metrics.update,
         progress=progress,
@@ -174,14 +168,3 @@ def evaluate(
         fraction_recovered=losses.fraction_recovered,
         **{field.name: getattr(found, field.name) for field in fields(found)},
     )
-
-
-def _special_token_ids(model: Any, given: Iterable[int] | None) -> list[int]:
-    if given is not None:
-        return sorted(set(given))
-    if model.tokenizer is None:
-        raise ValueError(
-            "The model has no tokenizer, so its special tokens are unknown. Pass"
-            " special_token_ids, or () to count every token."
-        )
-    return sorted(get_special_token_ids(model.tokenizer))

@@ -20,8 +20,8 @@ from sae_lens import SAE, logger
 from torch import Tensor
 
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.evaluation.loss import evaluated_positions
 from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
+from jumprelu_plugin.evaluation.splicing import evaluated_positions
 from jumprelu_plugin.finetune import pretrained as released
 from jumprelu_plugin.finetune.refit import RefitSettings, shifted, sweep_points
 from jumprelu_plugin.formats.dictionary import Dictionary

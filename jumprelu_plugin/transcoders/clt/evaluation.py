@@ -1,25 +1,23 @@
 """A cross-layer transcoder on a model: each output's fidelity, and the LM loss without any MLP.
 
-As `evaluation.splice` does for a set of transcoders, and by its rules: fidelity is measured on the
+As `evaluation.spliced_set` does for a set of transcoders, and by its rules: fidelity is measured on the
 unchanged model, and spliced in, latents read the model as the layers below have changed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from jumprelu_plugin.evaluation.loss import _finite
-from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.evaluation.splice import SplicedSet, _keep, spliced_set
-from jumprelu_plugin.models.hooks import attached, flat_heads
+from jumprelu_plugin.evaluation.spliced_set import Outputs, SplicedSet, spliced_set
+from jumprelu_plugin.evaluation.splicing import Observe
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
+from jumprelu_plugin.transcoders.clt.running_outputs import RunningOutputs
 
 
 @torch.no_grad()
@@ -49,8 +47,7 @@ def evaluate_clt(
         tokens,
         sites,
         [transcoder.cfg.d_sae] * len(sites),
-        lambda text, here, metrics: _observed(model, text, here, transcoder, metrics),
-        lambda text, here: _spliced(model, text, here, transcoder),
+        lambda: _pass(transcoder),
         batch_size=batch_size,
         special_token_ids=special_token_ids,
         progress=progress,
@@ -70,65 +67,15 @@ def refuse_widths(model: Any, transcoder: CrossLayerTranscoder) -> None:
                 )
 
 
-def _observed(
-    model: Any,
-    text: Tensor,
-    here: Bool[Tensor, "rows positions"],
-    transcoder: CrossLayerTranscoder,
-    metrics: Sequence[StreamingMetrics],
-) -> Float[Tensor, "rows positions vocabulary"]:
-    """Logits of the unchanged model; the errors at each output go into its metrics."""
-    pairs = transcoder.cfg.pairs
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for hook in {hook for pair in pairs for hook in (pair.hook_in, pair.hook_out)}:
-            stack.enter_context(attached(model, hook, _keep(seen, hook)))
-        logits = model(text, return_type="logits")
-    written = _Written(transcoder)
-    for index, pair in enumerate(pairs):
-        x, y = (
-            _finite(flat_heads(seen[hook]), here, hook).to(transcoder.device)
-            for hook in (pair.hook_in, pair.hook_out)
-        )
-        latents, output = written.next(index, x)
-        metrics[index].update(y, output, latents)
-    return logits
+def _pass(transcoder: CrossLayerTranscoder) -> Outputs:
+    running = RunningOutputs()
 
+    def output(index: int, x: Tensor, target: Tensor, observe: Observe | None) -> Tensor:
+        source = transcoder.sources[index]
+        latents = source.encode(x.to(source.W_enc))
+        output = running.take(index, source.write(latents).unbind(-2)) + source.b_dec
+        if observe is not None:
+            observe(target.to(transcoder.device), output, latents)
+        return output
 
-def _spliced(
-    model: Any, text: Tensor, here: Bool[Tensor, "rows positions"], transcoder: CrossLayerTranscoder
-) -> Float[Tensor, "rows positions vocabulary"]:
-    seen: dict[str, Tensor] = {}
-    written = _Written(transcoder)
-
-    def stand_in(index: int, hook_in: str) -> Any:
-        def replace(activation: Tensor) -> Tensor:
-            flat = flat_heads(activation).clone()
-            x = _finite(flat_heads(seen[hook_in]), here, hook_in).to(transcoder.device)
-            flat[here.to(flat.device)] = written.next(index, x)[1].to(flat)
-            return flat.reshape(activation.shape)
-
-        return replace
-
-    with ExitStack() as stack:
-        for index, pair in enumerate(transcoder.cfg.pairs):
-            stack.enter_context(attached(model, pair.hook_in, _keep(seen, pair.hook_in)))
-            stack.enter_context(attached(model, pair.hook_out, stand_in(index, pair.hook_in)))
-        return model(text, return_type="logits")
-
-
-class _Written:
-    """What the layers so far have written, as a forward pass goes up."""
-
-    def __init__(self, transcoder: CrossLayerTranscoder):
-        self._sources = transcoder.sources
-        self._outputs: dict[int, Tensor] = {}
-
-    def next(self, index: int, x: Float[Tensor, "tokens d_in"]) -> tuple[Tensor, Tensor]:
-        """The latents of the next layer, and its output, to which no more will be added."""
-        source = self._sources[index]
-        latents = source.encode(x.to(source.W_enc.dtype))
-        for step, part in enumerate(source.write(latents).unbind(-2)):
-            before = self._outputs.get(index + step)
-            self._outputs[index + step] = part if before is None else before + part
-        return latents, self._outputs.pop(index) + source.b_dec
+    return output

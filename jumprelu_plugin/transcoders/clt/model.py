@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from jumprelu_plugin.control.decoder_norm import normalize_rows_
 from jumprelu_plugin.saes.parameters import Parameters
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
+from jumprelu_plugin.transcoders.clt.running_outputs import RunningOutputs
 
 
 class SourceLayer(nn.Module):
@@ -102,13 +103,13 @@ class CrossLayerTranscoder(nn.Module):
     def decode(self, f: Float[Tensor, "layers *n d_sae"]) -> Float[Tensor, "layers *n d_out"]:
         """Each layer's output from the latents of its own layer and those before."""
         self._refuse_other_layers(f)
-        outputs = [
-            source.b_dec.expand(*f.shape[1:-1], self.cfg.d_out).clone() for source in self.sources
-        ]
-        for index, source in enumerate(self.sources):
-            for step, part in enumerate(source.write(f[index]).unbind(-2)):
-                outputs[index + step] = outputs[index + step] + part
-        return torch.stack(outputs)
+        running = RunningOutputs()
+        return torch.stack(
+            [
+                running.take(index, source.write(f[index]).unbind(-2)) + source.b_dec
+                for index, source in enumerate(self.sources)
+            ]
+        )
 
     def forward(self, x: Float[Tensor, "layers *n d_in"]) -> Float[Tensor, "layers *n d_out"]:
         return self.decode(self.encode(x))

@@ -16,7 +16,7 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 
-from jumprelu_plugin.evaluation.splice import SplicedSet
+from jumprelu_plugin.evaluation.spliced_set import SplicedSet
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.text import tokenized_dataset

@@ -16,7 +16,7 @@ from sae_lens import SAE, LoggingConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
-from jumprelu_plugin.evaluation.splice import SplicedSet, evaluate_transcoders
+from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcoders
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.text import tokenized_dataset

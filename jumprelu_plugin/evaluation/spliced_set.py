@@ -2,7 +2,7 @@
 
 Each reads its input hook in the model as the others have changed it, as in a replacement model of
 a circuit tool. The fidelity of each is measured on the unchanged model, so that a layer is judged
-by its own error and not by those below it. Which tokens count is as in `loss.py`.
+by its own error and not by those below it. Which tokens count is as in splicing.py.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from rich.table import Table
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from jumprelu_plugin.evaluation.loss import (
-    _checked,
-    _evaluation_mode,
-    _finite,
-    _loss,
-    _reconstruct,
-    evaluated_positions,
-)
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.evaluation.report import _special_token_ids
+from jumprelu_plugin.evaluation.splicing import (
+    Observe,
+    ScoredText,
+    evaluation_mode,
+    finite_activations,
+    read_activations,
+    reconstruct,
+    replacement,
+    special_token_ids_of,
+)
 from jumprelu_plugin.models.hooks import attached, flat_heads, require_folded, sae_sites
 from jumprelu_plugin.records import write_json
 
@@ -93,6 +93,20 @@ class SplicedSet:
         return table
 
 
+class Outputs(Protocol):
+    """What stands in for the model at each output, in one forward pass, from the first layer up."""
+
+    def __call__(
+        self,
+        index: int,
+        x: Float[Tensor, "tokens d_in"],
+        target: Float[Tensor, "tokens d_out"],
+        observe: Observe | None,
+    ) -> Float[Tensor, "tokens d_out"]:
+        """The output that stands in for `target`; `observe` is called as `reconstruct` calls it."""
+        ...
+
+
 @torch.no_grad()
 def evaluate_transcoders(
     model: Any,
@@ -114,14 +128,17 @@ def evaluate_transcoders(
     """
     sites = [sae_sites(transcoder) for transcoder in transcoders]
     _refuse_set(transcoders, sites)
+
+    def output(index: int, x: Tensor, target: Tensor, observe: Observe | None) -> Tensor:
+        return reconstruct(transcoders[index], x, target, *sites[index], observe)
+
     return spliced_set(
         model,
         transcoders,
         tokens,
         sites,
         [transcoder.cfg.d_sae for transcoder in transcoders],
-        lambda text, here, metrics: _observed(model, text, here, transcoders, sites, metrics),
-        lambda text, here: _spliced(model, text, here, transcoders, sites),
+        lambda: output,
         batch_size=batch_size,
         special_token_ids=special_token_ids,
         progress=progress,
@@ -130,12 +147,11 @@ def evaluate_transcoders(
 
 def spliced_set(
     model: Any,
-    transcoders: Sequence[Any],
+    modules: Sequence[Any],
     tokens: Int[Tensor, "sequences positions"],
     sites: Sequence[tuple[str, str]],
     widths: Sequence[int],
-    observed: Callable[[Tensor, Tensor, Sequence[StreamingMetrics]], Tensor],
-    spliced_in: Callable[[Tensor, Tensor], Tensor],
+    start_pass: Callable[[], Outputs],
     *,
     batch_size: int,
     special_token_ids: Iterable[int] | None,
@@ -144,31 +160,21 @@ def spliced_set(
     """The losses and fidelities of whatever writes to the output hooks of `sites`.
 
     Args:
-        transcoders: the modules to evaluate, in evaluation mode meanwhile.
+        modules: what is evaluated, in evaluation mode meanwhile.
         sites, widths: (input hook, output hook) and latents, one each for every output.
-        observed: logits of the unchanged model on a batch's text and evaluated positions; what it
-            finds goes into the metrics, one for every output.
-        spliced_in: logits with every output replaced.
+        start_pass: gives what stands in, anew for each forward pass.
     """
-    special = _special_token_ids(model, special_token_ids)
-    tokens = _checked(model, tokens, batch_size).to(model.cfg.device)
-    evaluated = evaluated_positions(tokens, special)
-    counted = evaluated[:, :-1] & evaluated[:, 1:]
-    n_predictions = int(counted.sum())
-    if n_predictions < 1:
-        raise ValueError(f"No prediction counts: special ids {special} leave no two tokens.")
-    batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
+    text = ScoredText.of(model, tokens, special_token_ids_of(model, special_token_ids))
     metrics = [StreamingMetrics() for _ in sites]
     clean = spliced = ablated = 0.0
-    with _evaluation_mode(model, *transcoders):
-        for rows in tqdm(batches, desc="clean and spliced", disable=not progress):
-            text, here, scored = tokens[rows], evaluated[rows], counted[rows]
-            clean += _loss(observed(text, here, metrics), text, scored)
-            spliced += _loss(spliced_in(text, here), text, scored)
+    with evaluation_mode(model, *modules):
+        for batch in text.batches(batch_size, "clean and spliced", progress):
+            clean += batch.loss(_observed_pass(model, batch, sites, start_pass(), metrics))
+            spliced += batch.loss(_spliced_pass(model, batch, sites, start_pass()))
         means = [found.mean for found in metrics]
-        for rows in tqdm(batches, desc="mean-ablated", disable=not progress):
-            logits = _ablated(model, tokens[rows], evaluated[rows], sites, means)
-            ablated += _loss(logits, tokens[rows], counted[rows])
+        for batch in text.batches(batch_size, "mean-ablated", progress):
+            ablated += batch.loss(_ablated_pass(model, batch, sites, means))
+    n_predictions = text.n_predictions
     return SplicedSet(
         n_predictions=n_predictions,
         loss_clean=clean / n_predictions,
@@ -183,80 +189,56 @@ def spliced_set(
     )
 
 
-def _observed(
+def _observed_pass(
     model: Any,
-    text: Tensor,
-    here: Bool[Tensor, "rows positions"],
-    transcoders: Sequence[Any],
+    batch: ScoredText,
     sites: Sequence[tuple[str, str]],
+    output: Outputs,
     metrics: Sequence[StreamingMetrics],
 ) -> Float[Tensor, "rows positions vocabulary"]:
-    """Logits of the unchanged model; each transcoder's errors go into its metrics."""
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for hook in {hook for site in sites for hook in site}:
-            stack.enter_context(attached(model, hook, _keep(seen, hook)))
-        logits = model(text, return_type="logits")
-    for transcoder, (hook_in, hook_out), found in zip(transcoders, sites, metrics, strict=True):
-        x, y = (_finite(flat_heads(seen[hook]), here, hook) for hook in (hook_in, hook_out))
-        _reconstruct(transcoder, x, y, hook_in, hook_out, found.update)
+    """Logits of the unchanged model; the errors at each output go into its metrics."""
+    logits, seen = read_activations(model, batch.tokens, {hook for site in sites for hook in site})
+    for index, site in enumerate(sites):
+        x, y = (finite_activations(seen[hook], batch.evaluated, hook) for hook in site)
+        output(index, x, y, metrics[index].update)
     return logits
 
 
-def _spliced(
-    model: Any,
-    text: Tensor,
-    here: Bool[Tensor, "rows positions"],
-    transcoders: Sequence[Any],
-    sites: Sequence[tuple[str, str]],
+def _spliced_pass(
+    model: Any, batch: ScoredText, sites: Sequence[tuple[str, str]], output: Outputs
 ) -> Float[Tensor, "rows positions vocabulary"]:
     seen: dict[str, Tensor] = {}
 
-    def stand_in(transcoder: Any, hook_in: str, hook_out: str) -> Any:
-        def replace(activation: Tensor) -> Tensor:
-            flat = flat_heads(activation).clone()
-            x = _finite(flat_heads(seen[hook_in]), here, hook_in)
-            target = flat[here.to(flat.device)]
-            made = _reconstruct(transcoder, x, target, hook_in, hook_out, None)
-            flat[here.to(flat.device)] = made.to(flat)
-            return flat.reshape(activation.shape)
+    def keep(hook: str) -> Callable[[Tensor], None]:
+        def read(activation: Tensor) -> None:
+            seen[hook] = activation
 
-        return replace
+        return read
+
+    def stand_in(index: int, hook_in: str) -> Callable[[Tensor], Tensor]:
+        def made(target: Tensor) -> Tensor:
+            x = finite_activations(flat_heads(seen[hook_in]), batch.evaluated, hook_in)
+            return output(index, x, target, None)
+
+        return replacement(batch.evaluated, made)
 
     with ExitStack() as stack:
-        for transcoder, (hook_in, hook_out) in zip(transcoders, sites, strict=True):
-            stack.enter_context(attached(model, hook_in, _keep(seen, hook_in)))
-            stand = stand_in(transcoder, hook_in, hook_out)
-            stack.enter_context(attached(model, hook_out, stand))
-        return model(text, return_type="logits")
+        for index, (hook_in, hook_out) in enumerate(sites):
+            stack.enter_context(attached(model, hook_in, keep(hook_in)))
+            stack.enter_context(attached(model, hook_out, stand_in(index, hook_in)))
+        return model(batch.tokens, return_type="logits")
 
 
-def _ablated(
+def _ablated_pass(
     model: Any,
-    text: Tensor,
-    here: Bool[Tensor, "rows positions"],
+    batch: ScoredText,
     sites: Sequence[tuple[str, str]],
     means: Sequence[Float[Tensor, " d_out"]],
 ) -> Float[Tensor, "rows positions vocabulary"]:
-    def constant(mean: Tensor) -> Any:
-        def replace(activation: Tensor) -> Tensor:
-            flat = flat_heads(activation).clone()
-            flat[here.to(flat.device)] = mean.to(flat)
-            return flat.reshape(activation.shape)
-
-        return replace
-
     with ExitStack() as stack:
         for (_, hook_out), mean in zip(sites, means, strict=True):
-            stack.enter_context(attached(model, hook_out, constant(mean)))
-        return model(text, return_type="logits")
-
-
-def _keep(seen: dict[str, Tensor], hook: str) -> Any:
-    def keep(activation: Tensor) -> None:
-        seen[hook] = activation
-
-    return keep
+            stack.enter_context(attached(model, hook_out, replacement(batch.evaluated, mean)))
+        return model(batch.tokens, return_type="logits")
 
 
 def _refuse_set(transcoders: Sequence[Any], sites: Sequence[tuple[str, str]]) -> None:
