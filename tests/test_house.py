@@ -39,18 +39,6 @@ ROOMS = (
 )
 MOST_ENTRIES, MOST_LINES, MOST_METHODS, MOST_CLASS_LINES = 18, 400, 20, 300
 
-# Exceptions that are on their way out: nothing may be added.
-BORROWED_PRIVATES = {
-    ("evaluation/splice.py", "_checked"),
-    ("evaluation/splice.py", "_evaluation_mode"),
-    ("evaluation/splice.py", "_finite"),
-    ("evaluation/splice.py", "_loss"),
-    ("evaluation/splice.py", "_reconstruct"),
-    ("evaluation/splice.py", "_special_token_ids"),
-    ("transcoders/clt/evaluation.py", "_finite"),
-    ("transcoders/clt/evaluation.py", "_keep"),
-}
-
 # Underscore names of PyTorch and SAELens that a class of the package has too.
 INHERITED = {"_iterate_filtered_activations", "_parameters"}
 
@@ -133,7 +121,7 @@ def test_no_file_imports_an_underscore_name_of_another() -> None:
         for _, _, name in imports(file)
         if name.rsplit(".", 1)[-1].startswith("_")
     }
-    assert borrowed <= BORROWED_PRIVATES
+    assert not borrowed
 
 
 def own_privates(node: ast.ClassDef) -> Iterator[str]:

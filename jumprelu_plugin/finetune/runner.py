@@ -29,11 +29,11 @@ from typing_extensions import override
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.finetune import pretrained as released
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.models.hooks import hook_widths
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.runner import (
     JumpReLUTrainingRunner,
-    hook_width,
     language_model,
     quiet,
     refuse_used_output_folder,
@@ -251,7 +251,9 @@ def _target_of(checkpoint: str) -> float | None:
 def _refuse_wrong_width(model: Any, cfg: Any, dictionary: Dictionary) -> None:
     if cfg.hook_name not in model.hook_dict:
         return  # the runner says which hooks there are
-    width, d_in = hook_width(model, cfg.hook_name, cfg.hook_head_index), dictionary.parameters.d_in
+    one_head = () if cfg.hook_head_index is None else (cfg.hook_name,)
+    width = hook_widths(model, [cfg.hook_name], one_head)[cfg.hook_name]
+    d_in = dictionary.parameters.d_in
     if width != d_in:
         raise ValueError(
             f"the dictionary reads activations {d_in} wide, and those at {cfg.hook_name} of "

@@ -9,11 +9,12 @@ splicing and resetting an SAE has left a hook point with a wrong name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -124,6 +125,31 @@ def attached(
             " or hooks were reset with including_permanent=True), so later forward passes ran"
             " without it. Splice before entering the block, and do not reset hooks inside it."
         )
+
+
+@torch.no_grad()
+def hook_widths(model: Any, hooks: Iterable[str], one_head: Iterable[str] = ()) -> dict[str, int]:
+    """Width of the activations at each hook, in the order in which they fire in a forward pass.
+
+    Args:
+        hooks: their names, as the model's `hook_dict` has them.
+        one_head: those of which one head is read; elsewhere heads are flattened.
+
+    Raises:
+        ValueError: a hook does not fire.
+    """
+    hooks, one_head = list(dict.fromkeys(hooks)), set(one_head)
+    device = next(model.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+    cache = model.run_with_cache(tokens, names_filter=hooks, prepend_bos=False)[1]
+    fired = list(cache.keys())
+    for hook in hooks:
+        if hook not in fired:
+            raise ValueError(f"the hook {hook!r} exists but does not fire in a forward pass")
+    shapes = {hook: cache[hook].shape for hook in fired if hook in hooks}
+    return {
+        hook: shape[-1] if hook in one_head else shape[2:].numel() for hook, shape in shapes.items()
+    }
 
 
 def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor, "batch pos d"]:

@@ -31,6 +31,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from jumprelu_plugin.models.hooks import hook_widths
 from jumprelu_plugin.models.language_models import hub_errors_explained, load_model, local_folder
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import whole_files
@@ -253,20 +254,11 @@ def refuse_wrong_hook(
         close = difflib.get_close_matches(hook_name, list(model.hook_dict), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"the model has no hook {hook_name!r}{hint}")
-    width = hook_width(model, hook_name, head)
+    one_head = () if head is None else (hook_name,)
+    width = hook_widths(model, [hook_name], one_head)[hook_name]
     if width != d_in:
         flattened = " (heads flattened)" if hook_name.endswith("hook_z") else ""
         raise ValueError(
             f"the SAE's {width_field} is {d_in}, but the activations at {hook_name} are "
             f"{width} wide{flattened}: set {width_field}={width}"
         )
-
-
-@torch.no_grad()
-def hook_width(model: Any, hook_name: str, head: int | None = None) -> int:
-    """Width of a hook's activations, heads flattened (or of one head), from a forward pass."""
-    device = next(model.parameters()).device
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
-    cache = model.run_with_cache(tokens, names_filter=[hook_name], prepend_bos=False)[1]
-    shape = cache[hook_name].shape
-    return shape[-1] if head is not None else shape[2:].numel()

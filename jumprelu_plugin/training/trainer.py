@@ -136,9 +136,9 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         base = self.cfg.checkpoint_path if base_path is None else base_path
         if base is None:
             return super().save_checkpoint(checkpoint_name, None, wandb_aliases)
-        with whole_folder(Path(base, checkpoint_name), replaces=True) as unfinished:
-            with self._producer_paused():
-                super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
+        whole = Path(base, checkpoint_name)
+        with whole_folder(whole, replaces=True) as unfinished, self._producer_paused():
+            super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
     def _producer_paused(self) -> Any:
         source = self.data_provider
