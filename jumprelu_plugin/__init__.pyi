@@ -5,7 +5,7 @@ from .analysis.steering import Add as Add
 from .analysis.steering import Clamp as Clamp
 from .analysis.steering import steer as steer
 from .evaluation.report import evaluate as evaluate
-from .evaluation.splice import evaluate_transcoders as evaluate_transcoders
+from .evaluation.spliced_set import evaluate_transcoders as evaluate_transcoders
 from .finetune.l0_sweep import harvest as harvest
 from .finetune.l0_sweep import run_l0_sweep as run_l0_sweep
 from .finetune.refit import RefitSettings as RefitSettings
