@@ -111,6 +111,12 @@ PRIVATE = (
     Private(_STORE, "_hook_d_ins", None, "read in training/activations/pairs.py"),
     Private(_STORE, "_dataloader", None, "set in training/activations/store.py on resuming"),
     Private(
+        "sae_lens.saes.sae:SAE",
+        "_setup_activation_normalization",
+        (),
+        "called in saes/storage.py: a copy's normalization functions are its own",
+    ),
+    Private(
         "sae_lens.training._interruption",
         "InterruptedException",
         None,
