@@ -49,6 +49,7 @@ README_ROWS = (
     ("SAELens `batchtopk`", architectures.BATCHTOPK, "SAELens batchtopk"),
     ("**jumprelu-plugin**", architectures.PLUGIN_RECIPE, contenders.DEFAULT_CONFIG),
 )
+TITLES = {"tiny-gemma-2": "embedded Gemma 2", "smollm2-135m": "SmolLM2-135M"}
 LOOK = {  # color, marker
     architectures.PLUGIN_RECIPE: ("#d55e00", "o"),
     architectures.BATCHTOPK: ("#0072b2", "s"),
@@ -83,10 +84,10 @@ def readme() -> str:
     hardware = timed[0]["provenance"]["hardware"]
     return (
         f"{table(header, rows)}\n\n"
-        f"{_setting(trained)}, target L0 {README_L0} ({commits(trained)}). Seconds a step: "
+        f"{_setting(trained)}, target L0 {README_L0}; {commits(trained)}. Seconds a step: "
         f"d_in {shape['d_in']}, d_sae {shape['d_sae']:,}, batch {shape['batch']:,}, "
-        f"L0 {shape['l0']:g}, {hardware['threads']} threads of {hardware['cpu']} "
-        f"({commits(timed)})."
+        f"L0 {shape['l0']:g}, {hardware['threads']} threads of {hardware['cpu']}; "
+        f"{commits(timed)}."
     )
 
 
@@ -109,7 +110,7 @@ def compared() -> str:
                 )
             )
     header = ("target L0", "", "L0", "FVU", "delta LM loss", "dead", "dense")
-    return f"{table(header, rows)}\n\n{_setting(records)}; {commits(records)}."
+    return f"{table(header, rows, names=2)}\n\n{_setting(records)}; {commits(records)}."
 
 
 def known_features() -> str:
@@ -135,7 +136,7 @@ def known_features() -> str:
                 )
             )
     header = ("latents", "", "MCC", "F1", "explained variance", "L0", "dead")
-    return f"{table(header, rows)}\n\n{commits(records).capitalize()}."
+    return f"{table(header, rows, names=2)}\n\n{commits(records).capitalize()}."
 
 
 def targets() -> str:
@@ -143,7 +144,7 @@ def targets() -> str:
     records = read(TARGETS)
     rows = [
         (
-            f"{r['model']} `{r['site']}`",
+            f"{TITLES[r['model']]} `{r['site']}`",
             f"{r['d_sae']:,}",
             f"{r['target_l0']:g}",
             f"{r['l0']:.2f}",
@@ -229,7 +230,7 @@ def draw_frontier(path: Path) -> None:
         axis.set_xticks([20, 40, 80], ["20", "40", "80"])
         _plain_ticks(axis, metric)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(_setting(records), fontsize=10)
+    figure.suptitle(_setting(records).replace("`", ""), fontsize=10)
     _save(figure, path)
 
 
@@ -246,7 +247,7 @@ def draw_targets(path: Path) -> None:
             marker=markers[site],
             color=LOOK[architectures.PLUGIN_RECIPE][0],
             alpha=0.8,
-            label=f"jumprelu-plugin, {model} {site}",
+            label=f"jumprelu-plugin, {TITLES[model]} {site}",
         )
     stock = by_architecture(read(COMPARE))[architectures.STOCK]
     color, marker = LOOK[architectures.STOCK]
@@ -256,7 +257,7 @@ def draw_targets(path: Path) -> None:
         linestyle="",
         marker=marker,
         color=color,
-        label=f"{architectures.STOCK}, {stock[0]['model']} {stock[0]['site']}",
+        label=f"{architectures.STOCK}, {TITLES[stock[0]['model']]} {stock[0]['site']}",
     )
     axis.set(
         xscale="log", yscale="log", xlabel="target L0", ylabel="relative error of L0, %",
@@ -294,7 +295,7 @@ def _setting(records: Records) -> str:
     ((model, site, d_sae, steps, batch),) = _by(records, *shared)
     seeds = len({r["seed"] for r in records})
     return (
-        f"{model} {site}, {d_sae:,} latents, {steps:,} steps of {batch:,} tokens, "
+        f"{TITLES[model]} `{site}`, {d_sae:,} latents, {steps:,} steps of {batch:,} tokens, "
         f"mean of {seeds} seeds"
     )
 
@@ -313,7 +314,7 @@ def _axes(columns: int) -> tuple[Any, Any]:
     figure, axes = plt.subplots(
         1,
         columns,
-        figsize=(5 * columns if columns > 1 else 6, 4 if columns > 1 else 5),
+        figsize=(5 * columns if columns > 1 else 7, 4 if columns > 1 else 4.6),
         layout="constrained",
     )
     axes = axes if columns > 1 else [axes]

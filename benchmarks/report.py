@@ -55,7 +55,7 @@ def passes(records: Records) -> str:
             took = r["forward_backward_seconds"]
             share = f"{r['product_share_of_passes']:.0%}"
             rows.append((title, name, seconds(took), f"{stock / took:.1f}", share))
-    return table(("", "", "forward + backward, s", "× stock", "one product's share"), rows)
+    return table(("", "", "forward + backward, s", "× stock", "one product's share"), rows, names=2)
 
 
 def sweep(name: str) -> Callable[[Records], str]:

@@ -37,9 +37,9 @@ def read(path: Path) -> Records:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """In Markdown, names to the left and numbers to the right."""
-    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], names: int = 1) -> str:
+    """In Markdown, the first `names` columns to the left and numbers to the right."""
+    rule = "|" + "|".join("---" if i < names else "---:" for i in range(len(header))) + "|"
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return "\n".join([lines[0], rule, *lines[1:]])
 
