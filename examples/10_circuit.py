@@ -16,6 +16,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
 from jumprelu_plugin import EMBEDDED_MODEL, circuits, export, load_model, tokenized_dataset
+from jumprelu_plugin.models.token_text import TokenTexts
 
 PROMPT = "The capital of France is"
 D_SAE = 1024
@@ -92,7 +93,7 @@ def explore(folder: Path) -> None:
         layer, position, latent = graph.active_features[feature].tolist()
         value = 2 * graph.activation_values[feature]
         change = circuits.change_feature(model, graph, feature, value)
-        word = model.tokenizer.decode([int(tokens[position])])
+        word = TokenTexts(model.tokenizer).text(int(tokens[position]))
         predicted = change.predicted[-change.n_logits]
         measured = change.measured[-change.n_logits]
         print(

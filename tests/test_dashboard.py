@@ -23,6 +23,7 @@ from jumprelu_plugin.analysis.neighbors import nearest_latents
 from jumprelu_plugin.analysis.top_activations import TOP, collect_top_activations
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.token_text import TokenTexts
 
 SPECIAL = [0, 1, 2, 3]
 
@@ -186,6 +187,7 @@ def test_page_holds_every_latents_numbers(tiny, tokens, tmp_path: Path) -> None:
     path = write_dashboard(tmp_path / "new" / "page.html", tiny.hooked, sae, tokens, examples=3)
     data = Page(path).data
     acts = activations(tiny, sae, tokens)
+    texts = TokenTexts(tiny.tokenizer)
     counted = int((~torch.isin(tokens, torch.tensor(SPECIAL))).sum())
     assert [entry["i"] for entry in data["latents"]] == list(range(41))
     for entry in data["latents"]:
@@ -199,11 +201,11 @@ def test_page_holds_every_latents_numbers(tiny, tokens, tmp_path: Path) -> None:
         assert sum(entry["h"]) == int((own > 0).sum())
         words, values, focus = entry["c"][0]
         row, column = divmod(int(own.argmax()), tokens.shape[1])
-        assert data["words"][words[focus]] == tiny.tokenizer.decode([int(tokens[row, column])])
+        assert data["words"][words[focus]] == texts.text(int(tokens[row, column]))
         assert values[focus] == entry["m"] == max(values)
         raised, by = logit_effects(tiny.hooked, sae, entry["i"])
         assert [data["words"][n] for n in entry["u"][0]] == [
-            tiny.tokenizer.decode([token]) for token in raised.tolist()
+            texts.text(token) for token in raised.tolist()
         ]
         assert entry["u"][1] == pytest.approx(by.tolist(), rel=5e-3, abs=1e-6)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
@@ -226,12 +228,7 @@ HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>",
 
 
 def test_hostile_text_stays_data(tiny, tokens, tmp_path: Path, monkeypatch) -> None:
-    decode = type(tiny.tokenizer).decode
-
-    def hostile(self: Any, ids: list[int], **kwargs: Any) -> str:
-        return HOSTILE[ids[0] % 3] + decode(self, ids, **kwargs)
-
-    monkeypatch.setattr(type(tiny.tokenizer), "decode", hostile)
+    monkeypatch.setattr(TokenTexts, "text", lambda self, token: HOSTILE[token % 3] + str(token))
     path = write_dashboard(
         tmp_path / "p.html", tiny.hooked, tiny_sae(), tokens, title=HOSTILE[0],
         facts={HOSTILE[1]: HOSTILE[1]},

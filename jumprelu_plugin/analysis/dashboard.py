@@ -24,6 +24,7 @@ from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects
 from jumprelu_plugin.analysis.neighbors import nearest_latents
 from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
 from jumprelu_plugin.models.hooks import sae_sites
+from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.records import write_text
 
 _TEMPLATE = "dashboard.html.j2"
@@ -65,7 +66,7 @@ def write_dashboard(
     top = collect_top_activations(model, sae, tokens, special_token_ids=special)
     contexts = collect_contexts(model, sae, top, count=examples, special_token_ids=special)
     effects = all_logit_effects(model, sae) if _writes_to_residual(sae) else None
-    words = _TokenTexts(model.tokenizer)
+    words = _Words(model.tokenizer)
     neighbors = nearest_latents(sae.W_dec)
     entries = [_entry(i, sae, top, contexts, effects, neighbors, words) for i in shown]
     data = {
@@ -105,25 +106,29 @@ def _writes_to_residual(sae: Any) -> bool:
     return sae_sites(sae)[1].rsplit(".", 1)[-1] in _RESIDUAL
 
 
-class _TokenTexts:
+class _Words:
     """Token texts, numbered in the order of their first use."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
         self.texts: list[str] = []
         self.special: set[int] = set()
+        self._special_ids = set(tokenizer.all_special_ids)
+        self._token_texts = TokenTexts(tokenizer)
         self._number: dict[int, int] = {}
 
     def number(self, token: int) -> int:
         if token not in self._number:
             self._number[token] = len(self.texts)
-            if token in self.tokenizer.all_special_ids:
+            if token in self._special_ids:
                 self.special.add(len(self.texts))
-            self.texts.append(self.tokenizer.decode([token]))
+            self.texts.append(self._token_texts.text(token))
         return self._number[token]
 
     def numbers(self, tokens: Tensor) -> list[int]:
         return [self.number(token) for token in tokens.tolist()]
+
+    def join(self, tokens: Tensor) -> str:
+        return self._token_texts.join(tokens.tolist())
 
 
 def _entry(
@@ -133,7 +138,7 @@ def _entry(
     contexts: LatentContexts,
     effects: LogitEffects | None,
     neighbors: tuple[Tensor, Tensor],
-    words: _TokenTexts,
+    words: _Words,
 ) -> dict[str, Any]:
     """One latent's values under one-letter keys, which save space and are listed in the script."""
     entry: dict[str, Any] = {
@@ -158,15 +163,24 @@ def _entry(
     return entry
 
 
-def _context(contexts: LatentContexts, latent: int, rank: int, words: _TokenTexts) -> list[Any]:
-    """Token numbers, their activations, and the index of the top activation among them."""
+def _context(contexts: LatentContexts, latent: int, rank: int, words: _Words) -> list[Any]:
+    """Token numbers, their activations, and the index of the top activation among them.
+
+    A fourth value is the text, where it is not the tokens' texts put together, because several
+    tokens make up one of its characters.
+    """
     inside = contexts.inside[latent, rank]
-    focus = int(inside[: contexts.focus].sum())
-    return [
-        words.numbers(contexts.tokens[latent, rank][inside]),
+    tokens = contexts.tokens[latent, rank][inside]
+    numbers = words.numbers(tokens)
+    context = [
+        numbers,
         _rounded(contexts.activation[latent, rank][inside]),
-        focus,
+        int(inside[: contexts.focus].sum()),
     ]
+    text = words.join(tokens)
+    if text != "".join(words.texts[number] for number in numbers):
+        context.append(text)
+    return context
 
 
 def _rounded(values: Tensor) -> list[float]:

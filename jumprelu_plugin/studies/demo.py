@@ -30,6 +30,7 @@ from jumprelu_plugin.analysis.top_activations import (
 from jumprelu_plugin.evaluation import Evaluation, evaluate
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
+from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
@@ -159,10 +160,14 @@ def _latent_table(model: Any, examples: TopActivations, latents: list[int]) -> T
 
 def _in_context(model: Any, examples: TopActivations, latent: int, rank: int) -> Text:
     ids, index = examples.context(latent, rank)
-    pieces = [model.tokenizer.decode([token]).replace("\n", "⏎") for token in ids.tolist()]
-    text = Text("".join(pieces[:index]), overflow="ellipsis", no_wrap=True)
-    text.append(pieces[index], style="bold reverse")
-    text.append("".join(pieces[index + 1 :]))
+    texts, tokens = TokenTexts(model.tokenizer), ids.tolist()
+    before, focus, after = (
+        texts.join(part).replace("\n", "⏎")
+        for part in (tokens[:index], [tokens[index]], tokens[index + 1 :])
+    )
+    text = Text(before, overflow="ellipsis", no_wrap=True)
+    text.append(focus, style="bold reverse")
+    text.append(after)
     return text
 
 
@@ -185,7 +190,8 @@ def _strongest(
         with steer(model, sae, Add(latent, amount)):
             after = _probability(model, tokens, ids)
             text_after = generate(model, prompt, seed)
-        names = [model.tokenizer.decode([token]) for token in ids.tolist()]
+        texts = TokenTexts(model.tokenizer)
+        names = [texts.text(token) for token in ids.tolist()]
         found = Steered(latent, amount, prompt, names, before, after, text_before, text_after)
         score = math.log(after / before) * _variety(model, text_after) ** 2
         if best is None or score > best[0]:
@@ -195,7 +201,8 @@ def _strongest(
 
 def _whole_words(model: Any) -> Bool[Tensor, " d_vocab"]:
     """Tokens that are a word of four letters or more, with its space."""
-    words = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
+    texts = TokenTexts(model.tokenizer)
+    words = [texts.text(token) for token in range(model.cfg.d_vocab)]
     return torch.tensor([w[:1] == " " and w[1:].isalpha() and len(w) > 4 for w in words])
 
 
