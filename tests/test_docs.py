@@ -7,6 +7,7 @@ The reference is what the code says, and the tables are what the records say.
 import ast
 import functools
 import re
+import runpy
 import shlex
 import sys
 import textwrap
@@ -168,6 +169,16 @@ def test_pages_that_the_code_names_exist() -> None:
         for file in (ROOT / folder).rglob("*.py"):
             for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text()):
                 assert (ROOT / page).exists(), f"{file.relative_to(ROOT)}: {page}"
+
+
+def test_the_private_names_of_saelens_in_use_are_documented() -> None:
+    (contract,) = (ROOT / "tests").rglob("test_saelens_contract.py")
+    listed = [
+        (f"{re.split('[.:]', private.owner)[-1]}.{private.name}", private.used)
+        for private in runpy.run_path(str(contract))["PRIVATE"]
+    ]
+    page = (ROOT / "docs" / "project" / "architecture.md").read_text()
+    assert re.findall(r"^\| `(\w+\.\w+)` \| (.*) \|$", page, re.M) == listed
 
 
 # Words that a reader of the field does not know, or knows as something else.
