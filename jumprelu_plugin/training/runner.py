@@ -43,7 +43,13 @@ from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.activations.store import resumable
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
+from jumprelu_plugin.training.requirements import require_what_a_run_needs
 from jumprelu_plugin.training.starting_weights import pretrained_sae, refuse_wrong_checkpoint
+from jumprelu_plugin.training.text_source import (
+    local_dataset,
+    one_split,
+    without_remote_code_errors,
+)
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from jumprelu_plugin.training.transcoder_evaluator import TranscoderEvaluator
 
@@ -87,20 +93,22 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     ):
         cfg, self._repairs = repaired(cfg) if check_first else (cfg, [])
         self._check_first = check_first
+        require_what_a_run_needs(cfg)
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         if cfg.from_pretrained_path is not None and override_sae is None:
             override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
+        override_dataset = one_split(override_dataset)
         refuse_empty_text(override_dataset)
         ours = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
         refuse_long_context(model, cfg.context_size)
-        if override_dataset is None and not cfg.dataset_path:
-            override_dataset = tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
+        if override_dataset is None:
+            override_dataset = self._own_text(cfg, model)
         torch.manual_seed(cfg.seed)
         try:
-            with quiet() if ours else nullcontext():
+            with quiet() if ours else nullcontext(), without_remote_code_errors():
                 super().__init__(cfg, override_dataset, model, override_sae)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
@@ -111,6 +119,15 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         if metrics_path is None and cfg.output_path is not None:
             metrics_path = Path(cfg.output_path, METRICS_FILENAME)
         self.metrics_path = None if metrics_path is None else Path(metrics_path)
+
+    @staticmethod
+    def _own_text(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Any:
+        """The text where it is this machine's: the demo extra's, or a folder's; None: the hub's."""
+        if not cfg.dataset_path:
+            return tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
+        dataset = local_dataset(cfg.dataset_path, streaming=cfg.streaming)
+        refuse_empty_text(dataset)
+        return dataset
 
     def _read_pairs(self, transcoder: JumpReLUTrainingTranscoderConfig) -> None:
         """Have the store give rows [input ‖ output], and evaluate what is trained on them."""

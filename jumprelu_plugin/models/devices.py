@@ -1,0 +1,25 @@
+"""Whether a device is there, asked before anything is loaded on it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def require_device(name: str) -> None:
+    """Raise ValueError where PyTorch cannot compute on a device of this name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; give cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, and PyTorch finds no CUDA device here: give device cpu, or "
+            "install a PyTorch built for this machine's GPU"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, and there are {torch.cuda.device_count()} CUDA devices, numbered "
+            "from 0"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {name!r}, and PyTorch finds no MPS device here: give cpu")
