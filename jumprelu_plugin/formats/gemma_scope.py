@@ -4,11 +4,15 @@ Arrays W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc, b_dec, threshold, float
 own units; b_dec is not subtracted from the input. The file does not say which hook or model it
 belongs to: tools read that from the folder's name on the hub, so only the sites that such a name
 can say are written.
+
+SAEs of the embedding were trained on it without Gemma's factor sqrt(d_model), which `hook_embed`
+has: they are read, as SAELens' loader reads them, with W_enc divided and W_dec multiplied by it.
 """
 
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ _RELEASES = {
 }
 _TRANSCODERS = "google/gemma-scope-2b-pt-transcoders"
 _TRANSCODER_HOOKS = ("ln2.hook_normalized", "hook_mlp_out")
+_EMBEDDING, _EMBEDDING_FOLDER = "hook_embed", "embedding"
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -80,6 +85,9 @@ def read(
 ) -> Dictionary:
     """A Gemma Scope SAE or, where `hook_name_out` is given, transcoder. Never unpickles.
 
+    The release keeps SAEs of the embedding in a folder `embedding`, which tells them apart where
+    no hook is given.
+
     Raises:
         ValueError: the archive holds pickled objects, wrong keys or wrong shapes.
     """
@@ -101,7 +109,17 @@ def read(
         parameters = Parameters.named(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if hook_name is None and _EMBEDDING_FOLDER in folder.resolve().parts:
+        hook_name = _EMBEDDING
+    if hook_name == _EMBEDDING:
+        parameters = _to_hook_embed(parameters)
     return Dictionary(parameters, hook_name, hook_name_out, model_name)
+
+
+def _to_hook_embed(parameters: Parameters) -> Parameters:
+    """The parameters for the embedding times sqrt(d_in); b_dec stays, as in SAELens' loader."""
+    scale = parameters.d_in**0.5
+    return replace(parameters, W_enc=parameters.W_enc / scale, W_dec=parameters.W_dec * scale)
 
 
 def _release(dictionary: Dictionary) -> tuple[str, int]:
