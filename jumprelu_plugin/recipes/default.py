@@ -6,7 +6,7 @@ DEFAULT = Recipe(
     name="default",
     source="this package; measurements in docs/results.md",
     description="Set target_l0. Thresholds and bandwidth are calibrated on pre-activations, and "
-    "the coefficient is measured as the multiplier of the target L0. The estimators' gradient reaches "
+    "the coefficient is measured as the multiplier of the target L0. The gradient also reaches "
     "the encoder, Matryoshka prefixes have a loss of their own, tokens of outlying norm weigh "
     "less, decoder rows have unit norm, and dead latents are resampled. "
     "JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for text, the recipe adds "
