@@ -23,7 +23,12 @@ from benchmarks.language_model import BATCH, HELD_OUT_SEQUENCES, RESULTS, TARGET
 from benchmarks.quality import as_saved, table, train
 from benchmarks.subjects import SUBJECTS
 from benchmarks.tables import terminal
-from jumprelu_plugin.finetune.refit import TRAINED, RefitSettings, shifted, sweep_points
+from jumprelu_plugin.finetune.refit import (
+    TRAINED_PARAMETERS,
+    RefitSettings,
+    refit_to_each,
+    shift_thresholds,
+)
 from jumprelu_plugin.formats.saelens import of
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
@@ -66,13 +71,13 @@ def main(
     others = [l0 for l0 in TARGETS if l0 != OWN_L0]
     for l0 in others:
         started = time.perf_counter()
-        at = shifted(dictionary.parameters, l0, rows)
+        at = shift_thresholds(dictionary.parameters, l0, rows)
         seconds = time.perf_counter() - started
         record("one shift", l0, replace(dictionary, parameters=at).as_sae(), 0, seconds)
-    for way in TRAINED:
+    for way in TRAINED_PARAMETERS:
         settings = RefitSettings(train=way, steps=refit_steps, batch_tokens=BATCH)
         started = time.perf_counter()
-        for l0, at in sweep_points(dictionary.parameters, others, rows, settings):
+        for l0, at in refit_to_each(dictionary.parameters, others, rows, settings):
             seconds = time.perf_counter() - started
             sae = replace(dictionary, parameters=at).as_sae()
             record(f"refit {way}", l0, sae, refit_steps, seconds)

@@ -16,7 +16,7 @@ from sae_lens import SAE
 from jumprelu_plugin import (
     RefitSettings,
     corpus,
-    harvest,
+    harvest_activations,
     load_model,
     run_l0_sweep,
     tokenized_dataset,
@@ -41,6 +41,10 @@ def tokens(split: str, sequences: int) -> torch.Tensor:
     return torch.tensor(text[:sequences]["tokens"])
 
 
+def harvest(text: torch.Tensor) -> torch.Tensor:
+    return harvest_activations(model, metadata.hook_name, text, special_token_ids=special)
+
+
 held_out = tokens("test", 48)
 # "thresholds" keeps every direction bit for bit; "all" gives the lowest FVU.
 settings = RefitSettings(train="all", steps=STEPS, batch_tokens=1024)
@@ -48,8 +52,8 @@ points = run_l0_sweep(
     SAE_FOLDER,
     [16, 48],
     OUTPUT,
-    rows=harvest(model, metadata.hook_name, tokens("train", 128), special_token_ids=special),
-    held_out=harvest(model, metadata.hook_name, held_out, special_token_ids=special),
+    activations=harvest(tokens("train", 128)),
+    held_out=harvest(held_out),
     settings=settings,
     model=model,
     tokens=held_out[:16],

@@ -6,7 +6,7 @@ from .analysis.steering import Clamp as Clamp
 from .analysis.steering import steer as steer
 from .evaluation.report import evaluate as evaluate
 from .evaluation.spliced_set import evaluate_transcoders as evaluate_transcoders
-from .finetune.l0_sweep import harvest as harvest
+from .finetune.activations import harvest_activations as harvest_activations
 from .finetune.l0_sweep import run_l0_sweep as run_l0_sweep
 from .finetune.refit import RefitSettings as RefitSettings
 from .finetune.runner import FinetuningRunner as FinetuningRunner

@@ -106,13 +106,13 @@ def l0_sweep(
     seed: Annotated[int, typer.Option(help="Of the order of the tokens.")] = 0,
 ) -> None:
     """Refit a trained SAE's thresholds to several L0s, each saved and judged."""
-    from jumprelu_plugin.finetune import l0_sweep as sweeps
+    from jumprelu_plugin.finetune.l0_sweep import frontier_table, parse_l0_list
     from jumprelu_plugin.finetune.refit import RefitSettings
-    from jumprelu_plugin.finetune.sweep_saved import sweep_saved
+    from jumprelu_plugin.finetune.sweep_saved import run_saved_l0_sweep
 
-    found = sweep_saved(
+    points = run_saved_l0_sweep(
         sae,
-        sweeps.numbers(l0),
+        parse_l0_list(l0),
         output,
         settings=RefitSettings(train, steps, batch_tokens, lr, seed),
         options=ModelOptions(model),
@@ -121,5 +121,5 @@ def l0_sweep(
         context_size=context_size,
         log=console.print,
     )
-    console.print(sweeps.table(found))
+    console.print(frontier_table(points))
     console.print(f"written: {output}", highlight=False)

@@ -94,14 +94,14 @@ def finetune(
     --l0_coefficient the L0 it has is held.
     """
     from jumprelu_plugin.cli.saelens_flags import parse_flags
-    from jumprelu_plugin.finetune.runner import FinetuningRunner, flags
+    from jumprelu_plugin.finetune.runner import FinetuningRunner, pretrained_flags
 
     if source.startswith("-"):
         if source == "--help":
             parse_flags([source])
         raise ValueError(f"give the SAE first: jumprelu finetune SOURCE, then {source} and others")
     given = context.args
-    cfg = parse_flags(["--architecture", "jumprelu", *flags(source, given), *given])
+    cfg = parse_flags(["--architecture", "jumprelu", *pretrained_flags(source, given), *given])
     FinetuningRunner(source, cfg, save_buffer=save_buffer, log=console.print).run()
 
 

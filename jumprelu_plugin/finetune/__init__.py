@@ -1,1 +1,1 @@
-"""Start from a trained SAE: train it further, or refit it to other L0s."""
+"""Training that starts from a pretrained SAE: finetune it, or refit it to other L0s."""

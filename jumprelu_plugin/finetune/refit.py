@@ -1,14 +1,14 @@
-"""Another L0 for a trained dictionary: its thresholds refitted, its directions kept.
+"""Refits the thresholds of a trained dictionary to another L0.
 
-The least error at a mean L0 of L0* is a constrained problem with one unknown a latent. At its
-solution every latent pays the same price: raising θ_i by a little loses as much fidelity for each
-activation it saves as raising any other (arXiv 2407.14435, section 4),
+Minimizing the error at a mean L0 of L0* is a constrained problem with one unknown per latent. At
+its solution, a small increase of any threshold changes the error by the same amount for each
+activation that it removes (arXiv 2407.14435, section 4):
 
     E[I_i | z_i = θ_i] = λ,    I_i = 2 θ_i d_i · (x - x̂).
 
-It is found by training the thresholds alone with `JumpReLUTrainingSAE`: the estimators' gradient to
-θ_i is that difference, Adam moves each θ_i along it, and the L0 controller holds L0* and measures
-λ. One shift of all thresholds, found exactly, starts the training at L0* and ends it there.
+The thresholds are trained with `JumpReLUTrainingSAE`: the estimators' gradient for θ_i is the
+difference of the two sides, and the L0 controller holds L0* and measures λ. Before and after the
+training, one shift of all thresholds sets the L0 to L0* exactly.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from jumprelu_plugin.finetune import pretrained as released
+from jumprelu_plugin.finetune.pretrained import decoder_norms, load_parameters_, rescale
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.parameters import Parameters
 
-TRAINED = {
+# The parameters that each value of `RefitSettings.train` trains.
+TRAINED_PARAMETERS = {
     "thresholds": ("threshold",),
     "decoder": ("threshold", "W_dec", "b_dec"),
     "all": ("threshold", "W_dec", "b_dec", "W_enc", "b_enc"),
 }
 # Adam's, for what is trained; docs/ablations.md has what they gave.
 LEARNING_RATES = {"thresholds": 1e-2, "decoder": 3e-3, "all": 3e-3}
-# L0 is measured on this many tokens: its standard error is then some 0.3 %.
+# L0 is measured on at most this many tokens; its standard error is then about 0.3 %.
 L0_TOKENS = 32_768
 # Tokens whose pre-activations exist at one time.
 _TOKENS_PER_ENCODE = 1024
@@ -43,16 +44,17 @@ _TOKENS_PER_ENCODE = 1024
 
 @dataclass(frozen=True)
 class RefitSettings:
-    """How a rung is trained.
+    """Settings of the training at each L0.
 
     Attributes:
-        train: `thresholds`; `decoder` for the decoder with them; `all` for the encoder too.
-        steps: of training; 0 only shifts the thresholds.
-        batch_tokens: tokens a step.
-        lr: Adam's learning rate, in units where E‖x‖ = √d_in; it falls to 0 over the second half.
-            None: `LEARNING_RATES`.
-        seed: of the order of the tokens.
-        device: where it is trained.
+        train: `thresholds` only; `decoder`, for thresholds and decoder; or `all`, which adds the
+            encoder.
+        steps: training steps; 0 only shifts the thresholds.
+        batch_tokens: tokens in a step.
+        lr: Adam's learning rate, for activations scaled to E‖x‖ = √d_in. It falls to 0 over the
+            second half of the steps. None stands for `LEARNING_RATES[train]`.
+        seed: seed of the order of the tokens.
+        device: where the training runs.
     """
 
     train: str = "thresholds"
@@ -63,235 +65,251 @@ class RefitSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.train not in TRAINED:
-            raise ValueError(f"train is {self.train!r}; it must be one of {', '.join(TRAINED)}")
-        if self.steps < 0 or self.batch_tokens < 1 or not self.rate > 0:
+        if self.train not in TRAINED_PARAMETERS:
             raise ValueError(
-                f"steps is {self.steps}, batch_tokens {self.batch_tokens} and lr {self.rate}; "
-                "expected steps of 0 or more, at least one token, and a positive lr"
+                f"train is {self.train!r}; it must be one of {', '.join(TRAINED_PARAMETERS)}"
+            )
+        if self.steps < 0 or self.batch_tokens < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                f"steps is {self.steps}, batch_tokens {self.batch_tokens} and lr "
+                f"{self.learning_rate}; expected steps of 0 or more, at least one token, and a "
+                "positive lr"
             )
 
     @property
-    def rate(self) -> float:
-        """The learning rate."""
+    def learning_rate(self) -> float:
+        """`lr`, or its default for what is trained."""
         return LEARNING_RATES[self.train] if self.lr is None else self.lr
 
 
-def sweep_points(
+def refit_to_each(
     parameters: Parameters,
     targets: Sequence[float],
-    rows: Float[Tensor, "tokens d_in"],
+    activations: Float[Tensor, "tokens d_in"],
     settings: RefitSettings,
-    each: Callable[[float], None] = lambda target: None,
+    before_each: Callable[[float], None] = lambda target: None,
 ) -> Iterator[tuple[float, Parameters]]:
-    """The dictionary at every L0 of `targets`, each refitted from the one before.
+    """Refit the dictionary to every L0 of `targets`, and yield each with its parameters.
 
-    The targets below its own L0 come first, downwards from it, then those above it, upwards.
+    The targets below the dictionary's L0 come first, in descending order, then those above it, in
+    ascending order. Each refit starts from the one before.
 
     Args:
         parameters: a dictionary on raw activations.
-        rows: raw activations to fit on, in random order.
-        each: called with a target before it is begun.
+        targets: the L0s.
+        activations: raw activations to fit on, in random order.
+        settings: settings of each training.
+        before_each: called with each target before its refit.
 
     Raises:
-        ValueError: a target that is no L0, that no thresholds reach on these activations, or too
-            few activations.
+        ValueError: a target is not a positive number or is given twice, no thresholds reach it on
+            these activations, or there are too few activations.
     """
-    refuse_unreachable(parameters, targets, rows)
-    own = mean_l0(parameters, rows)
-    below = sorted((target for target in targets if target <= own), reverse=True)
-    above = sorted(target for target in targets if target > own)
-    for side in (below, above):
-        at = parameters
-        for target in side:
-            each(target)
-            at = refit(at, target, rows, settings)
-            yield target, at
+    check_targets(parameters, targets, activations)
+    initial_l0 = mean_l0(parameters, activations)
+    below = sorted((target for target in targets if target <= initial_l0), reverse=True)
+    above = sorted(target for target in targets if target > initial_l0)
+    for ordered in (below, above):
+        refitted = parameters
+        for target in ordered:
+            before_each(target)
+            refitted = refit(refitted, target, activations, settings)
+            yield target, refitted
 
 
 def refit(
     parameters: Parameters,
     target: float,
-    rows: Float[Tensor, "tokens d_in"],
+    activations: Float[Tensor, "tokens d_in"],
     settings: RefitSettings,
 ) -> Parameters:
-    """The dictionary with L0 `target` on `rows`, of the least error that training finds.
+    """The dictionary trained to the least error at L0 `target` on `activations`.
 
-    What is not trained comes back bit for bit. A decoder that is trained alone has b_dec folded
-    out of the encoder first, so that the encoder does not move with it.
+    Parameters that are not trained stay bit-identical. With `train="decoder"`, b_dec is first
+    folded into b_enc, so that the encoder does not change with it.
 
     Raises:
-        ValueError: no thresholds reach the target, or there are too few rows for a batch.
+        ValueError: no thresholds reach the target, or there are fewer activations than a batch.
     """
     if settings.train == "decoder":
         parameters = parameters.fold_b_dec()
-    start = shifted(parameters, target, rows)
+    start = shift_thresholds(parameters, target, activations)
     if settings.steps == 0:
         return start
-    return shifted(_trained(start, target, rows, settings), target, rows)
+    trained = _train(start, target, activations, settings)
+    return shift_thresholds(trained, target, activations)
 
 
-def shifted(
-    parameters: Parameters, target: float, rows: Float[Tensor, "tokens d_in"]
+def shift_thresholds(
+    parameters: Parameters, target: float, activations: Float[Tensor, "tokens d_in"]
 ) -> Parameters:
-    """All thresholds raised by one number, in units of each latent's contribution to x̂.
+    """The dictionary with all thresholds shifted by one value, so that the mean L0 is `target`.
 
-    That number makes the mean L0 on `rows` the target; a threshold stops at 0, below which a
-    latent's ReLU is.
+    The value is the same for each latent's θ_i ‖d_i‖, in units of x̂. A threshold does not fall
+    below 0, because pre-activations below 0 give no activation.
 
     Raises:
-        ValueError: the target is not reached with every threshold at 0.
+        ValueError: the L0 is below the target even with every threshold at 0.
     """
-    rows, norms = rows[:L0_TOKENS], released.decoder_norms(parameters)
-    wanted = round(target * len(rows))
-    margins = _largest_margins(parameters.fold_decoder_norms(), rows, wanted)
-    if len(margins) < wanted or wanted < 1:
-        raise ValueError(_unreachable(target, len(margins) / len(rows)))
-    # Between two pre-activations: on one, the order of a sum would decide which side it is on.
-    last = margins.topk(min(wanted + 1, len(margins))).values[wanted - 1 :].mean()
-    threshold = (parameters.threshold.double() + last.double() / norms).clamp_min(0.0)
+    activations, norms = activations[:L0_TOKENS], decoder_norms(parameters)
+    n_active = round(target * len(activations))
+    margins = _largest_margins(parameters.fold_decoder_norms(), activations, n_active)
+    if len(margins) < n_active or n_active < 1:
+        raise ValueError(_unreachable(target, len(margins) / len(activations)))
+    # The threshold lies between two pre-activations. If it were equal to one, rounding would
+    # decide whether that one is active.
+    shift = margins.topk(min(n_active + 1, len(margins))).values[n_active - 1 :].mean()
+    threshold = (parameters.threshold.double() + shift.double() / norms).clamp_min(0.0)
     return replace(parameters, threshold=threshold.to(parameters.threshold.dtype))
 
 
 @torch.no_grad()
-def mean_l0(parameters: Parameters, rows: Float[Tensor, "tokens d_in"]) -> float:
-    """Active latents a token, over the first `L0_TOKENS` rows."""
-    rows = rows[:L0_TOKENS]
-    active = sum(int(parameters.encode(x).count_nonzero()) for x in _pieces(rows))
-    return active / len(rows)
+def mean_l0(parameters: Parameters, activations: Float[Tensor, "tokens d_in"]) -> float:
+    """Mean number of active latents over the first `L0_TOKENS` activations."""
+    activations = activations[:L0_TOKENS]
+    n_active = sum(int(parameters.encode(x).count_nonzero()) for x in _chunks(activations))
+    return n_active / len(activations)
 
 
 @torch.no_grad()
-def highest_l0(parameters: Parameters, rows: Float[Tensor, "tokens d_in"]) -> float:
-    """L0 with every threshold at 0: the highest that thresholds alone reach."""
-    return mean_l0(replace(parameters, threshold=torch.zeros_like(parameters.threshold)), rows)
+def max_l0(parameters: Parameters, activations: Float[Tensor, "tokens d_in"]) -> float:
+    """The L0 with every threshold at 0, the highest that any thresholds give."""
+    return mean_l0(
+        replace(parameters, threshold=torch.zeros_like(parameters.threshold)), activations
+    )
 
 
-def refuse_unreachable(
-    parameters: Parameters, targets: Sequence[float], rows: Float[Tensor, "tokens d_in"]
+def check_targets(
+    parameters: Parameters, targets: Sequence[float], activations: Float[Tensor, "tokens d_in"]
 ) -> None:
-    """Raise ValueError for targets that thresholds cannot reach, before anything is trained."""
+    """Check all targets before anything is trained.
+
+    Raises:
+        ValueError: there are no targets, one is given twice or is not a positive number, or no
+            thresholds reach it.
+    """
     if not targets:
-        raise ValueError("no L0 is asked for: give at least one, such as 10,20,40")
+        raise ValueError("there are no target L0s: give at least one, such as 10,20,40")
     if len(set(targets)) != len(targets):
-        raise ValueError(f"an L0 is asked for twice: {', '.join(f'{t:g}' for t in targets)}")
-    wrong = [target for target in targets if not 0 < target < math.inf]
-    if wrong:
-        raise ValueError(f"an L0 to refit to is {wrong[0]:g}; expected more than 0")
-    highest = highest_l0(parameters, rows)
+        raise ValueError(f"a target L0 is given twice: {', '.join(f'{t:g}' for t in targets)}")
+    invalid = [target for target in targets if not 0 < target < math.inf]
+    if invalid:
+        raise ValueError(f"a target L0 is {invalid[0]:g}; expected a number more than 0")
+    highest = max_l0(parameters, activations)
     if max(targets) > highest:
         raise ValueError(_unreachable(max(targets), highest))
 
 
 def _unreachable(target: float, highest: float) -> str:
     return (
-        f"L0 {target:g} is out of this dictionary's reach: with every threshold at 0, "
-        f"{highest:.4g} latents of a token are active on average, and a threshold below 0 changes "
-        f"nothing behind the ReLU. Ask for at most {math.floor(highest)}, or train a dictionary "
-        "for it (`jumprelu finetune` with --target_l0)"
+        f"no thresholds give this dictionary an L0 of {target:g}: with every threshold at 0, "
+        f"{highest:.4g} latents are active per token on average. Use a target of at most "
+        f"{math.floor(highest)}, or train the dictionary to it (`jumprelu finetune` with "
+        "--target_l0)"
     )
 
 
 @torch.no_grad()
 def _largest_margins(
-    parameters: Parameters, rows: Float[Tensor, "tokens d_in"], wanted: int
+    parameters: Parameters, activations: Float[Tensor, "tokens d_in"], count: int
 ) -> Float[Tensor, " n"]:
-    """At least the `wanted` + 1 largest z - θ over all tokens and latents with z > 0, or all.
+    """At least the `count` + 1 largest z - θ over all tokens and latents with z > 0, or all.
 
-    Values below the running `wanted`-th largest are dropped on the way, so that memory stays at a
-    few times `wanted` numbers.
+    Values below the current `count`-th largest are dropped during the pass, so that memory stays at
+    a few times `count` numbers.
     """
-    kept = torch.empty(0)
+    margins = torch.empty(0)
     lowest = -math.inf
-    for x in _pieces(rows):
+    for x in _chunks(activations):
         z = parameters.pre_activations(x)
-        within = z > (parameters.threshold + lowest).clamp_min(0.0)
-        kept = torch.cat([kept, (z - parameters.threshold)[within]])
-        if len(kept) > 4 * (wanted + 1):
-            kept = kept.topk(wanted + 1).values
-            lowest = float(kept[-1])
-    return kept
+        candidate = z > (parameters.threshold + lowest).clamp_min(0.0)
+        margins = torch.cat([margins, (z - parameters.threshold)[candidate]])
+        if len(margins) > 4 * (count + 1):
+            margins = margins.topk(count + 1).values
+            lowest = float(margins[-1])
+    return margins
 
 
-def _pieces(rows: Float[Tensor, "tokens d_in"]) -> Iterator[Float[Tensor, "piece d_in"]]:
-    return (piece.float() for piece in rows.split(_TOKENS_PER_ENCODE))
+def _chunks(activations: Float[Tensor, "tokens d_in"]) -> Iterator[Float[Tensor, "chunk d_in"]]:
+    return (chunk.float() for chunk in activations.split(_TOKENS_PER_ENCODE))
 
 
-def _trained(
+def _train(
     start: Parameters,
     target: float,
-    rows: Float[Tensor, "tokens d_in"],
+    activations: Float[Tensor, "tokens d_in"],
     settings: RefitSettings,
 ) -> Parameters:
-    """`start` after the training that `settings` describe."""
+    """`start` after the training with these settings."""
     batch = settings.batch_tokens
-    if len(rows) < batch:
+    if len(activations) < batch:
         raise ValueError(
-            f"there are {len(rows)} activations and one batch takes {batch}: read more text, or "
-            "set a smaller batch_tokens"
+            f"there are {len(activations)} activations and one batch takes {batch}: use more text, "
+            "or a smaller batch_tokens"
         )
-    scale = start.d_in**0.5 / _mean_norm(rows)
-    sae = _training_sae(released.scaled(start, scale, unit_rows=True), target, settings)
+    scale = start.d_in**0.5 / _mean_norm(activations)
+    sae = _training_sae(rescale(start, scale, unit_rows=True), target, settings)
     SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=settings.steps * batch,
             train_batch_size_samples=batch,
-            lr=settings.rate,
+            lr=settings.learning_rate,
             lr_end=0.0,
             lr_decay_steps=settings.steps // 2,
             device=settings.device,
         ),
         sae=sae,
-        data_provider=_batches(rows, scale, settings),
+        data_provider=_batches(activations, scale, settings),
     ).fit()
-    found = Parameters.of(sae)
-    # The norms that rows were trained to, in the units that latents came in.
-    norms = found.W_dec.double().norm(dim=1) * released.decoder_norms(start)
-    found = found.fold_scales(scale).with_decoder_norms(norms)
-    trained = {name: getattr(found, name) for name in TRAINED[settings.train]}
-    return replace(start, **trained)
+    trained = Parameters.of(sae)
+    # The trained norms, in the original units of the latents.
+    norms = trained.W_dec.double().norm(dim=1) * decoder_norms(start)
+    trained = trained.fold_scales(scale).with_decoder_norms(norms)
+    names = TRAINED_PARAMETERS[settings.train]
+    return replace(start, **{name: getattr(trained, name) for name in names})
 
 
 def _training_sae(
     parameters: Parameters, target: float, settings: RefitSettings
 ) -> JumpReLUTrainingSAE:
-    trained = TRAINED[settings.train]
+    trained = TRAINED_PARAMETERS[settings.train]
     cfg = JumpReLUTrainingSAEConfig(
         d_in=parameters.d_in,
         d_sae=parameters.d_sae,
         target_l0=target,
         apply_b_dec_to_input=parameters.subtracts_b_dec,
         normalize_activations="none",
-        # Where the encoder is fixed, a row's norm is the latent's one gain.
+        # With a fixed encoder, only the row's norm can change the size of a latent's output.
         unit_norm_decoder="W_enc" in trained,
         jumprelu_ste_to_input="W_enc" in trained,
-        # Every rung is the same dictionary: latent i means the same on all of them.
+        # Latent i must stay the same latent at every L0.
         resample_dead_latents=False,
         matryoshka_loss_weight=0.0,
         device=settings.device,
     )
     sae = JumpReLUTrainingSAE(cfg)
-    released.load_(sae, parameters)
+    load_parameters_(sae, parameters)
     for name, parameter in sae.named_parameters():
         parameter.requires_grad_(name in trained)
     return sae
 
 
-def _mean_norm(rows: Float[Tensor, "tokens d_in"]) -> float:
-    """Mean norm of the activations; raises ValueError where it is not a positive number."""
-    mean = float(sum(float(x.norm(dim=1).sum()) for x in _pieces(rows))) / len(rows)
+def _mean_norm(activations: Float[Tensor, "tokens d_in"]) -> float:
+    """The activations' mean norm; raises ValueError if it is not a positive finite number."""
+    total = float(sum(float(x.norm(dim=1).sum()) for x in _chunks(activations)))
+    mean = total / len(activations)
     if not 0 < mean < math.inf:
         raise ValueError(f"the activations' mean norm is {mean}; check the hook and the model")
     return mean
 
 
 def _batches(
-    rows: Float[Tensor, "tokens d_in"], scale: float, settings: RefitSettings
+    activations: Float[Tensor, "tokens d_in"], scale: float, settings: RefitSettings
 ) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """Scaled batches without end, every token once before any comes again."""
+    """Endless scaled batches; each pass uses every token once, up to an incomplete last batch."""
     random = torch.Generator().manual_seed(settings.seed)
     size = settings.batch_tokens
     while True:
-        order = torch.randperm(len(rows), generator=random)
-        for start in range(0, len(rows) - size + 1, size):
-            yield scale * rows[order[start : start + size]].float().to(settings.device)
+        order = torch.randperm(len(activations), generator=random)
+        for start in range(0, len(activations) - size + 1, size):
+            yield scale * activations[order[start : start + size]].float().to(settings.device)

@@ -1,11 +1,10 @@
-"""Training goes on from a dictionary that somebody released.
+"""Finetunes a pretrained SAE.
 
-`FinetuningRunner` is `JumpReLUTrainingRunner` with a dictionary to start from: a Gemma Scope
-`params.npz` or any SAELens JumpReLU folder, ours or not. The first batches give the input scale, as
-in every training, and the L0 that the dictionary has there, which is the target where none is set.
-The dictionary's parameters are converted to that scale (`pretrained.py`), trained, folded, and saved
-as a stock folder in the units they came in. Before the first update the training SAE computes what
-the released one does.
+`FinetuningRunner` is a `JumpReLUTrainingRunner` that starts from a dictionary: a Gemma Scope
+`params.npz` or any JumpReLU folder that `load_dictionary` reads. The first batches give the input
+scale, as in every training, and the dictionary's L0, which is the default target. The parameters
+are converted to that scale (`pretrained.py`), trained, converted back, and saved as a stock folder.
+Before the first update, the training SAE computes the same function as the pretrained one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.finetune import pretrained as released
+from jumprelu_plugin.finetune.pretrained import (
+    decoder_norms,
+    load_parameters_,
+    read_pretrained,
+    rescale,
+    restore_decoder_norms_,
+)
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import hook_widths
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
@@ -40,19 +45,19 @@ from jumprelu_plugin.training.runner import (
 )
 from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 
-# L0 and FVU at the start are measured on this many batches.
+# The initial L0 and FVU are measured on this many batches.
 MEASURED_BATCHES = 4
 NORMALIZATIONS = ("none", "expected_average_only_in")
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the released dictionary does on the first batches, before anything is trained.
+class InitialMetrics:
+    """The pretrained dictionary's metrics on the first batches, before training.
 
     Attributes:
         l0, fvu: as `evaluation.metrics.Metrics` defines them.
-        target_l0: what is trained for; None with a fixed coefficient.
-        scale: what activations are multiplied by in training; None where they are not.
+        target_l0: the L0 that training holds; None with a fixed coefficient.
+        scale: the factor of activations in training; None if they are not scaled.
     """
 
     l0: float
@@ -62,24 +67,28 @@ class Start:
 
 
 class FinetuningRunner(JumpReLUTrainingRunner):
-    """Train a released SAE further on a hook of a language model.
+    """Finetunes a pretrained SAE on a hook of a language model.
 
     Args:
-        source: its folder, or Gemma Scope's params.npz.
-        cfg: SAELens' runner config; `cfg.sae` says how to train. Its widths and
-            `apply_b_dec_to_input` are the dictionary's, whatever it holds. Without `target_l0` and
-            `l0_coefficient` the training holds the L0 the dictionary has. Dead latents restart only
-            where `resample_dead_latents` is True: a latent that this text does not wake is not dead.
-        log: takes one line about the start.
+        source: the SAE's folder, or Gemma Scope's params.npz.
+        cfg: SAELens' runner config. In `cfg.sae`, the dictionary's widths and its
+            `apply_b_dec_to_input` replace the given ones. Without `target_l0` and
+            `l0_coefficient`, training holds the dictionary's L0. Dead latents are resampled only if
+            `resample_dead_latents` is True, because a latent that does not fire on this text may
+            fire on another.
+        log: called with one line about the initial metrics.
         override_dataset, override_model, metrics_path, save_buffer: as in `JumpReLUTrainingRunner`.
 
+    Attributes:
+        initial_metrics: the dictionary's metrics before training; None before `run`.
+
     Raises:
-        ValueError: the source holds no usable SAE (`released.read`), its width is not the hook's,
-            another input normalisation is asked for, and as `JumpReLUTrainingRunner` does.
-        FileNotFoundError: there is no such source.
+        ValueError: the source holds no usable SAE (`read_pretrained`), its width is not the hook's,
+            the input normalization cannot be folded, or as in `JumpReLUTrainingRunner`.
+        FileNotFoundError: the source does not exist.
     """
 
-    start: Start | None = None
+    initial_metrics: InitialMetrics | None = None
 
     def __init__(
         self,
@@ -92,19 +101,19 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         log: Callable[[str], None] = logger.info,
     ):
         self.source, self.log = Path(source), log
-        dictionary = released.read(source, hook_name=cfg.hook_name, model_name=cfg.model_name)
+        dictionary = read_pretrained(source, hook_name=cfg.hook_name, model_name=cfg.model_name)
         cfg.sae = _for_dictionary(cfg.sae, dictionary)
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         if cfg.resume_from_checkpoint is not None:
-            cfg.sae.target_l0 = _target_of(cfg.resume_from_checkpoint)
-        ours = override_model is None and override_dataset is None
+            cfg.sae.target_l0 = _checkpoint_target(cfg.resume_from_checkpoint)
+        loads_everything = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         _refuse_wrong_width(model, cfg, dictionary)
         self._parameters = dictionary.parameters
-        self._norms = released.decoder_norms(dictionary.parameters)
+        self._norms = decoder_norms(dictionary.parameters)
         self._scaler = ActivationScaler()
-        with quiet() if ours else nullcontext():
+        with quiet() if loads_everything else nullcontext():
             super().__init__(
                 cfg, override_dataset, model, _training_sae(cfg.sae), metrics_path, save_buffer
             )
@@ -112,8 +121,8 @@ class FinetuningRunner(JumpReLUTrainingRunner):
     @override
     def run(self) -> Any:
         if self.cfg.resume_from_checkpoint is None:
-            self._enter()
-        self.sae.cfg.metadata.continued_from = str(self.source)
+            self._load_pretrained()
+        self.sae.cfg.metadata.finetuned_from = str(self.source)
         return super().run()
 
     @override
@@ -123,54 +132,54 @@ class FinetuningRunner(JumpReLUTrainingRunner):
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         sae = super().run_trainer_with_interruption_handling(trainer)
-        released.restore_norms_(sae, self._norms)
+        restore_decoder_norms_(sae, self._norms)
         return sae
 
-    def _enter(self) -> None:
-        """Convert the dictionary to the scale of the first batches, and say what it does there."""
+    def _load_pretrained(self) -> None:
+        """Load the parameters in the scale of the first batches, and measure and log them there."""
         batches = self._first_batches()
         scale = self._scaler.scaling_factor
         unit_rows = self.sae.cfg.resolve().unit_norm_decoder
-        parameters = released.scaled(self._parameters, scale or 1.0, unit_rows=unit_rows)
-        released.load_(self.sae, parameters)
+        parameters = rescale(self._parameters, scale or 1.0, unit_rows=unit_rows)
+        load_parameters_(self.sae, parameters)
         l0, fvu = self._measure([self._scaler.scale(batch) for batch in batches])
         if self.sae.cfg.controls_l0 and self.cfg.sae.target_l0 is None:
             if l0 == 0:
                 raise ValueError(
                     f"no latent of {self.source} fires on the activations of {self.cfg.hook_name}, "
-                    "so it has no L0 to hold: is it this hook's and this model's? If so, give "
-                    "target_l0"
+                    "so there is no L0 to hold: was it trained on this hook of this model? If so, "
+                    "give target_l0"
                 )
             self.cfg.sae.target_l0 = l0
             self.sae = _training_sae(self.cfg.sae).to(self.cfg.device)
-            released.load_(self.sae, parameters)
+            load_parameters_(self.sae, parameters)
         target = self.cfg.sae.target_l0 if self.sae.cfg.controls_l0 else None
-        self.start = Start(l0, fvu, target, scale)
-        self.log(_in_words(self.start))
+        self.initial_metrics = InitialMetrics(l0, fvu, target, scale)
+        self.log(_summary(self.initial_metrics))
         if fvu >= 1:
             logger.warning(
-                f"{self.source} rebuilds the activations of {self.cfg.hook_name} worse than their "
-                f"mean would (FVU {fvu:.3g}): is it this hook's and this model's?"
+                f"{self.source} reconstructs the activations of {self.cfg.hook_name} worse than "
+                f"their mean (FVU {fvu:.3g}): was it trained on this hook of this model?"
             )
 
     def _first_batches(self) -> list[Tensor]:
-        """Activations to measure the dictionary on; on the way the scale is estimated."""
-        kept: list[Tensor] = []
+        """Estimate the input scale, and return the first of the batches it is estimated on."""
+        first: list[Tensor] = []
 
-        def keeping() -> Any:
+        def batches() -> Any:
             while True:
                 batch = next(self.activations_store)
-                if len(kept) < MEASURED_BATCHES:
-                    kept.append(batch)
+                if len(first) < MEASURED_BATCHES:
+                    first.append(batch)
                 yield batch
 
         if self.sae.cfg.normalize_activations == "expected_average_only_in":
             self._scaler.estimate_scaling_factor(
-                self.sae.cfg.d_in, keeping(), self.cfg.n_batches_for_norm_estimate
+                self.sae.cfg.d_in, batches(), self.cfg.n_batches_for_norm_estimate
             )
         else:
-            next(keeping())
-        return kept
+            next(batches())
+        return first
 
     @torch.no_grad()
     def _measure(self, batches: list[Tensor]) -> tuple[float, float]:
@@ -179,53 +188,57 @@ class FinetuningRunner(JumpReLUTrainingRunner):
             x = x.to(self.sae.device)
             acts = self.sae.encode(x)
             metrics.update(x, self.sae.decode(acts), acts)
-        found = metrics.compute()
-        return found.l0, found.fvu
+        result = metrics.compute()
+        return result.l0, result.fvu
 
 
-def flags(source: str | Path, given: list[str]) -> list[str]:
-    """What the dictionary says of itself, as flags of `jumprelu train`.
+def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
+    """The dictionary's widths, hook and model as flags of `jumprelu train`.
 
     Args:
-        given: the user's own flags; the hook and the model are taken from them where the files do
-            not say.
+        source: the SAE's folder, or Gemma Scope's params.npz.
+        flags: the user's flags, which must name the hook and the model if the files do not.
 
     Raises:
-        ValueError: neither says the hook or the model, and as `released.read` does.
-        FileNotFoundError: there is no such source.
+        ValueError: neither the files nor the flags name the hook or the model, or as in
+            `read_pretrained`.
+        FileNotFoundError: the source does not exist.
     """
-    dictionary = released.read(source)
+    dictionary = read_pretrained(source)
     parameters = dictionary.parameters
-    said = {
+    values = {
         "--d_in": parameters.d_in,
         "--d_sae": parameters.d_sae,
         "--hook_name": dictionary.hook_name,
         "--model_name": dictionary.model_name,
     }
-    for name, value in said.items():
-        if value is None and not any(flag.partition("=")[0] == name for flag in given):
-            raise ValueError(f"{source} does not say it: give {name}")
-    return [text for name, value in said.items() if value for text in (name, str(value))]
+    for name, value in values.items():
+        if value is None and not any(flag.partition("=")[0] == name for flag in flags):
+            raise ValueError(f"the files of {source} do not name it: give {name}")
+    return [text for name, value in values.items() if value for text in (name, str(value))]
 
 
 def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConfig:
-    """The config with what the dictionary decides.
+    """The config with the fields that the dictionary determines.
 
-    Raises ValueError for an input normalisation that cannot be undone exactly.
+    Raises:
+        ValueError: the architecture is not `jumprelu`, or the input normalization cannot be folded.
     """
     if cfg.architecture() != "jumprelu":
         raise ValueError(
-            f"the architecture to train is {cfg.architecture()!r}; a released SAE is trained "
-            "further as 'jumprelu'"
+            f"the architecture is {cfg.architecture()!r}; a pretrained SAE is finetuned as "
+            "'jumprelu'"
         )
     if cfg.normalize_activations not in NORMALIZATIONS:
         raise ValueError(
-            f"normalize_activations is {cfg.normalize_activations!r}: a released SAE reads raw "
-            f"activations, and only {' or '.join(NORMALIZATIONS)} can be folded out of them again"
+            f"normalize_activations is {cfg.normalize_activations!r}; expected "
+            f"{' or '.join(NORMALIZATIONS)}, because the finetuned SAE reads raw activations again "
+            "and only these can be folded into its parameters"
         )
     parameters = dictionary.parameters
     cfg = as_plugin_config(cfg)
-    # Which latents of a released dictionary come first means nothing.
+    # The order of a pretrained dictionary's latents has no meaning, so there are no prefixes by
+    # default.
     nested = cfg.matryoshka_widths is not None or cfg.matryoshka_loss_weight is not None
     return dataclasses.replace(
         cfg,
@@ -238,30 +251,30 @@ def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConf
 
 
 def _training_sae(cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAE:
-    """The SAE to load parameters into; any target will do until the dictionary's L0 is known."""
+    """The SAE to load parameters into, with target L0 1 until the dictionary's L0 is known."""
     if cfg.controls_l0 and cfg.target_l0 is None:
         cfg = dataclasses.replace(cfg, target_l0=1.0)
     return JumpReLUTrainingSAE(dataclasses.replace(cfg))
 
 
-def _target_of(checkpoint: str) -> float | None:
+def _checkpoint_target(checkpoint: str) -> float | None:
     return json.loads(Path(checkpoint, SAE_CFG_FILENAME).read_text()).get("target_l0")
 
 
 def _refuse_wrong_width(model: Any, cfg: Any, dictionary: Dictionary) -> None:
     if cfg.hook_name not in model.hook_dict:
-        return  # the runner says which hooks there are
+        return  # the runner refuses unknown hooks
     one_head = () if cfg.hook_head_index is None else (cfg.hook_name,)
     width = hook_widths(model, [cfg.hook_name], one_head)[cfg.hook_name]
     d_in = dictionary.parameters.d_in
     if width != d_in:
         raise ValueError(
             f"the dictionary reads activations {d_in} wide, and those at {cfg.hook_name} of "
-            f"{cfg.model_name} are {width} wide: give the hook and the model it was trained on "
-            "(hook_name, model_name)"
+            f"{cfg.model_name} are {width} wide: set hook_name and model_name to those it was "
+            "trained on"
         )
 
 
-def _in_words(start: Start) -> str:
-    held = "" if start.target_l0 is None else f"; trained for L0 {start.target_l0:.4g}"
-    return f"the released dictionary: L0 {start.l0:.4g}, FVU {start.fvu:.4g}{held}"
+def _summary(initial: InitialMetrics) -> str:
+    target = "" if initial.target_l0 is None else f"; target L0 {initial.target_l0:.4g}"
+    return f"the pretrained dictionary: L0 {initial.l0:.4g}, FVU {initial.fvu:.4g}{target}"

@@ -1,4 +1,4 @@
-"""The L0 sweep of a saved SAE from its folder alone: model and text as its metadata names them."""
+"""The L0 sweep of a saved SAE, with the model and the text that its metadata names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 from sae_lens import logger
 
-from jumprelu_plugin.finetune.l0_sweep import SweepPoint, harvest, run_l0_sweep
+from jumprelu_plugin.finetune.activations import harvest_activations
+from jumprelu_plugin.finetune.l0_sweep import SweepPoint, run_l0_sweep
 from jumprelu_plugin.finetune.refit import RefitSettings
 from jumprelu_plugin.formats.saved import load_saved
 from jumprelu_plugin.models.options import ModelOptions
 
 
-def sweep_saved(
+def run_saved_l0_sweep(
     folder: str | Path,
     targets: Sequence[float],
     output: str | Path,
@@ -25,12 +26,20 @@ def sweep_saved(
     context_size: int | None = None,
     log: Callable[[str], None] = logger.info,
 ) -> list[SweepPoint]:
-    """Harvest activations of the SAE in `folder`, and `run_l0_sweep` on them.
+    """Harvest activations for the SAE in `folder`, and call `run_l0_sweep` with them.
 
     Args:
-        sequences, held_out: how many sequences to fit on and to evaluate on.
+        folder: the SAE's folder.
+        targets: the L0s.
+        output: a new or empty folder.
+        settings: settings of each training.
+        options: the model and the text; by default those of the SAE's metadata.
+        sequences, held_out: the numbers of sequences to fit on and to evaluate on.
+        context_size: tokens in a sequence; by default that of the SAE's metadata.
+        log: called with one line before each point.
 
-    Raises as `load_saved` and `run_l0_sweep` do.
+    Raises:
+        ValueError, OSError, FileNotFoundError: as `load_saved` and `run_l0_sweep`.
     """
     settings = settings or RefitSettings()
     saved = load_saved(folder, options, context_size=context_size)
@@ -41,8 +50,10 @@ def sweep_saved(
         folder,
         targets,
         output,
-        rows=harvest(saved.model, hook, fit, special_token_ids=special, seed=settings.seed),
-        held_out=harvest(saved.model, hook, test, special_token_ids=special),
+        activations=harvest_activations(
+            saved.model, hook, fit, special_token_ids=special, seed=settings.seed
+        ),
+        held_out=harvest_activations(saved.model, hook, test, special_token_ids=special),
         settings=settings,
         model=saved.model,
         tokens=test,

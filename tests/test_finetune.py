@@ -1,4 +1,4 @@
-"""Continued training starts at the released function exactly, and ends in its units.
+"""Finetuning starts with the pretrained function exactly, and ends in its units.
 
 The oracle is stock SAELens' inference SAE on raw activations: it knows no scale and no training.
 """
@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.cli.app import app
-from jumprelu_plugin.finetune import pretrained as released
-from jumprelu_plugin.finetune.runner import FinetuningRunner, flags
+from jumprelu_plugin.finetune.pretrained import load_parameters_, read_pretrained, rescale
+from jumprelu_plugin.finetune.runner import FinetuningRunner, pretrained_flags
 from jumprelu_plugin.saes.parameters import Parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def text() -> Dataset:
     return Dataset.from_dict({"tokens": tiny_tokens(211, CONTEXT, seed=7).tolist()})
 
 
-def released_sae(subtracts: bool) -> Any:
+def pretrained_sae(subtracts: bool) -> Any:
     """Free decoder norms, and one threshold of 0."""
     sae = tiny_sae()
     sae.cfg.apply_b_dec_to_input = subtracts
@@ -75,10 +75,10 @@ SAE_FIELDS = {f.name for f in dataclasses.fields(JumpReLUTrainingSAEConfig)}
 @pytest.mark.parametrize("rows", ["unit_norm", "free"])
 @pytest.mark.parametrize("units", ["sqrt_d", "unit_rms"])
 @pytest.mark.parametrize("path", ["sparse", "dense"])
-def test_the_first_step_computes_what_the_released_sae_does(
+def test_the_first_step_computes_what_the_pretrained_sae_does(
     subtracts: bool, rows: Any, units: Any, path: Any
 ) -> None:
-    sae = released_sae(subtracts)
+    sae = pretrained_sae(subtracts)
     with torch.no_grad():
         sae.W_dec[5] = 0  # a latent that adds nothing
     parameters = Parameters.of(sae)
@@ -93,8 +93,8 @@ def test_the_first_step_computes_what_the_released_sae_does(
         log_threshold=units == "unit_rms",
     )
     training = JumpReLUTrainingSAE(cfg)
-    moved = released.scaled(parameters, SCALE, unit_rows=cfg.resolve().unit_norm_decoder)
-    released.load_(training, moved)
+    moved = rescale(parameters, SCALE, unit_rows=cfg.resolve().unit_norm_decoder)
+    load_parameters_(training, moved)
     x = 3 * torch.randn(61, D_MODEL)
     step = training.training_forward_pass(
         TrainStepInput(
@@ -124,7 +124,7 @@ def test_the_first_step_computes_what_the_released_sae_does(
 def test_a_run_that_learns_nothing_gives_the_folder_back(
     subtracts: bool, normalize: Any, tiny: Tiny, text: Dataset, tmp_path: Path
 ) -> None:
-    sae = released_sae(subtracts)
+    sae = pretrained_sae(subtracts)
     sae.save_model(tmp_path / "released")
     cfg = config(
         tmp_path / "out",
@@ -137,17 +137,17 @@ def test_a_run_that_learns_nothing_gives_the_folder_back(
     runner.run()
     back = SAE.load_from_disk(tmp_path / "out")
     assert back.cfg.apply_b_dec_to_input == subtracts
-    assert back.cfg.metadata.continued_from == str(tmp_path / "released")
+    assert back.cfg.metadata.finetuned_from == str(tmp_path / "released")
     for name, value in sae.state_dict().items():
         torch.testing.assert_close(back.state_dict()[name], value, rtol=2e-5, atol=1e-6)
-    assert runner.start is not None and runner.start.target_l0 is None
-    assert (runner.start.scale is None) == (normalize == "none")
+    assert runner.initial_metrics is not None and runner.initial_metrics.target_l0 is None
+    assert (runner.initial_metrics.scale is None) == (normalize == "none")
 
 
 def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     tiny: Tiny, text: Dataset, tmp_path: Path
 ) -> None:
-    sae = released_sae(True)
+    sae = pretrained_sae(True)
     sae.save_model(tmp_path / "released")
     said: list[str] = []
     runner = FinetuningRunner(
@@ -166,12 +166,14 @@ def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     x = torch.cat(seen[:4])
     l0 = float((sae.encode(x) > 0).sum()) / len(x)
     error = float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
-    assert runner.start is not None
-    assert runner.start.l0 == pytest.approx(l0, rel=1e-6)
-    assert runner.start.fvu == pytest.approx(error, rel=1e-4)
-    assert runner.start.target_l0 == runner.start.l0 == trained.control.l0.target
+    assert runner.initial_metrics is not None
+    assert runner.initial_metrics.l0 == pytest.approx(l0, rel=1e-6)
+    assert runner.initial_metrics.fvu == pytest.approx(error, rel=1e-4)
+    assert (
+        runner.initial_metrics.target_l0 == runner.initial_metrics.l0 == trained.control.l0.target
+    )
     mean_norm = torch.cat(seen[:5]).norm(dim=1).mean()
-    assert runner.start.scale == pytest.approx(D_MODEL**0.5 / float(mean_norm), rel=1e-5)
+    assert runner.initial_metrics.scale == pytest.approx(D_MODEL**0.5 / float(mean_norm), rel=1e-5)
     assert len(said) == 1 and f"{l0:.4g}" in said[0]
 
 
@@ -193,16 +195,16 @@ def test_training_lowers_the_error_and_keeps_l0(tiny: Tiny, text: Dataset, tmp_p
     after = SAE.load_from_disk(tmp_path / "out")
     error = [float((sae(x) - x).square().sum()) for sae in (before, after)]
     assert error[1] < 0.7 * error[0]
-    assert runner.start is not None and 7 < runner.start.l0 < 12
+    assert runner.initial_metrics is not None and 7 < runner.initial_metrics.l0 < 12
     l0 = float((after.encode(x) > 0).sum()) / len(x)
-    assert l0 == pytest.approx(runner.start.l0, rel=0.06)
+    assert l0 == pytest.approx(runner.initial_metrics.l0, rel=0.06)
     torch.testing.assert_close(after.W_dec.norm(dim=1), before.W_dec.norm(dim=1))
 
 
 def test_resumed_it_ends_where_the_whole_run_does(
     tiny: Tiny, text: Dataset, tmp_path: Path
 ) -> None:
-    released_sae(False).save_model(tmp_path / "released")
+    pretrained_sae(False).save_model(tmp_path / "released")
 
     def run(name: str, **fields: Any) -> Any:
         cfg = config(tmp_path / name, checkpoint_path=str(tmp_path / "checkpoints"), **fields)
@@ -227,13 +229,13 @@ def test_gemma_scope_file(tiny: Tiny, text: Dataset, tmp_path: Path) -> None:
 
 
 def gemma_scope_arrays() -> dict[str, Any]:
-    tensors = Parameters.of(released_sae(False)).tensors()
+    tensors = Parameters.of(pretrained_sae(False)).tensors()
     return {name: value.numpy() for name, value in tensors.items()}
 
 
 def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
-    released_sae(True).save_model(tmp_path / "sae")
-    said = flags(tmp_path / "sae", [])
+    pretrained_sae(True).save_model(tmp_path / "sae")
+    said = pretrained_flags(tmp_path / "sae", [])
     assert dict(zip(said[::2], said[1::2], strict=True)) == {
         "--d_in": str(D_MODEL),
         "--d_sae": str(D_SAE),
@@ -242,8 +244,8 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
     }
     np.savez(tmp_path / "params.npz", **gemma_scope_arrays())
     with pytest.raises(ValueError, match="give --hook_name"):
-        flags(tmp_path / "params.npz", ["--model_name=x"])
-    assert flags(tmp_path / "params.npz", ["--model_name=x", "--hook_name", "y"])
+        pretrained_flags(tmp_path / "params.npz", ["--model_name=x"])
+    assert pretrained_flags(tmp_path / "params.npz", ["--model_name=x", "--hook_name", "y"])
 
 
 # ---------------------------------------------------------------- refusals
@@ -263,7 +265,7 @@ def test_broken_arrays_are_refused(change: Any, said: str, tmp_path: Path) -> No
     change(arrays)
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(ValueError, match=said):
-        released.read(tmp_path / "params.npz", hook_name=RESIDUAL)
+        read_pretrained(tmp_path / "params.npz", hook_name=RESIDUAL)
 
 
 def test_wrong_width_source_and_settings_are_refused(
@@ -283,7 +285,7 @@ def test_wrong_width_source_and_settings_are_refused(
         FinetuningRunner(tmp_path / "sae", cfg, text, tiny.hooked)
     (tmp_path / "other.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="not a dictionary's file"):
-        released.read(tmp_path / "other.npz")
+        read_pretrained(tmp_path / "other.npz")
 
 
 def test_a_dictionary_of_another_hook_is_warned_of(
@@ -311,7 +313,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(app, ["finetune", *arguments])
         assert result.exit_code == 2 and said in result.output.replace("\n", " ")
-    released_sae(True).save_model(tmp_path / "sae")
+    pretrained_sae(True).save_model(tmp_path / "sae")
     result = CliRunner().invoke(app, ["finetune", str(tmp_path / "sae"), "--nonsense", "3"])
     assert result.exit_code == 2 and "nonsense" in result.output
     assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["architecture"] == "jumprelu"

@@ -1,4 +1,4 @@
-"""Thresholds refitted to an L0: against closed forms, brute force, and stock SAELens."""
+"""Refits to an L0, against closed forms, brute force and stock SAELens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.finetune.activations import harvest_activations
 from jumprelu_plugin.finetune.l0_sweep import (
     SweepPoint,
-    harvest,
-    numbers,
+    frontier_table,
+    parse_l0_list,
     run_l0_sweep,
-    table,
-    warnings,
+    sweep_warnings,
 )
 from jumprelu_plugin.finetune.refit import (
     RefitSettings,
-    highest_l0,
+    max_l0,
     mean_l0,
     refit,
-    shifted,
-    sweep_points,
+    refit_to_each,
+    shift_thresholds,
 )
 from jumprelu_plugin.saes.parameters import Parameters
 
@@ -73,11 +73,11 @@ def loaded(parameters: Parameters) -> Any:
 
 @pytest.mark.parametrize("subtracts", [True, False])
 @pytest.mark.parametrize("target", [3, 7.5, 17])
-def test_one_shift_meets_the_target_exactly(subtracts: bool, target: float) -> None:
+def test_one_shift_reaches_the_target_exactly(subtracts: bool, target: float) -> None:
     sae = tiny_sae()
     sae.cfg.apply_b_dec_to_input = subtracts
     before, x = Parameters.of(sae), activations(3)
-    after = shifted(before, target, x)
+    after = shift_thresholds(before, target, x)
     assert l0_of(loaded(after), x) == pytest.approx(target, abs=1.01 / TOKENS)
     shift = (after.threshold - before.threshold) * before.W_dec.norm(dim=1)
     moved = shift[after.threshold > 0]
@@ -86,25 +86,25 @@ def test_one_shift_meets_the_target_exactly(subtracts: bool, target: float) -> N
         assert torch.equal(getattr(after, name), getattr(before, name))
 
 
-def test_the_highest_l0_is_that_of_thresholds_at_zero() -> None:
+def test_the_maximum_l0_is_that_of_thresholds_at_zero() -> None:
     sae = tiny_sae()
     x, parameters = activations(3), Parameters.of(sae)
     positive = float((x @ sae.W_enc - sae.b_dec @ sae.W_enc + sae.b_enc > 0).sum()) / len(x)
-    assert highest_l0(parameters, x) == pytest.approx(positive, abs=2 / TOKENS)
+    assert max_l0(parameters, x) == pytest.approx(positive, abs=2 / TOKENS)
     assert mean_l0(parameters, x) == pytest.approx(l0_of(sae, x), abs=2 / TOKENS)
-    shifted(parameters, positive - 0.01, x)
+    shift_thresholds(parameters, positive - 0.01, x)
     for refuse in (
-        lambda: shifted(parameters, positive + 0.01, x),
-        lambda: list(sweep_points(parameters, [5, positive + 0.01], x, RefitSettings(steps=0))),
+        lambda: shift_thresholds(parameters, positive + 0.01, x),
+        lambda: list(refit_to_each(parameters, [5, positive + 0.01], x, RefitSettings(steps=0))),
     ):
         with pytest.raises(ValueError, match=f"with every threshold at 0, {positive:.3g}"):
             refuse()
 
 
-def test_thresholds_end_where_the_closed_form_has_them() -> None:
+def test_trained_thresholds_are_those_of_the_closed_form() -> None:
     """Orthonormal decoder, W_enc = W_decᵀ, b_enc = c: with z_i kept, latent i leaves an error of
-    c_i², without it (z_i - c_i)². The price of an activation at θ_i is therefore θ_i² - 2 θ_i c_i,
-    and at the optimum it is λ for all of them: θ_i = c_i + √(c_i² + λ).
+    c_i², without it (z_i - c_i)². An activation at θ_i therefore lowers the error by θ_i² - 2 θ_i
+    c_i, which at the optimum is λ for all of them: θ_i = c_i + √(c_i² + λ).
     """
     d = 23
     generator = torch.Generator().manual_seed(5)
@@ -126,29 +126,31 @@ def test_thresholds_end_where_the_closed_form_has_them() -> None:
     z = x @ before.W_enc + offset
     low, high = 0.0, 100.0
     for _ in range(50):  # λ by bisection on the L0 of the closed form
-        price = (low + high) / 2
-        best = offset + (offset.square() + price).sqrt()
-        low, high = (price, high) if float((z > best).sum()) / len(z) > target else (low, price)
+        multiplier = (low + high) / 2
+        best = offset + (offset.square() + multiplier).sqrt()
+        low, high = (
+            (multiplier, high) if float((z > best).sum()) / len(z) > target else (low, multiplier)
+        )
     assert l0_of(loaded(after), x[:32_768]) == pytest.approx(target, abs=1e-3)
     torch.testing.assert_close(after.threshold, best, rtol=0.06, atol=0.0)
     # One shift is far from it.
-    gap = (shifted(before, target, x).threshold / best - 1).abs().max()
+    gap = (shift_thresholds(before, target, x).threshold / best - 1).abs().max()
     assert gap > 0.25
 
 
 @pytest.mark.parametrize("train", ["thresholds", "decoder", "all"])
-def test_rungs_up_and_down_land_on_held_out_tokens(train: str) -> None:
+def test_refits_up_and_down_reach_the_target_on_held_out_tokens(train: str) -> None:
     before, x, held_out = untrained(), activations(3, 20_011), activations(4, 20_021)
     targets = [4, 7, 13, 19, 25]
-    assert 7 < mean_l0(before, x) < 13 and highest_l0(before, x) > 25
+    assert 7 < mean_l0(before, x) < 13 and max_l0(before, x) > 25
     settings = RefitSettings(train=train, steps=60, batch_tokens=1009)
-    found = dict(sweep_points(before, targets, x, settings))
+    found = dict(refit_to_each(before, targets, x, settings))
     assert sorted(found) == targets
     for target, parameters in found.items():
-        rung = loaded(parameters)
-        assert l0_of(rung, held_out) == pytest.approx(target, rel=0.03)
-        error = float((rung(held_out) - held_out).square().sum())
-        shift = loaded(shifted(before, target, x))
+        point = loaded(parameters)
+        assert l0_of(point, held_out) == pytest.approx(target, rel=0.03)
+        error = float((point(held_out) - held_out).square().sum())
+        shift = loaded(shift_thresholds(before, target, x))
         at_once = float((shift(held_out) - held_out).square().sum())
         # All latents are alike here: thresholds alone have nothing to gain, and the others have.
         assert error < (1.005 if train == "thresholds" else 0.9) * at_once
@@ -163,22 +165,22 @@ def test_rungs_up_and_down_land_on_held_out_tokens(train: str) -> None:
             torch.testing.assert_close(z, same, rtol=1e-4, atol=1e-4)
 
 
-def test_thresholds_of_unlike_latents_gain_from_their_own_place() -> None:
+def test_training_lowers_the_error_of_unlike_latents() -> None:
     before, x, held_out = untrained(), activations(3, 20_011), activations(4)
     offset = torch.linspace(-1.5, 1.5, before.d_sae) / before.W_dec.norm(dim=1)
     before = dataclasses.replace(before, b_enc=offset)
     error = {}
     for steps in (0, 150):
-        rung = loaded(refit(before, 9, x, RefitSettings(steps=steps, batch_tokens=1009)))
-        error[steps] = float((rung(held_out) - held_out).square().sum())
+        point = loaded(refit(before, 9, x, RefitSettings(steps=steps, batch_tokens=1009)))
+        error[steps] = float((point(held_out) - held_out).square().sum())
     assert error[150] < 0.9 * error[0]
 
 
 def test_bad_requests_are_refused() -> None:
     parameters, x = Parameters.of(tiny_sae()), activations(3)
-    for targets, said in (([], "no L0"), ([5, 5], "twice"), ([-1], "more than 0")):
+    for targets, said in (([], "no target L0s"), ([5, 5], "twice"), ([-1], "more than 0")):
         with pytest.raises(ValueError, match=said):
-            list(sweep_points(parameters, targets, x, RefitSettings()))
+            list(refit_to_each(parameters, targets, x, RefitSettings()))
     with pytest.raises(ValueError, match="one batch takes 9000"):
         refit(parameters, 5, x, RefitSettings(batch_tokens=9000))
     with pytest.raises(ValueError, match="must be one of thresholds, decoder, all"):
@@ -186,51 +188,51 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="steps"):
         RefitSettings(steps=-1)
     with pytest.raises(ValueError, match="10,x"):
-        numbers("10,x")
-    assert numbers("10, 20.5") == (10, 20.5)
+        parse_l0_list("10,x")
+    assert parse_l0_list("10, 20.5") == (10, 20.5)
 
 
 # ---------------------------------------------------------------- folders and records
 
 
-def test_a_ladder_is_stock_folders_and_a_record(tmp_path: Path) -> None:
+def test_a_sweep_is_stock_folders_and_a_record(tmp_path: Path) -> None:
     tiny_sae().save_model(tmp_path / "sae")
     models = tiny_models(tmp_path / "tokenizer")
     tokens = tiny_tokens(301, 17, seed=3)
-    rows = harvest(models.hooked, RESIDUAL, tokens, special_token_ids=[BOS])
-    held_out = harvest(models.hooked, RESIDUAL, tiny_tokens(53, 17, seed=4))
+    rows = harvest_activations(models.hooked, RESIDUAL, tokens, special_token_ids=[BOS])
+    held_out = harvest_activations(models.hooked, RESIDUAL, tiny_tokens(53, 17, seed=4))
     said: list[str] = []
-    found = run_l0_sweep(
+    points = run_l0_sweep(
         tmp_path / "sae",
         [12, 5],
         tmp_path / "out",
-        rows=rows,
+        activations=rows,
         held_out=held_out,
         settings=RefitSettings(steps=5, batch_tokens=503),
         model=models.hooked,
         tokens=tiny_tokens(7, 17, seed=5),
         log=said.append,
     )
-    assert [rung.asked for rung in found] == [5, 12] and len(said) == 2
+    assert [point.target_l0 for point in points] == [5, 12] and len(said) == 2
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert files == ["l0_12", "l0_5", "ladder.jsonl"]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "ladder.jsonl").open()]
-    assert {line["asked"]: line["l0"] for line in lines} == {r.asked: r.l0 for r in found}
+    assert files == ["l0_12", "l0_5", "l0_sweep.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "l0_sweep.jsonl").open()]
+    assert {line["target_l0"]: line["l0"] for line in lines} == {r.target_l0: r.l0 for r in points}
     assert all(line["kind"] == "l0_sweep" and line["settings"]["steps"] == 5 for line in lines)
-    for rung in found:
-        sae = SAE.load_from_disk(tmp_path / "out" / rung.folder)
+    for point in points:
+        sae = SAE.load_from_disk(tmp_path / "out" / point.folder)
         assert sae.cfg.architecture() == "jumprelu" and sae.cfg.metadata.hook_name == RESIDUAL
-        assert rung.l0 == pytest.approx(l0_of(sae, held_out), rel=1e-6)
+        assert point.l0 == pytest.approx(l0_of(sae, held_out), rel=1e-6)
         error = (sae(held_out) - held_out).square().sum()
         variance = (held_out - held_out.mean(0)).square().sum()
-        assert rung.fvu == pytest.approx(float(error / variance), rel=1e-4)
-        assert rung.delta_loss is not None
-    assert "delta LM loss" in [str(column.header) for column in table(found).columns]
+        assert point.fvu == pytest.approx(float(error / variance), rel=1e-4)
+        assert point.delta_loss is not None
+    assert "delta LM loss" in [str(column.header) for column in frontier_table(points).columns]
     with pytest.raises(ValueError, match="not empty"):
-        run_l0_sweep(tmp_path / "sae", [5], tmp_path / "out", rows=rows, held_out=held_out)
+        run_l0_sweep(tmp_path / "sae", [5], tmp_path / "out", activations=rows, held_out=held_out)
 
 
-def test_an_interrupted_ladder_keeps_whole_rungs(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_keeps_complete_points(tmp_path: Path) -> None:
     tiny_sae().save_model(tmp_path / "sae")
 
     def stop(text: str) -> None:
@@ -242,12 +244,12 @@ def test_an_interrupted_ladder_keeps_whole_rungs(tmp_path: Path) -> None:
             tmp_path / "sae",
             [5, 8],
             tmp_path / "out",
-            rows=activations(3),
+            activations=activations(3),
             held_out=activations(4),
             settings=RefitSettings(steps=0),
             log=stop,
         )
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["l0_8", "ladder.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["l0_8", "l0_sweep.jsonl"]
     assert SAE.load_from_disk(tmp_path / "out" / "l0_8").cfg.d_sae == 41
 
 
@@ -256,19 +258,21 @@ def test_activations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     broken = activations(3)
     broken[7, 2] = torch.nan
     for name, x, said in (
-        ("rows", activations(3, d_in=29), r"rows has shape \(4099, 29\)"),
+        ("activations", activations(3, d_in=29), r"activations has shape \(4099, 29\)"),
         ("held_out", broken, "held_out holds NaN"),
     ):
-        given = {"rows": activations(3), "held_out": activations(4)} | {name: x}
+        given = {"activations": activations(3), "held_out": activations(4)} | {name: x}
         with pytest.raises(ValueError, match=said):
             run_l0_sweep(tmp_path / "sae", [5], tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("hook", [RESIDUAL, HEADS])
-def test_harvested_rows_are_the_cache_without_special_tokens(hook: str, tmp_path: Path) -> None:
+def test_harvested_activations_are_the_cache_without_special_tokens(
+    hook: str, tmp_path: Path
+) -> None:
     models, tokens = tiny_models(tmp_path), tiny_tokens(11, 13)
-    rows = harvest(models.hooked, hook, tokens, special_token_ids=[BOS], batch_size=3)
+    rows = harvest_activations(models.hooked, hook, tokens, special_token_ids=[BOS], batch_size=3)
     _, cache = models.hooked.run_with_cache(tokens)
     wanted = cache[hook].flatten(2)[:, 1:].flatten(0, 1)
     assert rows.shape == wanted.shape
@@ -277,16 +281,16 @@ def test_harvested_rows_are_the_cache_without_special_tokens(hook: str, tmp_path
     distances = torch.cdist(rows.double(), wanted.double())
     assert float(distances.min(1).values.max()) < 1e-4
     with pytest.raises(ValueError, match="no hook"):
-        harvest(models.hooked, "blocks.9.hook_resid_post", tokens)
+        harvest_activations(models.hooked, "blocks.9.hook_resid_post", tokens)
 
 
-def test_warnings_name_what_is_off() -> None:
+def test_warnings_name_the_points_that_are_off() -> None:
     good = SweepPoint("l0_10", 10, 10.1, 0.2, 0.3, 0.0, 0.0, None)
-    off = dataclasses.replace(good, asked=20, l0=21, fvu=0.25)
-    assert warnings([good]) == []
-    first, second = warnings([good, off])
-    assert "5.0% off" in first and "no less error than L0 10" in second
-    (worse,) = warnings([dataclasses.replace(good, fvu_of_shift=0.19)])
+    off = dataclasses.replace(good, target_l0=20, l0=21, fvu=0.25)
+    assert sweep_warnings([good]) == []
+    first, second = sweep_warnings([good, off])
+    assert "5.0% off" in first and "no lower error than L0 10" in second
+    (worse,) = sweep_warnings([dataclasses.replace(good, shifted_fvu=0.19)])
     assert "train for more steps" in worse
 
 
@@ -298,7 +302,7 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
     arguments = ["l0-sweep", str(tmp_path / "sae"), "--output", str(tmp_path / "out"), *few]
     result = CliRunner().invoke(app, [*arguments, "--l0", "5,9"])
     assert result.exit_code == 0, result.output
-    assert "L0 ladder" in result.output
+    assert "L0 sweep" in result.output
     assert SAE.load_from_disk(tmp_path / "out" / "l0_9").cfg.d_sae == 67
     result = CliRunner().invoke(app, [*arguments, "--l0", "many"])
     assert result.exit_code == 2 and "give numbers such as" in result.output
