@@ -36,9 +36,9 @@ from .training.runner import JumpReLUTrainingRunner as JumpReLUTrainingRunner
 from .transcoders.clt.evaluation import evaluate_clt as evaluate_clt
 from .transcoders.clt.folder import load_clt as load_clt
 from .transcoders.clt.model import CrossLayerTranscoder as CrossLayerTranscoder
-from .transcoders.clt.run import CLTSettings as CLTSettings
 from .transcoders.clt.run import train_clt as train_clt
-from .transcoders.per_layer.run import TranscoderSettings as TranscoderSettings
 from .transcoders.per_layer.run import train_transcoders as train_transcoders
+from .transcoders.settings import CLTSettings as CLTSettings
+from .transcoders.settings import TranscoderSettings as TranscoderSettings
 
 __version__: str

@@ -9,9 +9,19 @@ from typing import Annotated
 import typer
 
 from jumprelu_plugin.cli.console import console
+from jumprelu_plugin.cli.generated import with_dataclass_options
+from jumprelu_plugin.cli.values import numbers, whole_numbers
 from jumprelu_plugin.models.options import ModelOptions
 
 app = typer.Typer()
+
+Folder = Annotated[Path, typer.Argument(help="folder of an SAE, as SAELens saves it.")]
+ContextSize = Annotated[
+    int | None,
+    typer.Option(
+        "--context_size", help="tokens in a sequence. Default: the dictionary's own, else 128."
+    ),
+]
 
 
 class Change(str, Enum):
@@ -23,103 +33,138 @@ class Change(str, Enum):
 
 
 @app.command()
+@with_dataclass_options
 def evaluate(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE or a cross-layer transcoder.")],
-    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
-    sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 128,
-    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
-    output: Annotated[Path | None, typer.Option(help="JSON record to write.")] = None,
+    folder: Annotated[Path, typer.Argument(help="folder of an SAE or a cross-layer transcoder.")],
+    options: ModelOptions,
+    sequences: Annotated[int, typer.Option("--sequences", help="held-out sequences.")] = 128,
+    context_size: ContextSize = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output_path", help="JSON record to write.")
+    ] = None,
 ) -> None:
-    """Delta LM loss, FVU, L0, dead and dense latents of a saved SAE.
+    """Delta LM loss, FVU, L0, dead and dense latents of a saved dictionary.
 
     A cross-layer transcoder takes the place of all its MLPs at once.
     """
     from jumprelu_plugin.formats.saved import load_saved
 
-    saved = load_saved(sae, ModelOptions(model), context_size=context_size, clt=True)
-    console.print(saved.evaluate(sequences, output).table())
-    if output is not None:
-        console.print(f"written: {output}")
+    saved = load_saved(folder, options, context_size=context_size, clt=True)
+    console.print(saved.evaluate(sequences, output_path).table())
+    if output_path is not None:
+        console.print(f"written: {output_path}")
 
 
 @app.command()
+@with_dataclass_options
 def steer(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
-    latent: Annotated[int, typer.Option(help="Which latent.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    amount: Annotated[float, typer.Option(help="Added, or clamped to; activation units.")] = 20.0,
-    change: Annotated[Change, typer.Option(help="What to do to the latent.")] = Change.add,
-    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    folder: Folder,
+    options: ModelOptions,
+    latent: Annotated[int, typer.Option("--latent", help="number of the latent.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="text to continue. Default: the start of a held-out text."),
+    ] = None,
+    amount: Annotated[
+        float,
+        typer.Option("--amount", help="added, or clamped to, in the SAE's activation units."),
+    ] = 20.0,
+    change: Annotated[
+        Change, typer.Option("--change", help="what to do to the latent.")
+    ] = Change.add,
+    tokens: Annotated[int, typer.Option("--tokens", help="tokens to generate.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", help="of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt without and with a change to one latent."""
     from jumprelu_plugin.analysis.generation import generate_steered, intervention
     from jumprelu_plugin.formats.saved import load_saved
 
-    saved = load_saved(sae, ModelOptions(model))
-    what = intervention(change.value, latent, amount)
-    without, changed = generate_steered(
-        saved.model, saved.dictionary, what, prompt, seed=seed, new_tokens=tokens
+    saved = load_saved(folder, options)
+    without, steered = generate_steered(
+        saved.model,
+        saved.dictionary,
+        intervention(change.value, latent, amount),
+        saved.prompt() if prompt is None else prompt,
+        seed=seed,
+        new_tokens=tokens,
     )
     console.print("[bold]without[/]")
     console.print(without, markup=False, highlight=False)
     console.print(f"\n[bold]with[/] ({change.value} latent {latent})")
-    console.print(changed, markup=False, highlight=False)
+    console.print(steered, markup=False, highlight=False)
 
 
 @app.command()
+@with_dataclass_options
 def dashboard(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("features.html"),
-    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
-    sequences: Annotated[int, typer.Option(help="Held-out sequences to read.")] = 256,
-    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
-    examples: Annotated[int, typer.Option(help="Contexts shown of each latent.")] = 8,
-    latent: Annotated[list[int] | None, typer.Option(help="Only these latents.")] = None,
+    folder: Folder,
+    options: ModelOptions,
+    output_path: Annotated[Path, typer.Option("--output_path", help="HTML file to write.")] = Path(
+        "features.html"
+    ),
+    sequences: Annotated[int, typer.Option("--sequences", help="held-out sequences.")] = 256,
+    context_size: ContextSize = None,
+    examples: Annotated[int, typer.Option("--examples", help="contexts shown of a latent.")] = 8,
+    latents: Annotated[
+        str | None,
+        typer.Option("--latents", help="numbers of latents. Default: all.", metavar="0,1,3|0-5"),
+    ] = None,
 ) -> None:
     """Write a searchable HTML page of a dictionary's latents; it needs no network."""
     from jumprelu_plugin.analysis.dashboard import write_dashboard
     from jumprelu_plugin.formats.saved import load_saved
 
-    saved = load_saved(sae, ModelOptions(model), context_size=context_size)
+    chosen = None if latents is None else whole_numbers("--latents", latents)
+    saved = load_saved(folder, options, context_size=context_size)
     _, tokens = saved.sequences(sequences)
     path = write_dashboard(
-        output, saved.model, saved.dictionary, tokens, latents=latent, examples=examples
+        output_path, saved.model, saved.dictionary, tokens, latents=chosen, examples=examples
     )
     console.print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
 
 
 @app.command()
+@with_dataclass_options
 def l0_sweep(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens saves it.")],
-    l0: Annotated[str, typer.Option(help="L0s to refit to, such as 10,20,40.")],
-    output: Annotated[Path, typer.Option(help="Folder for l0_10, l0_20, … and a record.")],
-    train: Annotated[str, typer.Option(help="thresholds, decoder or all.")] = "thresholds",
-    steps: Annotated[int, typer.Option(help="Training steps for each.")] = 300,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model; the SAE's own by default.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to fit on.")] = 2048,
-    held_out: Annotated[int, typer.Option(help="Held-out sequences to judge on.")] = 256,
-    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the order of the tokens.")] = 0,
+    folder: Folder,
+    options: ModelOptions,
+    l0: Annotated[str, typer.Option("--l0", help="L0s to refit to.", metavar="10,20,40")],
+    output_path: Annotated[
+        Path, typer.Option("--output_path", help="folder for l0_10, l0_20, … and a record.")
+    ],
+    train: Annotated[
+        str, typer.Option("--train", help="thresholds, decoder or all.")
+    ] = "thresholds",
+    steps: Annotated[int, typer.Option("--steps", help="training steps for each L0.")] = 300,
+    train_batch_size_tokens: Annotated[
+        int, typer.Option("--train_batch_size_tokens", help="tokens in a training step.")
+    ] = 2048,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="learning rate. Default: what suits --train."),
+    ] = None,
+    sequences: Annotated[int, typer.Option("--sequences", help="sequences to fit on.")] = 2048,
+    held_out: Annotated[
+        int, typer.Option("--held_out", help="held-out sequences to evaluate on.")
+    ] = 256,
+    context_size: ContextSize = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the data order.")] = 0,
 ) -> None:
-    """Refit a trained SAE's thresholds to several L0s, each saved and judged."""
-    from jumprelu_plugin.finetune.l0_sweep import frontier_table, parse_l0_list
+    """Refit a trained SAE's thresholds to several L0s, each saved and evaluated."""
+    from jumprelu_plugin.finetune.l0_sweep import frontier_table
     from jumprelu_plugin.finetune.refit import RefitSettings
     from jumprelu_plugin.finetune.sweep_saved import run_saved_l0_sweep
 
     points = run_saved_l0_sweep(
-        sae,
-        parse_l0_list(l0),
-        output,
-        settings=RefitSettings(train, steps, batch_tokens, lr, seed),
-        options=ModelOptions(model),
+        folder,
+        numbers("--l0", l0),
+        output_path,
+        settings=RefitSettings(train, steps, train_batch_size_tokens, lr, seed),
+        options=options,
         sequences=sequences,
         held_out=held_out,
         context_size=context_size,
         log=console.print,
     )
     console.print(frontier_table(points))
-    console.print(f"written: {output}", highlight=False)
+    console.print(f"written: {output_path}", highlight=False)

@@ -42,8 +42,13 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
+    # Every flag is taken with - and with _; the commands inherit it.
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+        "help_option_names": ["-h", "--help"],
+    },
     pretty_exceptions_enable=False,
-    help="Train, judge and use JumpReLU sparse autoencoders with SAELens.",
+    help="Train, evaluate and use JumpReLU sparse autoencoders with SAELens.",
 )
 for group in (demo, train, transcoders, analyse, export):
     app.add_typer(group.app)
@@ -51,7 +56,7 @@ for group in (demo, train, transcoders, analyse, export):
 
 def main() -> None:
     """Run the command."""
-    app()
+    app(prog_name="jumprelu")
 
 
 if __name__ == "__main__":

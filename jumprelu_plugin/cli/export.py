@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jumprelu_plugin.cli.console import console
+from jumprelu_plugin.cli.values import numbers, whole_numbers
 
 app = typer.Typer()
 
@@ -16,35 +17,63 @@ app = typer.Typer()
 def export(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="A saved dictionary; for circuit-tracer a folder of layer_0, ..."),
+        typer.Argument(help="a saved dictionary; for circuit-tracer a folder of layer_0, …"),
     ] = None,
-    to: Annotated[str | None, typer.Option(help="Target; see --list.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    list_targets: Annotated[bool, typer.Option("--list", help="What each target takes.")] = False,
+    to: Annotated[str | None, typer.Option("--to", help="target; see --list.")] = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output_path", help="folder to write.")
+    ] = None,
+    list_targets: Annotated[bool, typer.Option("--list", help="what each target takes.")] = False,
     unchecked: Annotated[
-        bool, typer.Option(help="Do not read back with the target's loader (not installed).")
+        bool,
+        typer.Option("--unchecked", help="do not read it back (the target is not installed)."),
     ] = False,
-    latent: Annotated[list[int] | None, typer.Option(help="Steering: which latent(s).")] = None,
-    amount: Annotated[list[float] | None, typer.Option(help="Steering: how much of each.")] = None,
-    model_name: Annotated[str | None, typer.Option(help="Model, where not recorded.")] = None,
-    hook_name: Annotated[str | None, typer.Option(help="Hook it reads, if not recorded.")] = None,
-    hook_name_out: Annotated[str | None, typer.Option(help="Hook a transcoder writes.")] = None,
-    fold_scale: Annotated[bool, typer.Option(help="Fold a checkpoint's input scale.")] = False,
-    fold_gain: Annotated[bool, typer.Option(help="Fold the norm's gain (gemma-scope-2).")] = False,
-    n_layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
-    pad_missing: Annotated[bool, typer.Option(help="Dead transcoders for missing layers.")] = False,
-    scan: Annotated[str | None, typer.Option(help="Name of the set, for circuit-tracer.")] = None,
+    latents: Annotated[
+        str | None,
+        typer.Option("--latents", help="for a steering vector: which latents.", metavar="7,11"),
+    ] = None,
+    amounts: Annotated[
+        str | None,
+        typer.Option("--amounts", help="for a steering vector: how much.", metavar="20,-5"),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option("--model_name", help="the model, where it is not recorded.")
+    ] = None,
+    hook_name: Annotated[
+        str | None, typer.Option("--hook_name", help="the hook it reads, where not recorded.")
+    ] = None,
+    hook_name_out: Annotated[
+        str | None, typer.Option("--hook_name_out", help="the hook that a transcoder writes.")
+    ] = None,
+    fold_scale: Annotated[
+        bool, typer.Option("--fold_scale", help="fold a checkpoint's input scale.")
+    ] = False,
+    fold_gain: Annotated[
+        bool, typer.Option("--fold_gain", help="fold the norm's gain, for gemma-scope-2.")
+    ] = False,
+    n_layers: Annotated[
+        int | None, typer.Option("--n_layers", help="the model's number of layers.")
+    ] = None,
+    pad_missing: Annotated[
+        bool, typer.Option("--pad_missing", help="dead transcoders for missing layers.")
+    ] = False,
+    scan: Annotated[
+        str | None, typer.Option("--scan", help="name of the set, for circuit-tracer.")
+    ] = None,
 ) -> None:
     """Write a dictionary in another tool's format, read it back with that tool and compare."""
-    from jumprelu_plugin import formats as exports
+    from jumprelu_plugin import formats
 
     if list_targets:
-        console.print(exports.table())
+        console.print(formats.table())
         return
-    if folder is None or to is None or output is None:
-        raise ValueError("give FOLDER, --to TARGET and --output FOLDER, or --list")
+    if folder is None or to is None or output_path is None:
+        raise ValueError("give FOLDER, --to TARGET and --output_path FOLDER, or --list")
     given = {
-        "amounts": exports.amounts(latent, amount),
+        "amounts": formats.amounts(
+            None if latents is None else whole_numbers("--latents", latents),
+            None if amounts is None else numbers("--amounts", amounts),
+        ),
         "model_name": model_name,
         "hook_name": hook_name,
         "hook_name_out": hook_name_out,
@@ -54,7 +83,7 @@ def export(
         "pad_missing": pad_missing,
         "scan": scan,
     }
-    check = exports.export(
-        folder, to, output, unchecked=unchecked, **{k: v for k, v in given.items() if v}
+    check = formats.export(
+        folder, to, output_path, unchecked=unchecked, **{k: v for k, v in given.items() if v}
     )
-    console.print(f"written: {output} ({check or 'not read back'})", highlight=False)
+    console.print(f"written: {output_path} ({check or 'not read back'})", highlight=False)

@@ -11,97 +11,83 @@ from jumprelu_plugin.cli.console import console
 
 app = typer.Typer()
 
-
-# What SAELens' own parser is to read, --help among it.
+# SAELens' flags, and --help among them, are for SAELens' parser.
 SAELENS_FLAGS = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
     "help_option_names": [],
 }
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="start from a recipe; `jumprelu recipes` lists them.")
+]
+SaveBuffer = Annotated[
+    bool,
+    typer.Option(
+        "--save_buffer/--no_save_buffer",
+        help="whether checkpoints hold the mixing buffer, for an exact resume. Default: yes.",
+    ),
+]
 
 
 @app.command(context_settings=SAELENS_FLAGS)
 def train(
     context: typer.Context,
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
-    save_buffer: Annotated[
-        bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
-    ] = True,
+    recipe: RecipeName = None,
+    save_buffer: SaveBuffer = True,
     check_first: Annotated[
-        bool, typer.Option(help="Look at the run first; see `jumprelu check`.")
+        bool,
+        typer.Option(
+            "--check_first/--no_check_first",
+            help="whether to check the run first, as `jumprelu check` does. Default: yes.",
+        ),
     ] = True,
 ) -> None:
-    """Train with SAELens' own runner flags (--help lists them), plus our fields.
+    """Train an SAE or a transcoder with SAELens' own runner flags, plus our fields.
 
-    --model_name takes a hub name, a model folder, or tiny-gemma-2. --architecture is jumprelu where
-    it is not given. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
+    --model_name takes a hub name, a model folder, or tiny-gemma-2. An empty --dataset_path is the
+    text of the `demo` extra. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
-    cfg = _run_config(context.args, recipe)
+    cfg = _run_config(context, recipe)
     JumpReLUTrainingRunner(cfg, save_buffer=save_buffer, check_first=check_first).run()
 
 
-def _run_config(given: list[str], recipe: str | None) -> Any:
-    """SAELens' config from its own flags, and from a recipe's where they leave something out."""
-    from jumprelu_plugin.cli.saelens_flags import parse_flags
-    from jumprelu_plugin.recipes import get_recipe
-
-    defaults = [] if "--architecture" in given else ["--architecture", "jumprelu"]
-    chosen = None if recipe is None else get_recipe(recipe)
-    # The user's own flags come last, and the last one counts.
-    cfg = parse_flags([*defaults, *([] if chosen is None else chosen.flags()), *given])
-    if chosen is not None:
-        chosen.adapt_to_run(cfg, given)
-    return cfg
-
-
 @app.command(context_settings=SAELENS_FLAGS)
-def check(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Option(help="Start from a recipe's fields.")] = None,
-) -> None:
-    """Look at a run before it starts: memory, windows, what it can reach. Flags as for train.
+def check(context: typer.Context, recipe: RecipeName = None) -> None:
+    """Check a run before it starts: memory, windows, what it can reach. Flags as for train.
 
     Exits with 2 if the run would be refused. Writes nothing.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
-    report = JumpReLUTrainingRunner(_run_config(context.args, recipe)).preflight()
+    report = JumpReLUTrainingRunner(_run_config(context, recipe)).preflight()
     console.print(report.table())
     if report.of("refused"):
         raise typer.Exit(2)
 
 
-@app.command(
-    "finetune",
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-)
+@app.command(context_settings=SAELENS_FLAGS)
 def finetune(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Folder of an SAE, or Gemma Scope's params.npz.")],
-    save_buffer: Annotated[
-        bool, typer.Option(help="Checkpoints hold the mixing buffer, for an exact resume.")
-    ] = True,
+    source: Annotated[str, typer.Argument(help="folder of an SAE, or Gemma Scope's params.npz.")],
+    save_buffer: SaveBuffer = True,
 ) -> None:
     """Train a released SAE further: jumprelu finetune SOURCE, then the flags of jumprelu train.
 
-    Widths, hook and model are the SAE's own where its files say them. Without --target_l0 and
-    --l0_coefficient the L0 it has is held.
+    Widths, hook, model and text are the SAE's own where its files say them. Without --target_l0
+    and --l0_coefficient the training holds the L0 that the SAE has.
     """
-    from jumprelu_plugin.cli.saelens_flags import parse_flags
+    from jumprelu_plugin.cli.saelens_flags import normalized, parse_flags
     from jumprelu_plugin.finetune.runner import FinetuningRunner, pretrained_flags
 
+    command = _command(context, "jumprelu finetune SOURCE")
+    if source in ("-h", "--help"):
+        parse_flags([source], command)
     if source.startswith("-"):
-        if source == "--help":
-            parse_flags([source])
         raise ValueError(f"give the SAE first: jumprelu finetune SOURCE, then {source} and others")
-    given = context.args
-    cfg = parse_flags(["--architecture", "jumprelu", *pretrained_flags(source, given), *given])
+    given = normalized(context.args)
+    cfg = parse_flags([*pretrained_flags(source, given), *given], command)
     FinetuningRunner(source, cfg, save_buffer=save_buffer, log=console.print).run()
 
 
@@ -117,3 +103,15 @@ def recipes() -> None:
         for name, value in recipe.field_values().items():
             numbers.add_row(f"  {name}", value)
         console.print(numbers, "")
+
+
+def _run_config(context: typer.Context, recipe: str | None) -> Any:
+    from jumprelu_plugin.cli.saelens_flags import run_config
+
+    return run_config(context.args, recipe, _command(context, f"jumprelu {context.info_name}"))
+
+
+def _command(context: typer.Context, usage: str) -> Any:
+    from jumprelu_plugin.cli.saelens_flags import Command
+
+    return Command(usage, context.command.help or "", context.command.params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sae_lens import logger
@@ -32,7 +33,7 @@ def run_saved_l0_sweep(
         folder: the SAE's folder.
         targets: the L0s.
         output: a new or empty folder.
-        settings: settings of each training.
+        settings: settings of each training; its device is the options'.
         options: the model and the text; by default those of the SAE's metadata.
         sequences, held_out: the numbers of sequences to fit on and to evaluate on.
         context_size: tokens in a sequence; by default that of the SAE's metadata.
@@ -41,7 +42,8 @@ def run_saved_l0_sweep(
     Raises:
         ValueError, OSError, FileNotFoundError: as `load_saved` and `run_l0_sweep`.
     """
-    settings = settings or RefitSettings()
+    options = options or ModelOptions()
+    settings = replace(settings or RefitSettings(), device=options.device)
     saved = load_saved(folder, options, context_size=context_size)
     fit, test = saved.sequences(held_out, train=sequences, seed=settings.seed)
     hook = saved.dictionary.cfg.metadata.hook_name

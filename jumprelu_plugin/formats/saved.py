@@ -50,6 +50,11 @@ class SavedDictionary:
             seed=seed,
         )
 
+    def prompt(self, tokens: int = 16) -> str:
+        """The start of the first held-out sequence, as text."""
+        _, sequences = self.sequences(1)
+        return self.model.tokenizer.decode(sequences[0, :tokens], skip_special_tokens=True)
+
     def evaluate(
         self, sequences: int = 128, output: str | Path | None = None
     ) -> Evaluation | SplicedSet:

@@ -1,15 +1,14 @@
-"""What two trainings over a model's layers share: a transcoder a layer, and a cross-layer one."""
+"""What a training over a model's layers is told, under SAELens' names.
+
+Three dataclasses of plain values: what both trainings share, and what a transcoder a layer and a
+cross-layer transcoder have besides. The command line's options are generated from them: a field is
+a flag, and its text under "Attributes" is the flag's help.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from jumprelu_plugin.models.text import tokenized_dataset
+from typing import Literal
 
 DEFAULT_TARGET_L0 = 24.0
 DEFAULT_EXPANSION = 8
@@ -19,29 +18,44 @@ DEFAULT_EXPANSION = 8
 class LayerRunSettings:
     """What is trained, on which text, and how long.
 
+    `n_batches_in_buffer` counts sequences, as in SAELens, whose mixing buffer holds
+    n_batches_in_buffer · context_size tokens: a batch there is one sequence.
+
     Attributes:
-        model_name: the embedded model, a model folder, or a hub name.
-        dataset_path: a text dataset for SAELens; empty takes the text of the `demo` extra.
-        hook_in, hook_out: the pair at each layer; `{layer}` stands for its number.
-        layers: which; None takes all.
-        d_sae: latents of each layer; None takes 8 · d_in.
-        target_l0: active latents a token at each layer; None takes 24.
-        l0_coefficient: a fixed penalty, in place of a target.
-        outlier_norm_ratio: see `JumpReLUTrainingSAEConfig`; None is no limit.
-        lr: learning rate; it decays over the last fifth of the run.
-        batch_tokens: tokens in a step.
-        chunk_sequences: sequences whose activations are shuffled together.
-        norm_batches: batches that the scales are measured on.
-        memory_gb: how much the run may take; the chunk is made smaller to keep to it.
-        checkpoints: how many are saved along the way; each replaces the one before.
-        evaluation_sequences: held-out sequences that it is judged on afterwards; only where the
-            text is the `demo` extra's.
+        model_name: tiny-gemma-2, a model folder, or a hub name.
+        model_class_name: HookedTransformer, HookedSAETransformer, TransformerBridge or
+            SAETransformerBridge.
+        dataset_path: a text or pretokenized dataset, on the hub or in a folder. Default: the text
+            of the `demo` extra.
+        hook_name: the hook that is read; {layer} stands for the layer's number.
+        hook_name_out: the hook that is reconstructed; {layer} stands for the layer's number.
+        layers: the layers' numbers. Default: all.
+        d_sae: latents of each layer. Default: 8 d_in.
+        target_l0: active latents a token at each layer. Default: 24.
+        l0_coefficient: a fixed sparsity penalty, in place of a target L0.
+        outlier_norm_ratio: the squared error of a token longer than this many times the batch's
+            median norm counts as if it were that long. Default: no limit.
+        training_tokens: tokens to train on.
+        lr: learning rate.
+        train_batch_size_tokens: tokens in a training step.
+        context_size: tokens in a sequence.
+        store_batch_size_prompts: sequences in a forward pass of the model.
+        n_batches_in_buffer: sequences whose activations are shuffled together.
+        n_batches_for_norm_estimate: batches that the scales of the activations are measured on.
+        memory_gb: the most memory that the run may take; the buffer shrinks to keep to it.
+        n_checkpoints: checkpoints along the way; each replaces the one before.
+        evaluation_sequences: held-out sequences to evaluate the result on; only where the text is
+            the `demo` extra's.
+        seed: of initialization and data order.
+        device: cpu, cuda, cuda:1, mps.
+        dtype: of the language model's weights; what is trained is float32.
     """
 
     model_name: str = "tiny-gemma-2"
+    model_class_name: str = "HookedSAETransformer"
     dataset_path: str = ""
-    hook_in: str = "blocks.{layer}.ln2.hook_normalized"
-    hook_out: str = "blocks.{layer}.hook_mlp_out"
+    hook_name: str = "blocks.{layer}.ln2.hook_normalized"
+    hook_name_out: str = "blocks.{layer}.hook_mlp_out"
     layers: tuple[int, ...] | None = None
     d_sae: int | None = None
     target_l0: float | None = None
@@ -49,20 +63,54 @@ class LayerRunSettings:
     outlier_norm_ratio: float | None = None
     training_tokens: int = 1_000_000
     lr: float | None = None
-    batch_tokens: int | None = None
+    train_batch_size_tokens: int | None = None
     context_size: int = 128
-    sequences_per_pass: int = 32
-    chunk_sequences: int = 1024
-    norm_batches: int = 20
+    store_batch_size_prompts: int = 32
+    n_batches_in_buffer: int = 1024
+    n_batches_for_norm_estimate: int = 20
     memory_gb: float | None = None
-    checkpoints: int = 10
+    n_checkpoints: int = 10
     evaluation_sequences: int = 128
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "float32"
 
-    def held_out(self, model: Any) -> Int[Tensor, "sequences positions"] | None:
-        """Tokens of the `demo` extra's test split; None if none are wanted."""
-        if self.evaluation_sequences < 1:
-            return None
-        text = tokenized_dataset(model.tokenizer, self.context_size, "test")
-        return torch.tensor(text[: self.evaluation_sequences]["tokens"])
+
+@dataclass(frozen=True)
+class TranscoderSettings(LayerRunSettings):
+    """What `train_transcoders` trains; the other settings are `LayerRunSettings`'.
+
+    Attributes:
+        target_l0: active latents a token of each transcoder. Default: 24, or the recipe's fixed
+            coefficient where it has one.
+        lr: learning rate; it falls to a tenth over the last fifth of the run. Default: the
+            recipe's.
+        train_batch_size_tokens: tokens in a training step. Default: the recipe's.
+        skip: with a linear map from input to output.
+        recipe: a recipe for transcoders; `jumprelu recipes` lists them.
+    """
+
+    skip: bool = False
+    recipe: str = "transcoder"
+
+
+@dataclass(frozen=True)
+class CLTSettings(LayerRunSettings):
+    """What `train_clt` trains; the other settings are `LayerRunSettings`'.
+
+    Attributes:
+        layers: consecutive layers' numbers. Default: all.
+        lr: learning rate; it falls to 0 over the last fifth of the run.
+        l0_warm_up_steps: steps over which a fixed penalty rises from 0.
+        jumprelu_sparsity_loss_mode: `step`, or `tanh` with decoder norms in the penalty.
+        jumprelu_tanh_scale: c in the tanh penalty, tanh(c f ‖d‖).
+        step_kernel: how a step is computed; `auto` times the ways and takes the fastest, and all
+            give the same gradients.
+    """
+
+    lr: float = 4e-3
+    train_batch_size_tokens: int = 2048
+    l0_warm_up_steps: int = 0
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh"] = "step"
+    jumprelu_tanh_scale: float = 4.0
+    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_lens.training.activations_store import ActivationsStore
@@ -19,6 +19,7 @@ from sae_lens.util import get_special_token_ids
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
@@ -39,33 +40,13 @@ from jumprelu_plugin.transcoders.output_folder import (
 from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
-    LayerRunSettings,
+    CLTSettings,
 )
 
 RECORD_FILENAME = "cross_layer_record.json"
 
 # Share of the steps over which the learning rate falls to 0, at their end; as for transcoders.
 _DECAY_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class CLTSettings(LayerRunSettings):
-    """What `train_clt` trains; the other settings are `LayerRunSettings`'.
-
-    Attributes:
-        layers: consecutive.
-        l0_warm_up_steps: over which a fixed penalty rises from 0.
-        sparsity, tanh_scale: `step` or `tanh`, see `CLTTrainingConfig`.
-        step_kernel: see `step.choose`.
-        lr: it falls to 0.
-    """
-
-    lr: float = 4e-3
-    batch_tokens: int = 2048
-    l0_warm_up_steps: int = 0
-    sparsity: Literal["step", "tanh"] = "step"
-    tanh_scale: float = 4.0
-    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
 
 
 def train_clt(
@@ -95,14 +76,20 @@ def train_clt(
     training = _training_config(settings)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
-        model = load_model(settings.model_name, "HookedSAETransformer", settings.device)
+        model = load_model(
+            settings.model_name, settings.model_class_name, settings.device, settings.dtype
+        )
     cfg = _config(model, settings)
     chunk, estimate = _within_memory(model, cfg, settings)
     schedule = _schedule(settings)
     held_out = None
     if dataset is None and not settings.dataset_path:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        held_out = settings.held_out(model)
+        if settings.evaluation_sequences > 0:
+            size = settings.context_size
+            _, held_out = read_sequences(
+                model, context_size=size, held_out=settings.evaluation_sequences
+            )
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     torch.manual_seed(settings.seed)
     trainer = Trainer(
@@ -147,8 +134,8 @@ def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
         target_l0=target,
         l0_coefficient=settings.l0_coefficient,
         l0_warm_up_steps=settings.l0_warm_up_steps,
-        jumprelu_sparsity_loss_mode=settings.sparsity,
-        jumprelu_tanh_scale=settings.tanh_scale,
+        jumprelu_sparsity_loss_mode=settings.jumprelu_sparsity_loss_mode,
+        jumprelu_tanh_scale=settings.jumprelu_tanh_scale,
         step_kernel=settings.step_kernel,
         outlier_norm_ratio=settings.outlier_norm_ratio,
     )
@@ -161,7 +148,9 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
         if not 0 <= layer < n_layers:
             raise ValueError(f"there is no layer {layer}: {settings.model_name} has {n_layers}")
     # The widths are read at the hooks, which the config names; so a first one without them.
-    named = CLTConfig(1, 1, 1, layers, settings.hook_in, settings.hook_out, settings.model_name)
+    named = CLTConfig(
+        1, 1, 1, layers, settings.hook_name, settings.hook_name_out, settings.model_name
+    )
     for pair in named.pairs:
         hook_point(model, pair.hook_in)
         hook_point(model, pair.hook_out)
@@ -170,7 +159,7 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
     d_out = _one_width({pair.hook_out: widths[pair.hook_out] for pair in named.pairs}, "output")
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
     return CLTConfig(
-        d_in, d_out, d_sae, layers, settings.hook_in, settings.hook_out, settings.model_name
+        d_in, d_out, d_sae, layers, settings.hook_name, settings.hook_name_out, settings.model_name
     )
 
 
@@ -191,31 +180,31 @@ def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[i
         return estimate_memory(
             model,
             cfg,
-            batch_tokens=settings.batch_tokens,
+            batch_tokens=settings.train_batch_size_tokens,
             context_size=settings.context_size,
-            sequences_per_pass=settings.sequences_per_pass,
+            sequences_per_pass=settings.store_batch_size_prompts,
             chunk_sequences=chunk_sequences,
         )
 
     smallest = smallest_chunk(
-        settings.batch_tokens, settings.context_size, settings.sequences_per_pass
+        settings.train_batch_size_tokens, settings.context_size, settings.store_batch_size_prompts
     )
-    return fitting_chunk(estimate, settings.chunk_sequences, smallest, settings.memory_gb)
+    return fitting_chunk(estimate, settings.n_batches_in_buffer, smallest, settings.memory_gb)
 
 
 def _schedule(settings: CLTSettings) -> Schedule:
-    steps = settings.training_tokens // settings.batch_tokens
+    steps = settings.training_tokens // settings.train_batch_size_tokens
     if steps < 1:
         raise ValueError(
             f"training_tokens is {settings.training_tokens}, less than a batch of "
-            f"{settings.batch_tokens} tokens"
+            f"{settings.train_batch_size_tokens} tokens"
         )
     return Schedule(
         steps=steps,
         lr=settings.lr,
         decay_steps=round(_DECAY_SHARE * steps),
-        norm_batches=settings.norm_batches,
-        checkpoints=settings.checkpoints,
+        norm_batches=settings.n_batches_for_norm_estimate,
+        checkpoints=settings.n_checkpoints,
     )
 
 
@@ -234,8 +223,8 @@ def _store(
         d_in=cfg.d_in,
         n_batches_in_buffer=chunk,
         total_training_tokens=settings.training_tokens,
-        store_batch_size_prompts=settings.sequences_per_pass,
-        train_batch_size_tokens=settings.batch_tokens,
+        store_batch_size_prompts=settings.store_batch_size_prompts,
+        train_batch_size_tokens=settings.train_batch_size_tokens,
         prepend_bos=True,
         normalize_activations="none",
         device=torch.device(settings.device),

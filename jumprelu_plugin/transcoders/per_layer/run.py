@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcoders
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import get_transcoder_recipe
 from jumprelu_plugin.records import provenance, whole_files, write_json
@@ -41,25 +42,10 @@ from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner
 from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
-    LayerRunSettings,
+    TranscoderSettings,
 )
 
 RECORD_FILENAME = "transcoders.json"
-
-
-@dataclass(frozen=True)
-class TranscoderSettings(LayerRunSettings):
-    """What `train_transcoders` trains; the other settings are `LayerRunSettings`'.
-
-    Attributes:
-        target_l0: None takes 24, or the recipe's fixed coefficient where it has one.
-        skip: with a linear map from input to output.
-        recipe: a recipe for transcoders.
-        lr, batch_tokens: None takes the recipe's; lr decays to a tenth.
-    """
-
-    skip: bool = False
-    recipe: str = "transcoder"
 
 
 def train_transcoders(
@@ -88,7 +74,9 @@ def train_transcoders(
     output = Path(output)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
-        model = load_model(settings.model_name, "HookedSAETransformer", settings.device)
+        model = load_model(
+            settings.model_name, settings.model_class_name, settings.device, settings.dtype
+        )
     pairs = _pairs(model, settings)
     widths = pair_widths(model, pairs.values())
     configs = {name: _config(pair, widths, settings) for name, pair in pairs.items()}
@@ -97,7 +85,11 @@ def train_transcoders(
     held_out = None
     if dataset is None and not settings.dataset_path:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        held_out = settings.held_out(model)
+        if settings.evaluation_sequences > 0:
+            size = settings.context_size
+            _, held_out = read_sequences(
+                model, context_size=size, held_out=settings.evaluation_sequences
+            )
     write_json(output / SETTINGS_FILENAME, settings)
     with whole_files(output) as unfinished:
         runner = LayerwiseRunner(
@@ -130,15 +122,16 @@ def _pairs(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(f"there is no layer {layer}: {settings.model_name} has {n_layers}")
-    if len(layers) > 1 and not all("{layer}" in h for h in (settings.hook_in, settings.hook_out)):
+    hooks = settings.hook_name, settings.hook_name_out
+    if len(layers) > 1 and not all("{layer}" in hook for hook in hooks):
         raise ValueError(
-            f"hook_in {settings.hook_in!r} and hook_out {settings.hook_out!r} must both hold "
-            "{layer}, or all transcoders would have the same hook"
+            f"hook_name {hooks[0]!r} and hook_name_out {hooks[1]!r} must both hold {{layer}}, or "
+            "all transcoders would have the same hook"
         )
     pairs = {
         f"layer_{layer}": HookPair(
-            settings.hook_in.replace("{layer}", str(layer)),
-            settings.hook_out.replace("{layer}", str(layer)),
+            settings.hook_name.replace("{layer}", str(layer)),
+            settings.hook_name_out.replace("{layer}", str(layer)),
         )
         for layer in layers
     }
@@ -181,7 +174,7 @@ def _within_memory(
 ) -> tuple[TranscoderSettings, MemoryEstimate]:
     """The settings with a chunk that fits, and what they take."""
     batch = _batch_tokens(settings)
-    smallest = smallest_chunk(batch, settings.context_size, settings.sequences_per_pass)
+    smallest = smallest_chunk(batch, settings.context_size, settings.store_batch_size_prompts)
 
     def estimate(chunk_sequences: int) -> MemoryEstimate:
         return estimate_memory(
@@ -190,17 +183,19 @@ def _within_memory(
             hook_widths=list(widths.values()),
             batch_tokens=batch,
             context_size=settings.context_size,
-            sequences_per_pass=settings.sequences_per_pass,
+            sequences_per_pass=settings.store_batch_size_prompts,
             chunk_sequences=chunk_sequences,
         )
 
-    chunk, found = fitting_chunk(estimate, settings.chunk_sequences, smallest, settings.memory_gb)
-    return replace(settings, chunk_sequences=chunk), found
+    chunk, found = fitting_chunk(
+        estimate, settings.n_batches_in_buffer, smallest, settings.memory_gb
+    )
+    return replace(settings, n_batches_in_buffer=chunk), found
 
 
 def _batch_tokens(settings: TranscoderSettings) -> int:
     recipe = get_transcoder_recipe(settings.recipe)
-    return settings.batch_tokens or recipe.runner["train_batch_size_tokens"]
+    return settings.train_batch_size_tokens or recipe.runner["train_batch_size_tokens"]
 
 
 def _runner_config(
@@ -232,15 +227,15 @@ def _runner_config(
         context_size=settings.context_size,
         training_tokens=steps * batch,
         train_batch_size_tokens=batch,
-        n_batches_in_buffer=settings.chunk_sequences,
-        store_batch_size_prompts=settings.sequences_per_pass,
-        n_batches_for_norm_estimate=settings.norm_batches,
+        n_batches_in_buffer=settings.n_batches_in_buffer,
+        store_batch_size_prompts=settings.store_batch_size_prompts,
+        n_batches_for_norm_estimate=settings.n_batches_for_norm_estimate,
         lr=recipe.runner["lr"] if settings.lr is None else settings.lr,
         lr_decay_steps=steps // 5,
         dead_feature_window=max(1, min(1000, steps // 5)),
         device=settings.device,
         seed=settings.seed,
-        n_checkpoints=settings.checkpoints,
+        n_checkpoints=settings.n_checkpoints,
         checkpoint_path=None,
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
         output_path=str(unfinished),
@@ -267,8 +262,8 @@ def _record(
     layers = [
         {
             "folder": name,
-            "hook_in": pair.hook_in,
-            "hook_out": pair.hook_out,
+            "hook_name": pair.hook_in,
+            "hook_name_out": pair.hook_out,
             "architecture": trained[name].cfg.architecture(),
             "d_in": trained[name].cfg.d_in,
             "d_out": trained[name].cfg.width_out,

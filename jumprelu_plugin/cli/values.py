@@ -1,0 +1,35 @@
+"""How a list is written on the command line, the same in every command: 0,1,3 or 0-5."""
+
+from __future__ import annotations
+
+import re
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """The numbers in a list such as 0,1,3 or 0-5,8.
+
+    Raises:
+        ValueError: it is no such list; the message names the flag.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        ends = _RANGE.fullmatch(part.strip())
+        try:
+            found += range(int(ends[1]), int(ends[2]) + 1) if ends else [int(part)]
+        except ValueError:
+            raise ValueError(f"{flag} is {text!r}; give numbers such as 0,1,3 or 0-5") from None
+    return tuple(found)
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers in a list such as 10,20.5,-3.
+
+    Raises:
+        ValueError: it is no such list; the message names the flag.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40") from None
