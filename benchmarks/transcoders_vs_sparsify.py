@@ -42,9 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("transcoders_vs_sparsify.json"))
     parser.add_argument("--sequences", type=int, default=3200, help="training text")
-    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--d_sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=24, help="of sparsify")
-    parser.add_argument("--held-out", type=int, default=128, help="held-out sequences")
+    parser.add_argument("--held_out", type=int, default=128, help="held-out sequences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -104,11 +104,11 @@ def train_plugin(
         d_sae=given.d_sae,
         target_l0=target_l0,
         training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
-        batch_tokens=batch,
+        train_batch_size_tokens=batch,
         context_size=CONTEXT,
-        chunk_sequences=min(1024, given.sequences),
+        n_batches_in_buffer=min(1024, given.sequences),
         evaluation_sequences=0,
-        checkpoints=0,
+        n_checkpoints=0,
         seed=given.seed,
     )
     train_transcoders(folder, settings, model=model, dataset=text)

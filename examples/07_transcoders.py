@@ -1,7 +1,7 @@
 """Train one transcoder a layer on the embedded Gemma 2, then splice all of them in at once.
 
 Writes ./output/07_transcoders: stock SAELens folders layer_0 to layer_5 and a record. The same
-training from the terminal: jumprelu train-transcoders --model tiny-gemma-2 --output <folder>
+training from the terminal: jumprelu train-transcoders --output_path <folder>
 """
 
 import os
@@ -27,14 +27,14 @@ console = Console()
 
 model = load_model(EMBEDDED_MODEL)
 settings = TranscoderSettings(
-    hook_in="blocks.{layer}.ln2.hook_normalized",  # any pair of hooks; {layer} is each in turn
-    hook_out="blocks.{layer}.hook_mlp_out",
+    hook_name="blocks.{layer}.ln2.hook_normalized",  # any pair of hooks; {layer} is each in turn
+    hook_name_out="blocks.{layer}.hook_mlp_out",
     d_sae=512,
     target_l0=24,
     training_tokens=STEPS * BATCH,
-    batch_tokens=BATCH,
-    chunk_sequences=128,  # sequences whose activations are shuffled together
-    norm_batches=5,  # batches that the two scales are measured on
+    train_batch_size_tokens=BATCH,
+    n_batches_in_buffer=128,  # sequences whose activations are shuffled together
+    n_batches_for_norm_estimate=5,  # batches that the two scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
 train_transcoders(OUTPUT, settings, model=model, log=console.print)

@@ -1,6 +1,6 @@
 """Refit one SAE to several L0s; each point of the sweep is a stock SAELens folder.
 
-On the command line: jumprelu l0-sweep output/01_train --l0 16,48 --output output/sweep
+On the command line: jumprelu l0-sweep output/01_train --l0 16,48 --output_path output/sweep
 Writes ./output/13_l0_sweep.
 """
 

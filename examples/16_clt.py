@@ -1,8 +1,7 @@
 """Train a cross-layer transcoder on the embedded Gemma 2, replace all MLPs by it, trace a prompt.
 
 Writes ./output/16_clt. The same training from the terminal: jumprelu train-clt
---model tiny-gemma-2 --output <folder>. Attribution needs circuit-tracer, which tools/circuit_env.sh
-installs.
+--output_path <folder>. Attribution needs circuit-tracer, which tools/circuit_env.sh installs.
 """
 
 import os
@@ -30,14 +29,14 @@ console = Console()
 
 model = load_model(EMBEDDED_MODEL)
 settings = CLTSettings(
-    hook_in="blocks.{layer}.ln2.hook_normalized",  # {layer} is each in turn
-    hook_out="blocks.{layer}.hook_mlp_out",
+    hook_name="blocks.{layer}.ln2.hook_normalized",  # {layer} is each in turn
+    hook_name_out="blocks.{layer}.hook_mlp_out",
     d_sae=512,  # latents of each layer
     target_l0=24,  # active latents a token, at each layer
     training_tokens=STEPS * BATCH,
-    batch_tokens=BATCH,
-    chunk_sequences=64,  # sequences whose activations are shuffled together
-    norm_batches=5,  # batches that the scales are measured on
+    train_batch_size_tokens=BATCH,
+    n_batches_in_buffer=64,  # sequences whose activations are shuffled together
+    n_batches_for_norm_estimate=5,  # batches that the scales are measured on
     evaluation_sequences=0,  # done by hand below
 )
 train_clt(f"{OUTPUT}/trained", settings, model=model, log=console.print)

@@ -231,7 +231,7 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         (["steer", "{root}/sae", "--latent", "41", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
         (["steer", "{root}/sae", "--latent", "-1", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
         (["evaluate", "{root}/model"], ["model holds no SAE", "cfg.json"]),
-        (["evaluate", "{root}/sae", "--model", "{root}/no_tokenizer"], ["has no tokenizer"]),
+        (["evaluate", "{root}/sae", "--model_name", "{root}/no_tokenizer"], ["has no tokenizer"]),
     ],
 )
 def test_other_commands_refuse_in_the_same_way(

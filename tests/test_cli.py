@@ -38,7 +38,9 @@ def said(*arguments: object) -> str:
 
 def test_evaluate_prints_a_table_and_writes_a_record(folder: Path, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    output = said("evaluate", folder, "--sequences", 3, "--context-size", 29, "--output", record)
+    output = said(
+        "evaluate", folder, "--sequences", 3, "--context_size", 29, "--output_path", record
+    )
     written = json.loads(record.read_text())
     found = written["result"]
     assert f"{found['l0']:.2f}" in output and "delta LM loss" in output
@@ -73,7 +75,7 @@ def test_an_interrupted_command_says_so_and_exits_with_130(
         raise InterruptedException("interrupted; nothing was saved")
 
     monkeypatch.setattr(demo, "_run", interrupted)
-    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "demo")])
+    result = CliRunner().invoke(app, ["demo", "--output_path", str(tmp_path / "demo")])
     assert result.exit_code == 130
     assert result.output.strip() == "interrupted; nothing was saved"
     assert list(tmp_path.iterdir()) == []

@@ -354,12 +354,12 @@ def settings(**changes: Any) -> CLTSettings:
         "d_sae": 59,
         "target_l0": 7.0,
         "training_tokens": 13 * 41,
-        "batch_tokens": 41,
+        "train_batch_size_tokens": 41,
         "context_size": POSITIONS,
-        "sequences_per_pass": 5,
-        "chunk_sequences": 13,
-        "norm_batches": 3,
-        "checkpoints": 3,
+        "store_batch_size_prompts": 5,
+        "n_batches_in_buffer": 13,
+        "n_batches_for_norm_estimate": 3,
+        "n_checkpoints": 3,
         "lr": 3e-3,
         "step_kernel": "sparse",
     }
@@ -489,7 +489,7 @@ def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
 
 
 def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
-    chosen = settings(layers=(1, 2), hook_in="blocks.{layer}.hook_resid_mid")
+    chosen = settings(layers=(1, 2), hook_name="blocks.{layer}.hook_resid_mid")
     train_clt(tmp_path / "out", chosen, model=model, dataset=text())
     saved = load_clt(tmp_path / "out")
     assert saved.cfg.pairs[0].hook_in == "blocks.1.hook_resid_mid"
@@ -503,10 +503,10 @@ def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
         ({"layers": (1, 0)}, "consecutive and ascending"),
         ({"layers": ()}, "layers is empty"),
         ({"layers": (2, 3)}, "no layer 3"),
-        ({"hook_in": "blocks.1.hook_resid_mid"}, r"must hold \{layer\}"),
-        ({"hook_out": "blocks.{layer}.hook_mlp_uot"}, "no hook 'blocks.0.hook_mlp_uot'"),
-        ({"hook_in": OUT, "hook_out": LN}, "computed before"),
-        ({"hook_in": OUT}, "that is an SAE"),
+        ({"hook_name": "blocks.1.hook_resid_mid"}, r"must hold \{layer\}"),
+        ({"hook_name_out": "blocks.{layer}.hook_mlp_uot"}, "no hook 'blocks.0.hook_mlp_uot'"),
+        ({"hook_name": OUT, "hook_name_out": LN}, "computed before"),
+        ({"hook_name": OUT}, "that is an SAE"),
         ({"memory_gb": 1e-4}, "more than memory_gb=0.0001"),
         ({"training_tokens": 40}, "less than a batch"),
         ({"target_l0": 60.0}, "at most d_sae, which is 59"),
@@ -548,8 +548,9 @@ text = tokenized_dataset(model.tokenizer, 128, "train")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 settings = CLTSettings(
-    layers=(0, 1, 2), d_sae=4096, training_tokens=5 * 1024, batch_tokens=1024, chunk_sequences=256,
-    norm_batches=2, checkpoints=0, evaluation_sequences=0, step_kernel=sys.argv[2],
+    layers=(0, 1, 2), d_sae=4096, training_tokens=5 * 1024, train_batch_size_tokens=1024,
+    n_batches_in_buffer=256, n_batches_for_norm_estimate=2, n_checkpoints=0,
+    evaluation_sequences=0, step_kernel=sys.argv[2],
 )
 train_clt(sys.argv[1], settings, model=model, dataset=text)
 print("grew", peak() - before)
@@ -731,7 +732,7 @@ def test_a_file_that_reads_differently_is_not_written(name: str) -> None:
         ({"hook_in": "blocks.{layer}.attn.hook_z"}, {}, "transcoders that read .*ln2"),
         ({"hook_out": "blocks.{layer}.hook_resid_post"}, {}, "that write .*hook_mlp_out"),
         ({}, {"n_layers": 5}, "layers 0 to 2, and the model 5"),
-        ({}, {"pad_missing": True}, "leave --pad-missing and --fold-scale out"),
+        ({}, {"pad_missing": True}, "leave --pad_missing and --fold_scale out"),
     ],
 )
 def test_what_circuit_tracer_cannot_take_is_refused(
@@ -765,8 +766,9 @@ def test_the_command_hands_over_its_settings(
         return output
 
     monkeypatch.setattr(run, "train_clt", note)
-    flags = "--tokens 99 --target-l0 7 --d-sae 59 --sparsity tanh --layers 0-2 --memory-gb 3"
-    arguments = ["train-clt", "--model", "m", "--output", str(tmp_path), *flags.split()]
+    flags = "--training_tokens 99 --target-l0 7 --d_sae 59 --layers 0-2 --memory-gb 3"
+    flags += " --jumprelu_sparsity_loss_mode tanh"
+    arguments = ["train-clt", "--model_name", "m", "--output_path", str(tmp_path), *flags.split()]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     expected = CLTSettings(
@@ -774,7 +776,7 @@ def test_the_command_hands_over_its_settings(
         training_tokens=99,
         target_l0=7.0,
         d_sae=59,
-        sparsity="tanh",
+        jumprelu_sparsity_loss_mode="tanh",
         layers=(0, 1, 2),
         memory_gb=3.0,
     )
@@ -785,8 +787,8 @@ def test_evaluate_takes_its_folder(tmp_path: Path) -> None:
     cfg = CLTConfig(256, 256, 59, tuple(range(6)), model_name=EMBEDDED_MODEL)
     save_clt(CrossLayerTranscoder(cfg), tmp_path / "clt")
     record = tmp_path / "record.json"
-    arguments = ["evaluate", str(tmp_path / "clt"), "--sequences", "2", "--context-size", "29"]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(record)])
+    arguments = ["evaluate", str(tmp_path / "clt"), "--sequences", "2", "--context_size", "29"]
+    result = CliRunner().invoke(app, [*arguments, "--output_path", str(record)])
     assert result.exit_code == 0, result.output
     found = json.loads(record.read_text())["result"]
     assert len(found["layers"]) == 6 and f"{found['delta_loss']:.4f}" in result.output

@@ -284,7 +284,14 @@ def test_command(tmp_path: Path) -> None:
     sae.W_enc.data *= 0.02
     sae.save_model(tmp_path / "sae")
     path = tmp_path / "features.html"
-    arguments = ["dashboard", str(tmp_path / "sae"), "--output", str(path), "--sequences", "11"]
+    arguments = [
+        "dashboard",
+        str(tmp_path / "sae"),
+        "--output_path",
+        str(path),
+        "--sequences",
+        "11",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.exception
     assert len(Page(path).data["latents"]) == 43

@@ -320,7 +320,7 @@ def test_unfolded_checkpoint_is_refused_or_folded(tmp_path: Path) -> None:
         export(folder, "gemma-scope", tmp_path / "out")
     scaler = folder / "activation_scaler.json"
     scaler.write_text(json.dumps({"scaling_factor": 0.37, "has_whitening": False}))
-    with pytest.raises(ValueError, match="0.37.*--fold-scale"):
+    with pytest.raises(ValueError, match="0.37.*--fold_scale"):
         export(folder, "gemma-scope", tmp_path / "out")
     export(folder, "saelens", tmp_path / "out", fold_scale=True)
     sae.fold_activation_norm_scaling_factor(0.37)
@@ -342,7 +342,7 @@ def test_transcoder_checkpoint_folds_two_scales(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 scale\(s\).*holds 0.37"):
         export(folder, "saelens", tmp_path / "out", fold_scale=True)
     scaler.write_text('{"scaling_factor": [0.37, 2.9]}')
-    with pytest.raises(ValueError, match="--fold-scale"):
+    with pytest.raises(ValueError, match="--fold_scale"):
         export(folder, "saelens", tmp_path / "out")
     export(folder, "saelens", tmp_path / "out", fold_scale=True)
     same_outputs(SAE.load_from_disk(tmp_path / "out")(INPUTS), sae(0.37 * INPUTS) / 2.9)
@@ -370,9 +370,9 @@ def test_negative_thresholds_are_refused(tmp_path: Path) -> None:
     [
         ([random_transcoder(0), random_transcoder(1, d_sae=71)], {"n_layers": 2}, "different wid"),
         ([random_transcoder(0), random_transcoder(2)], {"n_layers": 3}, r"layers \[1\] of 3"),
-        ([random_transcoder(0), random_transcoder(1)], {"n_layers": 3}, "--pad-missing"),
+        ([random_transcoder(0), random_transcoder(1)], {"n_layers": 3}, "--pad_missing"),
         ([random_transcoder(0), random_transcoder(1)], {"n_layers": 1}, r"transcoders of \[1\]"),
-        ([random_transcoder(0)], {}, "--n-layers"),
+        ([random_transcoder(0)], {}, "--n_layers"),
         ([random_transcoder(0, hook_in="hook_resid_pre")], {"n_layers": 1}, "replaces MLPs"),
         ([random_transcoder(0, hook_out="hook_attn_out")], {"n_layers": 1}, "replaces MLPs"),
         ([random_sae("blocks.0.hook_resid_post")], {"n_layers": 1}, "replaces MLPs"),
@@ -460,7 +460,7 @@ def test_wrong_keys_and_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b_enc has shape \(67,\)"):
         load_dictionary(tmp_path)
     np.savez(npz, **arrays)
-    with pytest.raises(ValueError, match="--hook-name"):
+    with pytest.raises(ValueError, match="--hook_name"):
         export(tmp_path, "gemma-scope", tmp_path / "out")
     npz.unlink()
     save_file({"w_enc": tensors["W_enc"]}, tmp_path / "params.safetensors")
@@ -489,17 +489,19 @@ def test_wrong_keys_and_shapes_are_refused(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     folder = saved(random_sae(), tmp_path / "sae")
     run = CliRunner().invoke
-    done = run(app, ["export", str(folder), "--to", "gemma-scope", "--output", f"{tmp_path}/out"])
+    done = run(
+        app, ["export", str(folder), "--to", "gemma-scope", "--output_path", f"{tmp_path}/out"]
+    )
     assert done.exit_code == 0 and "largest relative error" in done.output.replace("\n", " ")
     listed = run(app, ["export", "--list"])
     assert all(name in listed.output for name in exports.TARGETS)
-    common = ["export", str(folder), "--output", "x"]
-    assert "--fold-gain: not an option of --to gemma-scope" in refusal(
-        [*common, "--to", "gemma-scope", "--fold-gain"]
+    common = ["export", str(folder), "--output_path", "x"]
+    assert "--fold_gain: not an option of --to gemma-scope" in refusal(
+        [*common, "--to", "gemma-scope", "--fold_gain"]
     )
     assert "expected one of" in refusal([*common, "--to", "x"])
     assert "--list" in refusal(["export"])
-    assert "1 latents and 0 amounts" in refusal([*common, "--to", "lm-eval", "--latent", "3"])
+    assert "1 latents and 0 amounts" in refusal([*common, "--to", "lm-eval", "--latents", "3"])
 
 
 def refusal(command: list[str]) -> str:

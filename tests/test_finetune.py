@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.cli.saelens_flags import parse_flags
 from jumprelu_plugin.finetune.pretrained import load_parameters_, read_pretrained, rescale
 from jumprelu_plugin.finetune.runner import FinetuningRunner, pretrained_flags
 from jumprelu_plugin.saes.parameters import Parameters
@@ -242,6 +243,22 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
         "--hook_name": RESIDUAL,
         "--model_name": "tiny-gemma-2-test",
     }
+    trained = released_sae(True)
+    recorded = {
+        "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": {"n_devices": 2},
+        "dataset_path": "some/text",
+        "context_size": 31,
+        "prepend_bos": False,
+    }
+    for name, value in recorded.items():
+        trained.cfg.metadata[name] = value
+    trained.save_model(tmp_path / "recorded")
+    more = pretrained_flags(tmp_path / "recorded", [])
+    cfg = parse_flags([*more, "--context_size", "17"])
+    assert {name: getattr(cfg, name) for name in recorded} == recorded | {"context_size": 17}
+    other = pretrained_flags(tmp_path / "recorded", ["--model_name", "other"])
+    assert "--model_class_name" not in other
     np.savez(tmp_path / "params.npz", **gemma_scope_arrays())
     with pytest.raises(ValueError, match="give --hook_name"):
         pretrained_flags(tmp_path / "params.npz", ["--model_name=x"])

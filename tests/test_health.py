@@ -305,7 +305,7 @@ def test_a_run_that_works_is_shown_and_nothing_is_written(
 
 def test_a_refusal_can_be_overruled(folders: Path, tmp_path: Path) -> None:  # noqa: F811
     given = flags(folders, tmp_path, jumprelu_bandwidth=1e-9)
-    result = CliRunner().invoke(app, ["train", "--no-check-first", *given])
+    result = CliRunner().invoke(app, ["train", "--no_check_first", *given])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "output" / "cfg.json").exists()
 

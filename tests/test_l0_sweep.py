@@ -298,8 +298,17 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
     sae = tiny_sae("blocks.1.hook_resid_post", d_in=256, d_sae=67)
     sae.cfg.metadata.model_name = "tiny-gemma-2"
     sae.save_model(tmp_path / "sae")
-    few = ["--sequences", "9", "--held-out", "5", "--steps", "2", "--batch-tokens", "211"]
-    arguments = ["l0-sweep", str(tmp_path / "sae"), "--output", str(tmp_path / "out"), *few]
+    few = [
+        "--sequences",
+        "9",
+        "--held_out",
+        "5",
+        "--steps",
+        "2",
+        "--train_batch_size_tokens",
+        "211",
+    ]
+    arguments = ["l0-sweep", str(tmp_path / "sae"), "--output_path", str(tmp_path / "out"), *few]
     result = CliRunner().invoke(app, [*arguments, "--l0", "5,9"])
     assert result.exit_code == 0, result.output
     assert "L0 sweep" in result.output

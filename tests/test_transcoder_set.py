@@ -317,12 +317,12 @@ def settings(**changes: Any) -> TranscoderSettings:
         "d_sae": 59,
         "target_l0": 7.0,
         "training_tokens": 13 * 41,
-        "batch_tokens": 41,
+        "train_batch_size_tokens": 41,
         "context_size": POSITIONS,
-        "sequences_per_pass": 5,
-        "chunk_sequences": 13,
-        "norm_batches": 3,
-        "checkpoints": 3,
+        "store_batch_size_prompts": 5,
+        "n_batches_in_buffer": 13,
+        "n_batches_for_norm_estimate": 3,
+        "n_checkpoints": 3,
         "lr": 3e-3,
     }
     return TranscoderSettings(**{**fields, **changes})
@@ -383,7 +383,7 @@ def test_all_layers_stopped_and_resumed_are_the_uninterrupted_run(
     assert sorted(p.name for p in whole.iterdir()) == [*names, "metrics.jsonl", "transcoders.json"]
     record = json.loads((whole / "transcoders.json").read_text())
     assert [layer["folder"] for layer in record["layers"]] == names
-    assert record["layers"][2]["hook_in"] == f"blocks.2.{LN}"
+    assert record["layers"][2]["hook_name"] == f"blocks.2.{LN}"
     assert record["settings"]["d_sae"] == 59 and record["provenance"]["seed"] == 0
 
     for step in (4, 9):
@@ -424,7 +424,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
 def test_layers_and_hooks_can_be_chosen(model: Any, tmp_path: Path) -> None:
     chosen = settings(
-        layers=(0, 2), hook_in="blocks.{layer}." + Z, hook_out="blocks.{layer}." + MID
+        layers=(0, 2), hook_name="blocks.{layer}." + Z, hook_name_out="blocks.{layer}." + MID
     )
     train_transcoders(tmp_path / "out", chosen, model=model, dataset=text())
     folders = sorted((tmp_path / "out").glob("layer_*"))
@@ -454,8 +454,8 @@ def test_output_folders_are_not_overwritten(model: Any, stop_at: list[int], tmp_
     ("changes", "message"),
     [
         ({"layers": (0, 3)}, "no layer 3"),
-        ({"hook_in": "blocks.1.hook_resid_mid"}, r"must both hold \{layer\}"),
-        ({"hook_out": "blocks.{layer}.hook_mlp_uot"}, "no hook 'blocks.0.hook_mlp_uot'"),
+        ({"hook_name": "blocks.1.hook_resid_mid"}, r"must both hold \{layer\}"),
+        ({"hook_name_out": "blocks.{layer}.hook_mlp_uot"}, "no hook 'blocks.0.hook_mlp_uot'"),
         ({"recipe": "gemma_scope"}, "no recipe 'gemma_scope' for transcoders"),
         ({"memory_gb": 1e-4}, "more than memory_gb=0.0001"),
         ({"training_tokens": 40}, "less than a batch"),
@@ -470,7 +470,7 @@ def test_a_set_that_cannot_be_trained_is_refused(
 
 def test_the_chunk_shrinks_to_the_memory(model: Any, tmp_path: Path) -> None:
     said: list[Any] = []
-    big = settings(chunk_sequences=100_000, memory_gb=0.002, training_tokens=3 * 41)
+    big = settings(n_batches_in_buffer=100_000, memory_gb=0.002, training_tokens=3 * 41)
     train_transcoders(tmp_path / "out", big, model=model, dataset=text(), log=said.append)
     record = json.loads((tmp_path / "out" / "transcoders.json").read_text())
     assert record["memory_estimate"]["total"] <= 2_000_000
@@ -489,8 +489,8 @@ text = tokenized_dataset(model.tokenizer, 128, "train")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, said = peak(), []
 settings = TranscoderSettings(
-    layers=(0, 5), d_sae=8192, training_tokens=5 * 2048, batch_tokens=2048,
-    chunk_sequences=512, norm_batches=2, checkpoints=0, evaluation_sequences=0,
+    layers=(0, 5), d_sae=8192, training_tokens=5 * 2048, train_batch_size_tokens=2048,
+    n_batches_in_buffer=512, n_batches_for_norm_estimate=2, n_checkpoints=0, evaluation_sequences=0,
 )
 train_transcoders(sys.argv[1], settings, model=model, dataset=text, log=said.append)
 print("grew", peak() - before)
@@ -599,8 +599,17 @@ def test_the_command_hands_over_its_settings(
         return output
 
     monkeypatch.setattr(transcoder_set, "train_transcoders", run)
-    flags = "--tokens 99 --target-l0 7 --d-sae 59 --skip --layers 0-2,4 --memory-gb 3 --seed 5"
-    arguments = ["train-transcoders", "--model", "m", "--output", str(tmp_path), *flags.split()]
+    flags = (
+        "--training_tokens 99 --target_l0 7 --d_sae 59 --skip --layers 0-2,4 --memory_gb 3 --seed 5"
+    )
+    arguments = [
+        "train-transcoders",
+        "--model_name",
+        "m",
+        "--output_path",
+        str(tmp_path),
+        *flags.split(),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     expected = TranscoderSettings(

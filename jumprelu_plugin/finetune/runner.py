@@ -48,6 +48,9 @@ from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 # The initial L0 and FVU are measured on this many batches.
 MEASURED_BATCHES = 4
 NORMALIZATIONS = ("none", "expected_average_only_in")
+# Entries of a dictionary's metadata that are flags of a training, too.
+RECORDED_OF_TEXT = ("dataset_path", "context_size", "prepend_bos")
+RECORDED_OF_MODEL = ("model_class_name", "model_from_pretrained_kwargs")
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,15 @@ class FinetuningRunner(JumpReLUTrainingRunner):
 
 
 def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
-    """The dictionary's widths, hook and model as flags of `jumprelu train`.
+    """What the dictionary's files say, as flags of `jumprelu train`.
+
+    Its widths, hook and model, and what its metadata records of the model and the text: the
+    model's class and keyword arguments, dataset, context size and BOS.
 
     Args:
         source: the SAE's folder, or Gemma Scope's params.npz.
-        flags: the user's flags, which must name the hook and the model if the files do not.
+        flags: the user's flags, which must name the hook and the model if the files do not. What
+            was recorded for another model than theirs is left out.
 
     Raises:
         ValueError: neither the files nor the flags name the hook or the model, or as in
@@ -205,17 +212,24 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
         FileNotFoundError: the source does not exist.
     """
     dictionary = read_pretrained(source)
-    parameters = dictionary.parameters
-    values = {
-        "--d_in": parameters.d_in,
-        "--d_sae": parameters.d_sae,
-        "--hook_name": dictionary.hook_name,
-        "--model_name": dictionary.model_name,
+    names = {flag.partition("=")[0] for flag in flags}
+    values: dict[str, Any] = {
+        "d_in": dictionary.parameters.d_in,
+        "d_sae": dictionary.parameters.d_sae,
+        "hook_name": dictionary.hook_name,
+        "model_name": dictionary.model_name,
     }
     for name, value in values.items():
-        if value is None and not any(flag.partition("=")[0] == name for flag in flags):
-            raise ValueError(f"the files of {source} do not name it: give {name}")
-    return [text for name, value in values.items() if value for text in (name, str(value))]
+        if value is None and f"--{name}" not in names:
+            raise ValueError(f"the files of {source} do not name it: give --{name}")
+    recorded = RECORDED_OF_TEXT + (() if "--model_name" in names else RECORDED_OF_MODEL)
+    values |= {name: dictionary.metadata.get(name) for name in recorded}
+    return [
+        text
+        for name, value in values.items()
+        if value is not None and value != {}
+        for text in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
 
 
 def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConfig:

@@ -82,7 +82,7 @@ def complete(
         raise ValueError(
             f"layers {missing} of {n_layers} have no transcoder, and circuit-tracer needs every "
             "layer: it would run and give a graph of the wrong size. Train them, or pass "
-            "--pad-missing to put transcoders there that never fire (their MLPs become error "
+            "--pad_missing to put transcoders there that never fire (their MLPs become error "
             "nodes)"
         )
     first = next(iter(layers.values()))
@@ -195,5 +195,5 @@ def _one_value(by_layer: Mapping[int, object], what: str) -> None:
         listed = ", ".join(f"layer {layer}: {value}" for layer, value in by_layer.items())
         raise ValueError(
             f"the layers have different {what} ({listed}); circuit-tracer takes one for all: "
-            "retrain the odd ones, or leave them out and pass --pad-missing"
+            "retrain the odd ones, or leave them out and pass --pad_missing"
         )

@@ -42,7 +42,7 @@ class Dictionary:
             raise ValueError(
                 f"the dictionary reads width {self.parameters.d_in} and writes width "
                 f"{self.parameters.d_out}, so it is a transcoder: give the hook it writes "
-                "(--hook-name-out)"
+                "(--hook_name_out)"
             )
 
     @property
@@ -109,7 +109,7 @@ def split_hook(hook: str | None) -> tuple[int, str]:
     if hook is None:
         raise ValueError(
             "it is not known which hook the dictionary reads: the files it came from have no field "
-            "for it. Give it with --hook-name, for example --hook-name blocks.12.hook_resid_post"
+            "for it. Give it with --hook_name, for example --hook_name blocks.12.hook_resid_post"
         )
     found = _LAYER.match(hook)
     if found is None:

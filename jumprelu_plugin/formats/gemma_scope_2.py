@@ -120,9 +120,9 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
     """
     layer, hook = dictionary.site()
     if hook != "ln2.hook_normalized":
-        raise ValueError(f"--fold-gain is for ln2.hook_normalized, not {dictionary.hook_name}")
+        raise ValueError(f"--fold_gain is for ln2.hook_normalized, not {dictionary.hook_name}")
     if not dictionary.model_name:
-        raise ValueError("the gain is the model's, and the model is not known: give --model-name")
+        raise ValueError("the gain is the model's, and the model is not known: give --model_name")
     model = load_model(dictionary.model_name, "HookedTransformer")
     gain = model.blocks[layer].ln2.w.detach()
     return replace(
@@ -148,7 +148,7 @@ def _place(layer: int, hook: str) -> str:
     if hook == "ln2.hook_normalized":
         raise ValueError(
             "ln2.hook_normalized is taken before the norm's gain, and the transformers model has "
-            "no module that gives it. Fold the gain into the encoder with --fold-gain, which "
+            "no module that gives it. Fold the gain into the encoder with --fold_gain, which "
             "makes it a transcoder of pre_feedforward_layernorm.output (mlp.hook_in)"
         )
     if hook not in _PLACES:

@@ -123,6 +123,6 @@ def _scales_beside(sae: Any, folder: Path, fold_scale: bool) -> tuple[float, flo
         raise ValueError(
             f"{folder} is a mid-training checkpoint: its weights expect inputs multiplied by "
             f"{scales[0]:.6g} ({_SCALER}), and every tool would feed them unscaled ones. "
-            f"{finished}, or pass --fold-scale to fold the scale in now"
+            f"{finished}, or pass --fold_scale to fold the scale in now"
         )
     return scales[0], scales[-1]

@@ -141,7 +141,7 @@ def _model_folder(dictionary: Dictionary, loader: Loader) -> Path:
     if folder is None:
         raise ValueError(
             f"{loader.what} takes a whole model, and {dictionary.model_name!r} is not a folder on "
-            "this machine: give one with --model-name to compare, or write without the "
+            "this machine: give one with --model_name to compare, or write without the "
             "comparison: --unchecked"
         )
     return folder

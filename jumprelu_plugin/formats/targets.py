@@ -97,7 +97,9 @@ def export(
 
 def table() -> Table:
     """What each target takes and writes, for printing."""
-    shown = Table(title="jumprelu export FOLDER --to TARGET --output FOLDER", title_justify="left")
+    shown = Table(
+        title="jumprelu export FOLDER --to TARGET --output_path FOLDER", title_justify="left"
+    )
     shown.add_column("target", no_wrap=True)
     for column in ("takes", "writes", "read back with"):
         shown.add_column(column, overflow="fold")
@@ -115,14 +117,14 @@ def amounts(latents: Sequence[int] | None, values: Sequence[float] | None) -> di
     latents, values = latents or [], values or []
     if len(latents) != len(values):
         raise ValueError(
-            f"{len(latents)} latents and {len(values)} amounts were given: each --latent needs "
-            "its --amount"
+            f"{len(latents)} latents and {len(values)} amounts were given: give --latents and "
+            "--amounts lists of one length"
         )
     return dict(zip(latents, values, strict=True))
 
 
 def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+    return f"--{option}"
 
 
 # ---------------------------------------------------------------- what each target is given
@@ -144,8 +146,8 @@ def _latents(
 ) -> tuple[Dictionary, dict[str, Any]]:
     if not amounts:
         raise ValueError(
-            "a steering vector is a sum of latents' decoder rows: give them with --latent and "
-            "--amount, for example --latent 7 --amount 20"
+            "a steering vector is a sum of latents' decoder rows: give them with --latents "
+            "and --amounts, for example --latents 7 --amounts 20"
         )
     return load_dictionary(source, **options), {"amounts": dict(amounts)}
 
@@ -163,13 +165,13 @@ def _layers(
         if pad_missing or fold_scale:
             raise ValueError(
                 f"{source} holds a cross-layer transcoder: it has all its layers and no scale "
-                "left to fold; leave --pad-missing and --fold-scale out"
+                "left to fold; leave --pad_missing and --fold_scale out"
             )
         return _cross_layer(source, model_name, n_layers, scan)
     layers = circuit_tracer.read_layers(source, fold_scale=fold_scale)
     model_name = model_name or next(iter(layers.values())).model_name
     if not model_name:
-        raise ValueError(f"the transcoders in {source} do not say their model; give --model-name")
+        raise ValueError(f"the transcoders in {source} do not say their model; give --model_name")
     count = n_layers or _layers_of(model_name)
     complete = circuit_tracer.complete(layers, count, pad_missing=pad_missing)
     return complete, {"model_name": model_name, "scan": scan or source.resolve().name}
@@ -180,7 +182,7 @@ def _cross_layer(
 ) -> tuple[CrossLayerTranscoder, dict[str, Any]]:
     model_name = model_name or cross_layer_folder.read_config(source).model_name
     if not model_name:
-        raise ValueError(f"the transcoder in {source} does not say its model; give --model-name")
+        raise ValueError(f"the transcoder in {source} does not say its model; give --model_name")
     found = circuit_tracer_clt.read(source, n_layers or _layers_of(model_name))
     return found, {"model_name": model_name, "scan": scan or source.resolve().name}
 
@@ -203,7 +205,7 @@ def _layers_of(model_name: str) -> int:
     if folder is None:
         raise ValueError(
             f"how many layers {model_name!r} has is not known here, and without that a missing "
-            "last layer would go unseen: give --n-layers (26 for gemma-2-2b)"
+            "last layer would go unseen: give --n_layers (26 for gemma-2-2b)"
         )
     return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
 

@@ -55,7 +55,7 @@ _CHANGES = {
     "calibration": "a smaller train_batch_size_tokens, or jumprelu_bandwidth and "
     "jumprelu_init_threshold given",
     "step": "a smaller train_batch_size_tokens, or step_kernel=sparse",
-    "saving": "save_buffer=False (--no-save-buffer), or a smaller n_batches_in_buffer",
+    "saving": "save_buffer=False (--no_save_buffer), or a smaller n_batches_in_buffer",
 }
 
 
@@ -70,7 +70,7 @@ def memory_findings(memory: MemoryForecast) -> list[Finding]:
             "memory",
             f"the run will take {size(memory.peak)} on {memory.device} at its peak, and "
             f"{size(memory.available)} can be had (largest part: {part})",
-            f"{_CHANGES[part]} helps most; check_first=False (--no-check-first) tries it anyway",
+            f"{_CHANGES[part]} helps most; check_first=False (--no_check_first) tries it anyway",
         )
     ]
 
