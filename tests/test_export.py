@@ -220,10 +220,10 @@ def test_steered_logits_are_compared_by_what_steering_changes(factor: float) -> 
             return model(tokens)
 
     if factor == 1.0:
-        assert steering_vector._compare(dictionary, {7: 3.0}, steered, "a test").error < 1e-6
+        assert steering_vector.compare(dictionary, {7: 3.0}, steered, "a test").error < 1e-6
         return
     with pytest.raises(ValueError, match="steered logits differ"):
-        steering_vector._compare(dictionary, {7: 3.0}, steered, "a test")
+        steering_vector.compare(dictionary, {7: 3.0}, steered, "a test")
 
 
 def test_steering_vector_refusals(tmp_path: Path) -> None:

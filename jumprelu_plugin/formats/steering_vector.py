@@ -20,6 +20,7 @@ from torch import Tensor
 from jumprelu_plugin.analysis.steering import Add, steer, steering_vector
 from jumprelu_plugin.formats.checking import TOLERANCE, Check, Loader
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.models.decoder_layers import decoder_layers
 from jumprelu_plugin.models.language_models import load_model, local_folder
 
 LM_EVAL_FILENAME = "steer.pt"
@@ -32,22 +33,26 @@ LM_EVAL = Loader(
 )
 NNSIGHT = Loader("nnsight's LanguageModel", "nnsight", "nnsight", "pip install nnsight==0.8.1")
 
-# TransformerLens hook inside the block: module of the transformers model whose output it is. The
-# second and third exist where a norm follows the MLP and the attention, as on Gemma 2 and 3.
+# TransformerLens hook inside the block: the module in a layer of the transformers model whose
+# output it is. The second and third exist where a norm follows the MLP and the attention, as on
+# Gemma 2 and 3.
 _MODULES = {
-    "hook_resid_post": "layers.{}",
-    "hook_mlp_out": "layers.{}.post_feedforward_layernorm",
-    "hook_attn_out": "layers.{}.post_attention_layernorm",
+    "hook_resid_post": "",
+    "hook_mlp_out": ".post_feedforward_layernorm",
+    "hook_attn_out": ".post_attention_layernorm",
 }
 _WITH_POST_NORMS = ("gemma2", "gemma3", "gemma3_text")
 _POSITIONS = 11
 
 
-def module_of(dictionary: Dictionary) -> str:
-    """The module of the transformers base model that gives what the dictionary writes.
+def module_of(dictionary: Dictionary, *, whole: bool = False) -> str:
+    """The module of the transformers model that gives what the dictionary writes.
+
+    Args:
+        whole: whether its path starts at the whole model, not at the base model.
 
     Raises:
-        ValueError: no module's output is that hook.
+        ValueError: no module's output is that hook, or the model's layers are not known.
     """
     layer, hook = dictionary.site_out()
     if hook not in _MODULES:
@@ -55,15 +60,17 @@ def module_of(dictionary: Dictionary) -> str:
             f"no module of a transformers model gives {hook!r}, so lm-eval and nnsight cannot "
             f"steer there; they take {', '.join(_MODULES)}. Steer with jumprelu_plugin.steer"
         )
-    folder = _local(dictionary)
-    kind = json.loads((folder / "config.json").read_text())["model_type"] if folder else None
-    if hook != "hook_resid_post" and kind not in _WITH_POST_NORMS:
+    if not dictionary.model_name:
+        raise ValueError("the module is the model's, and the model is not known: --model-name")
+    found = decoder_layers(dictionary.model_name)
+    if hook != "hook_resid_post" and found.model_type not in _WITH_POST_NORMS:
         raise ValueError(
             f"{hook!r} is a module's output only where a norm follows the MLP and the attention "
             f"({', '.join(_WITH_POST_NORMS)}), and {dictionary.model_name!r} is not known to be "
             "such a model. Use a dictionary of hook_resid_post"
         )
-    return _MODULES[hook].format(layer)
+    module = f"{found.layers}.{layer}{_MODULES[hook]}"
+    return f"{found.base}.{module}" if whole else module
 
 
 def write_lm_eval(dictionary: Dictionary, folder: Path, amounts: Mapping[int, float]) -> None:
@@ -79,11 +86,11 @@ def write_lm_eval(dictionary: Dictionary, folder: Path, amounts: Mapping[int, fl
 
 
 def write_nnsight(dictionary: Dictionary, folder: Path, amounts: Mapping[int, float]) -> None:
-    """steer.safetensors (the vector) and steer.json (the module, from the model's `model` down)."""
+    """steer.safetensors (the vector) and steer.json (the module, from the whole model down)."""
     vector = steering_vector(dictionary.as_sae(), amounts)
     save_file({"steering_vector": vector.contiguous()}, folder / NNSIGHT_FILENAMES[0])
     described = {
-        "module": f"model.{module_of(dictionary)}",
+        "module": module_of(dictionary, whole=True),
         "model_name": dictionary.model_name,
         "hook_name": dictionary.hook_name_out or dictionary.hook_name,
         "latents": {str(latent): amount for latent, amount in amounts.items()},
@@ -103,14 +110,14 @@ def check_lm_eval(dictionary: Dictionary, folder: Path, amounts: Mapping[int, fl
         dtype="float32",
         attn_implementation="eager",
     )
-    return _compare(dictionary, amounts, steered._model_call, str(LM_EVAL))
+    return compare(dictionary, amounts, steered._model_call, str(LM_EVAL))
 
 
 def check_nnsight(dictionary: Dictionary, folder: Path, amounts: Mapping[int, float]) -> Check:
     """Compare logits under an nnsight trace with logits under `steering.steer`."""
     model_folder = _model_folder(dictionary, NNSIGHT)
     logits = nnsight_logits(folder, model_folder)
-    return _compare(dictionary, amounts, logits, str(NNSIGHT))
+    return compare(dictionary, amounts, logits, str(NNSIGHT))
 
 
 def nnsight_logits(folder: Path, model_folder: Path) -> Any:
@@ -125,11 +132,18 @@ def nnsight_logits(folder: Path, model_folder: Path) -> Any:
 
     def logits(tokens: Tensor) -> Tensor:
         with torch.no_grad(), model.trace(tokens):
-            module.output = module.output + vector
+            module.output = steered(module.output, vector)
             found = model.output.logits.save()
         return found
 
     return logits
+
+
+def steered(output: Any, vector: Tensor) -> Any:
+    """A layer's output with `vector` added to its hidden states, which some families wrap."""
+    if isinstance(output, tuple):
+        return (output[0] + vector, *output[1:])
+    return output + vector
 
 
 def _local(dictionary: Dictionary) -> Path | None:
@@ -148,13 +162,17 @@ def _model_folder(dictionary: Dictionary, loader: Loader) -> Path:
 
 
 @torch.no_grad()
-def _compare(
+def compare(
     dictionary: Dictionary, amounts: Mapping[int, float], logits: Any, loader: str
 ) -> Check:
-    hooked = load_model(dictionary.model_name or "", "HookedTransformer")
+    name = dictionary.model_name or ""
+    # HookedTransformer has code of its own for Gemma 2; every other family runs on a bridge.
+    gemma_2 = decoder_layers(name).model_type == "gemma2"
+    hooked = load_model(name, "HookedTransformer" if gemma_2 else "TransformerBridge")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, hooked.cfg.d_vocab, (3, _POSITIONS), generator=generator)
-    tokens[:, 0] = hooked.tokenizer.bos_token_id
+    if hooked.tokenizer.bos_token_id is not None:
+        tokens[:, 0] = hooked.tokenizer.bos_token_id
     sae = dictionary.as_sae()
     with steer(hooked, sae, [Add(latent, amount) for latent, amount in amounts.items()]):
         want = hooked(tokens)
