@@ -32,12 +32,14 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
             raise ValueError(f"{output} is not empty and holds no unfinished run; give another")
         output.mkdir(parents=True, exist_ok=True)
         return None
-    before, now = json.loads(begun.read_text()), json.loads(json.dumps(asdict(settings)))
-    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    # A setting that the version which began the run did not have is at its default.
+    before = {**_plain(type(settings)()), **json.loads(begun.read_text())}
+    now = _plain(settings)
+    different = [name for name in before if before[name] != now.get(name)]
     if different:
         name = different[0]
         raise ValueError(
-            f"{output} holds an unfinished run with {name}={before.get(name)!r}, and {name} is "
+            f"{output} holds an unfinished run with {name}={before[name]!r}, and {name} is "
             f"{now.get(name)!r} now: give the same settings to continue it, or another folder"
         )
     saved = sorted(
@@ -46,3 +48,7 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
     if not saved:
         (output / METRICS_FILENAME).unlink(missing_ok=True)
     return saved[-1] if saved else None
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
