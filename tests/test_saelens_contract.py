@@ -122,12 +122,6 @@ PRIVATE = (
         None,
         "raised where a run is stopped, as SAELens does",
     ),
-    Private(
-        "sae_lens.llm_sae_training_runner",
-        "_parse_cfg_args",
-        ("args",),
-        "called in cli/saelens_flags.py: SAELens' own flags",
-    ),
 )
 # Replaced while an export is read back (formats/saelens_loaders.py), so that the loaders of
 # sae_lens.loading.pretrained_sae_loaders find their files in a folder: nothing else is patched.
