@@ -243,7 +243,7 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
         "--hook_name": RESIDUAL,
         "--model_name": "tiny-gemma-2-test",
     }
-    trained = released_sae(True)
+    trained = pretrained_sae(True)
     recorded = {
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": {"n_devices": 2},
