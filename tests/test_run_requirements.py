@@ -97,3 +97,16 @@ def test_a_run_says_nothing_of_remote_code(
         result = CliRunner().invoke(app, ["train", *flags(folders, tmp_path)])
     assert result.exit_code == 0, result.output
     assert "trust_remote_code" not in caplog.text + result.output
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["train-transcoders", "train-clt"])
+def test_a_run_over_layers_asks_for_its_device_first(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    output = tmp_path / "out"
+    given = ["--model_name", "tiny-gemma-2", "--output_path", str(output), "--device", "cuda"]
+    result = CliRunner().invoke(app, [command, *given])
+    assert result.exit_code == 2 and "no CUDA device" in " ".join(result.output.split())
+    assert not output.exists()

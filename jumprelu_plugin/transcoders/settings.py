@@ -33,6 +33,8 @@ class LayerRunSettings:
         d_sae: latents of each layer. Default: 8 d_in.
         target_l0: active latents a token at each layer. Default: 24.
         l0_coefficient: a fixed sparsity penalty, in place of a target L0.
+        max_latent_density: the largest share of tokens on which a latent is to fire. Default: no
+            limit.
         outlier_norm_ratio: the squared error of a token longer than this many times the batch's
             median norm counts as if it were that long. Default: no limit.
         training_tokens: tokens to train on.
@@ -60,6 +62,7 @@ class LayerRunSettings:
     d_sae: int | None = None
     target_l0: float | None = None
     l0_coefficient: float | None = None
+    max_latent_density: float | None = None
     outlier_norm_ratio: float | None = None
     training_tokens: int = 1_000_000
     lr: float | None = None

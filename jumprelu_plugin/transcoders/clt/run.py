@@ -17,6 +17,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet
+from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.sequences import read_sequences
@@ -72,6 +73,7 @@ def train_clt(
         sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
             checkpoint is saved.
     """
+    require_device(settings.device)
     output = Path(output)
     training = _training_config(settings)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
@@ -137,6 +139,7 @@ def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
         jumprelu_sparsity_loss_mode=settings.jumprelu_sparsity_loss_mode,
         jumprelu_tanh_scale=settings.jumprelu_tanh_scale,
         step_kernel=settings.step_kernel,
+        max_latent_density=settings.max_latent_density,
         outlier_norm_ratio=settings.outlier_norm_ratio,
     )
 

@@ -17,6 +17,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcoders
+from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.sequences import read_sequences
@@ -71,6 +72,7 @@ def train_transcoders(
         sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
             checkpoint is saved.
     """
+    require_device(settings.device)
     output = Path(output)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
@@ -163,6 +165,7 @@ def _config(
         d_out=widths[pair.hook_out],
         hook_name_out=pair.hook_out,
         target_l0=target,
+        max_latent_density=settings.max_latent_density,
         outlier_norm_ratio=settings.outlier_norm_ratio,
         device=settings.device,
         **given,
