@@ -1,4 +1,4 @@
-"""A checkpoint of each kind, made by an earlier commit, still loads, resumes and gives its outputs."""
+"""A checkpoint of each kind, made by an earlier commit, still resumes and gives its outputs."""
 
 from __future__ import annotations
 

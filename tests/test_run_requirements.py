@@ -1,4 +1,4 @@
-"""What a run needs is asked before anything is computed, and local text is read as it lies there."""
+"""What a run needs is asked before anything is computed, and local text is read as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks around the steps of the optimizer that SAELens' trainer builds, without touching the trainer.
+"""Hooks around the steps of the optimizer that SAELens' trainer builds; the trainer is not touched.
 
 The trainer makes a plain `torch.optim.Adam` over the SAE's parameters and never shows it to the
 SAE. PyTorch lets anyone listen to every optimizer's steps; `OptimizerHooks` listens until an

@@ -1,9 +1,9 @@
 """Encode and decode with a trained JumpReLU SAE at the cost of its active latents. Opt-in.
 
 A stock `sae_lens.JumpReLUSAE` multiplies out every latent twice, though a few of them are active.
-`sparse_inference(sae)` is a copy that finds the active latents with one product and decodes from them alone.
-Its outputs are the stock ones, up to the rounding of
-float32 sums. It stands wherever the stock SAE does: alone, or spliced into a hooked model.
+`sparse_inference(sae)` is a copy that finds the active latents with one product and decodes from
+them alone. Its outputs are the stock ones, up to the rounding of float32 sums. It stands wherever
+the stock SAE does: alone, or spliced into a hooked model.
 
 It never guesses: where the stock computation is observable in another way, it is the one that runs.
 That is where gradients are wanted (use `torch.no_grad()`), where a hook reads the pre-activations,
@@ -38,8 +38,8 @@ def sparse_inference(sae: JumpReLUSAE, *, screen: bool = False) -> SparseJumpReL
     """
     if type(sae) not in (JumpReLUSAE, SparseJumpReLUSAE):
         raise TypeError(
-            f"sparse_inference() takes a trained sae_lens.JumpReLUSAE; got {type(sae).__name__}. An SAE in "
-            "training becomes one with SAE.load_from_disk after it was saved for inference"
+            f"sparse_inference() takes a trained sae_lens.JumpReLUSAE; got {type(sae).__name__}. "
+            "An SAE in training becomes one with SAE.load_from_disk after it was saved for inference"
         )
     twin = copy.copy(sae)
     twin.__class__ = SparseJumpReLUSAE

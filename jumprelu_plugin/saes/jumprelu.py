@@ -236,7 +236,8 @@ class JumpReLUTrainingSAE(StoredParameters):
             [self],
             {hook: rows},
             step,
-            input_remedy="run the model in float32 or bfloat16, or exclude the tokens that overflow",
+            input_remedy="run the model in float32 or bfloat16, or exclude the tokens that "
+            "overflow",
             remedy="lower lr (or l0_coefficient)",
         )
 

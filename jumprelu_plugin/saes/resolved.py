@@ -53,8 +53,8 @@ class ResolvedConfig(ControlSettings):
     """A training config with every optional field resolved, under the same names.
 
     A neutral value stands for what is absent: 0 for a coefficient or a weight, infinity for a scale
-    or a ratio, 1 for a density. ε and θ₀ are in the units of training (`control.units`), and 0 there
-    means that the first batch gives them.
+    or a ratio, 1 for a density. ε and θ₀ are in the units of training (`control.units`), and 0
+    there means that the first batch gives them.
 
     Attributes:
         l0_coefficient: the fixed λ; 1 where it is measured, which the measured λ multiplies.

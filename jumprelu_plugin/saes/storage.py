@@ -68,7 +68,7 @@ class StoredParameters(StockTrainingSAE):
         return [name for name in _NAMES if parametrized(self, name) is not None]
 
     def stored_parameters(self) -> dict[str, Tensor]:
-        """Those parameters as the optimizer sees them: exp(log θ) does not round-trip to the bit."""
+        """Those parameters as the optimizer sees them; exp(log θ) is not exact to the last bit."""
         return {name: stored(self, name).detach().clone() for name in self.parametrized_names()}
 
     def load_stored_parameters(self, tensors: dict[str, Tensor]) -> None:

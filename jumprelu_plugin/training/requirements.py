@@ -1,4 +1,4 @@
-"""What a run needs beside its SAE, asked before the model is loaded: devices, a login, a schedule."""
+"""What a run needs beside its SAE, asked before its model is loaded: devices, login, schedule."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _require_wandb_login() -> None:
     if mode not in ("online", "run") or wandb.api.api_key:
         return
     raise ValueError(
-        "log_to_wandb is on, as it is by default in SAELens, and nobody is logged in to wandb here: "
-        "run `wandb login`, or set WANDB_MODE=offline, or train with --log_to_wandb False "
+        "log_to_wandb is on, as it is by default in SAELens, and nobody is logged in to wandb "
+        "here: run `wandb login`, or set WANDB_MODE=offline, or train with --log_to_wandb False "
         "(LoggingConfig(log_to_wandb=False)); metrics.jsonl has the metrics in every case"
     )

@@ -76,8 +76,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
-            checkpoint to resume is of another SAE or the end of a run; on `run`, if the first look finds that it
-            cannot work.
+            checkpoint to resume is of another SAE or the end of a run; on `run`, if the first look
+            finds that it cannot work.
         OSError: the model cannot be had, or there is no such checkpoint.
     """
 

@@ -211,7 +211,8 @@ class Monitor:
             "thresholds starved",
             step,
             f"{starved:.0%} of the thresholds had no gradient in {self._seen} steps: their windows "
-            f"(jumprelu_bandwidth, {self._control.bandwidth:.3g} in the input's units) hold no token",
+            f"(jumprelu_bandwidth, {self._control.bandwidth:.3g} in the input's units) hold no "
+            "token",
             "raise jumprelu_bandwidth, or leave it out to take it from the data",
         )
 

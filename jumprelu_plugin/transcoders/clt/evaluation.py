@@ -1,7 +1,7 @@
 """A cross-layer transcoder on a model: each output's fidelity, and the LM loss without any MLP.
 
-As `evaluation.spliced_set` does for a set of transcoders, and by its rules: fidelity is measured on the
-unchanged model, and spliced in, latents read the model as the layers below have changed it.
+As `evaluation.spliced_set` does for a set of transcoders, and by its rules: fidelity is measured on
+the unchanged model, and spliced in, latents read the model as the layers below have changed it.
 """
 
 from __future__ import annotations
