@@ -32,8 +32,8 @@ SHORTEST_PATIENCE = 12
 # silent for a tenth of its age, up to four times the patience with a new one.
 SILENCE_PER_AGE = 0.1
 LONGEST_SILENCE = 4
-# No latent is resampled below this share of the highest learning rate: it could no longer learn, and
-# its firings count against the L0 that the others need (docs/ablations.md).
+# No latent is resampled below this share of the highest learning rate: it could no longer learn,
+# and its firings count against the L0 that the others need (docs/ablations.md).
 RESAMPLE_ABOVE_LR = 0.1
 # Candidate tokens for each that is taken, and the exponent of `unexplained` in the choice.
 CANDIDATES = 4

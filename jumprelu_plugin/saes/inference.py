@@ -39,7 +39,7 @@ def sparse_inference(sae: JumpReLUSAE, *, screen: bool = False) -> SparseJumpReL
     if type(sae) not in (JumpReLUSAE, SparseJumpReLUSAE):
         raise TypeError(
             f"sparse_inference() takes a trained sae_lens.JumpReLUSAE; got {type(sae).__name__}. "
-            "An SAE in training becomes one with SAE.load_from_disk after it was saved for inference"
+            "An SAE in training becomes one with SAE.load_from_disk once it is saved for inference"
         )
     twin = copy.copy(sae)
     twin.__class__ = SparseJumpReLUSAE

@@ -49,8 +49,8 @@ class FirstStep:
         entries: pairs above the window's lower edge, a token.
         variance: E‖y - E y‖² of what is rebuilt, in the config's units of the loss.
         penalty_dominates, error_dominates: shares of latents whose threshold a fixed λ pulls at
-            least ten times as hard as the reconstruction does, and the other way round; None if λ is not
-            fixed or no window holds a token.
+            least ten times as hard as the reconstruction does, and the other way round; None if λ
+            is not fixed or no window holds a token.
         rounding: root mean square of what rounding the input to the SAE's dtype does to z.
     """
 
