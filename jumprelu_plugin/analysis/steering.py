@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, require_folded, sae_sites
+from jumprelu_plugin.models.kv_cache import cache_length_tracked
 
 Positions = int | slice | Sequence[int] | Literal["last"] | None
 
@@ -141,8 +142,8 @@ def steer(
         TypeError: an intervention is of another type.
         ValueError: there are no interventions, a latent is out of range, the SAE has no hook name,
             the model has no such hook, or the SAE's inputs are scaled outside its weights. In a
-            forward pass: the activation's width differs from the SAE's, or a batch row does not
-            exist.
+            forward pass: the activation's width differs from the SAE's, a batch row does not
+            exist, or absolute positions meet a cache that does not tell its length.
     """
     plan = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     hook_in, hook_out = sae_sites(sae)
@@ -255,22 +256,11 @@ def _track_offset(model: Any, hook: str, steering: _Steering) -> Iterator[None]:
             " is outside. Use positions=None or 'last' there."
         )
 
-    def track(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        steering.offset = _cached_positions(kwargs)
+    def set_offset(positions: int) -> None:
+        steering.offset = positions
 
-    handle = blocks[0].register_forward_pre_hook(track, with_kwargs=True)
-    try:
+    with cache_length_tracked(model, set_offset):
         yield
-    finally:
-        handle.remove()
-
-
-def _cached_positions(kwargs: Mapping[str, Any]) -> int:
-    entry = kwargs.get("past_kv_cache_entry")  # TransformerLens: one layer's keys and values
-    if entry is not None:
-        return entry.past_keys.shape[1]
-    cache = kwargs.get("past_key_values")  # transformers: all layers
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def _mask(
