@@ -15,8 +15,14 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
-from jumprelu_plugin import EMBEDDED_MODEL, circuits, export, load_model, tokenized_dataset
-from jumprelu_plugin.models.token_text import TokenTexts
+from jumprelu_plugin import (
+    EMBEDDED_MODEL,
+    TokenTexts,
+    circuits,
+    export,
+    load_model,
+    tokenized_dataset,
+)
 
 PROMPT = "The capital of France is"
 D_SAE = 1024

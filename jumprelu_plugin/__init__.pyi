@@ -16,6 +16,7 @@ from .models.language_models import EMBEDDED_MODEL as EMBEDDED_MODEL
 from .models.language_models import load_model as load_model
 from .models.text import corpus as corpus
 from .models.text import tokenized_dataset as tokenized_dataset
+from .models.token_text import TokenTexts as TokenTexts
 from .recipes import RECIPES as RECIPES
 from .recipes import get_recipe as get_recipe
 from .registration import is_registered as is_registered
