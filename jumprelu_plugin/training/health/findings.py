@@ -196,7 +196,8 @@ def _coefficient_findings(sae: Any, found: FirstStep) -> list[Finding]:
                 f"l0_coefficient {coefficient:g} pulls at {found.penalty_dominates:.0%} of the "
                 f"thresholds over {DOMINANCE:.0f} times as hard as the error does, and Adam's "
                 "steps are no longer for that: a larger one changes nothing. Thresholds rise "
-                f"as far as the learning rate takes them, to an L0 of {low:.1f} if the encoder stayed",
+                f"as far as the learning rate takes them: to an L0 of {low:.1f} if the encoder "
+                "stayed",
                 "lower it tenfold until this is not said, or give target_l0 in its place",
             )
         ]
