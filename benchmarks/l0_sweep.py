@@ -29,7 +29,7 @@ from jumprelu_plugin.finetune.refit import (
     refit_to_each,
     shift_thresholds,
 )
-from jumprelu_plugin.formats.saelens import of
+from jumprelu_plugin.formats.saelens import from_sae
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
@@ -66,7 +66,7 @@ def main(
         started = time.perf_counter()
         saved[l0] = from_scratch(rows, l0, steps, kept)
         record("from scratch", l0, saved[l0], steps, time.perf_counter() - started)
-    dictionary = of(saved[OWN_L0])
+    dictionary = from_sae(saved[OWN_L0])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     others = [l0 for l0 in TARGETS if l0 != OWN_L0]
     for l0 in others:

@@ -711,7 +711,7 @@ def test_circuit_tracer_reads_the_same_function(tmp_path: Path) -> None:
     source = exportable(tmp_path / "clt")
     found = export(source, "circuit-tracer", tmp_path / "out", n_layers=LAYERS)
     assert found is not None and found.error < 1e-5 and found.active > 1
-    loaded = circuit_tracer.load(tmp_path / "out")
+    loaded = circuit_tracer.load_transcoders(tmp_path / "out")
     assert type(loaded).__name__ == "CrossLayerTranscoder"
     x = 3 * torch.randn(LAYERS, 7, D_IN)
     torch.testing.assert_close(loaded(x), load_clt(source)(x), rtol=1e-4, atol=1e-4)
@@ -720,10 +720,10 @@ def test_circuit_tracer_reads_the_same_function(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
 def test_a_file_that_reads_differently_is_not_written(name: str) -> None:
     right, wrong = random_clt(), random_clt()
-    circuit_tracer_clt.compare(right, random_clt(), "itself")
+    circuit_tracer_clt.compare_clt(right, random_clt(), "itself")
     getattr(wrong.sources[1], name).data.mul_(1.001)
     with pytest.raises(ValueError, match="read back with itself, the .* differ"):
-        circuit_tracer_clt.compare(right, wrong, "itself")
+        circuit_tracer_clt.compare_clt(right, wrong, "itself")
 
 
 @pytest.mark.parametrize(
@@ -732,7 +732,7 @@ def test_a_file_that_reads_differently_is_not_written(name: str) -> None:
         ({"hook_in": "blocks.{layer}.attn.hook_z"}, {}, "transcoders that read .*ln2"),
         ({"hook_out": "blocks.{layer}.hook_resid_post"}, {}, "that write .*hook_mlp_out"),
         ({}, {"n_layers": 5}, "layers 0 to 2, and the model 5"),
-        ({}, {"pad_missing": True}, "leave --pad_missing and --fold_scale out"),
+        ({}, {"pad_missing": True}, "leave out --pad_missing and --fold_scale"),
     ],
 )
 def test_what_circuit_tracer_cannot_take_is_refused(

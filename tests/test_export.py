@@ -36,9 +36,9 @@ from jumprelu_plugin.formats import (
     export,
     load_dictionary,
     saelens,
-    steering_vector,
 )
-from jumprelu_plugin.formats.checking import compare
+from jumprelu_plugin.formats.checking import compare_dictionary
+from jumprelu_plugin.formats.steering_vectors import compare_steered_logits
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.saes.parameters import Parameters
 
@@ -125,7 +125,7 @@ def test_gemma_scope_2_files(tmp_path: Path) -> None:
 def test_fold_gain_makes_it_a_transcoder_of_the_gained_norm(tmp_path: Path) -> None:
     transcoder = random_transcoder(3, d_in=256, d_out=256, model=EMBEDDED_MODEL)
     folder = saved(transcoder, tmp_path / "t")
-    with pytest.raises(ValueError, match="fold-gain"):
+    with pytest.raises(ValueError, match="fold_gain"):
         export(folder, "gemma-scope-2", tmp_path / "out")
     export(folder, "gemma-scope-2", tmp_path / "out", fold_gain=True)
     model = load_model(EMBEDDED_MODEL, "AutoModelForCausalLM")
@@ -169,7 +169,7 @@ def test_circuit_tracer_folder(skip: bool, tmp_path: Path) -> None:
         "feature_output_hook": "hook_mlp_out",
         "scan": "mine",
     }
-    transcoders = circuit_tracer.load(tmp_path / "out")
+    transcoders = circuit_tracer.load_transcoders(tmp_path / "out")
     assert transcoders.skip_connection is skip
     for i, sae in enumerate(saes):
         same_outputs(transcoders[i](INPUTS), sae(INPUTS))
@@ -179,7 +179,7 @@ def test_missing_layers_are_padded_with_dead_transcoders(tmp_path: Path) -> None
     needs("circuit_tracer")
     saved(random_transcoder(1, skip=True), tmp_path / "set" / "layer_1")
     export(tmp_path / "set", "circuit-tracer", tmp_path / "out", n_layers=4, pad_missing=True)
-    transcoders = circuit_tracer.load(tmp_path / "out")
+    transcoders = circuit_tracer.load_transcoders(tmp_path / "out")
     assert len(transcoders) == 4
     for layer in (0, 2, 3):
         assert torch.equal(transcoders[layer](INPUTS), torch.zeros(len(INPUTS), D_IN))
@@ -212,7 +212,9 @@ def test_steering_vector(target: str, hook: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 1.001, 0.0])
 def test_steered_logits_are_compared_by_what_steering_changes(factor: float) -> None:
-    dictionary = saelens.of(random_sae("blocks.3.hook_resid_post", d_in=256, model=EMBEDDED_MODEL))
+    dictionary = saelens.from_sae(
+        random_sae("blocks.3.hook_resid_post", d_in=256, model=EMBEDDED_MODEL)
+    )
     model = load_model(EMBEDDED_MODEL, "HookedTransformer")
 
     def steered(tokens: torch.Tensor) -> torch.Tensor:
@@ -220,10 +222,10 @@ def test_steered_logits_are_compared_by_what_steering_changes(factor: float) -> 
             return model(tokens)
 
     if factor == 1.0:
-        assert steering_vector.compare(dictionary, {7: 3.0}, steered, "a test").error < 1e-6
+        assert compare_steered_logits(dictionary, {7: 3.0}, steered, "a test").error < 1e-6
         return
     with pytest.raises(ValueError, match="steered logits differ"):
-        steering_vector.compare(dictionary, {7: 3.0}, steered, "a test")
+        compare_steered_logits(dictionary, {7: 3.0}, steered, "a test")
 
 
 def test_steering_vector_refusals(tmp_path: Path) -> None:
@@ -270,9 +272,9 @@ def test_comparison_catches_a_wrong_file(wrong: dict) -> None:
         if callable(change):
             tensors[name] = change(tensors[name])
     got = Parameters.named(tensors, wrong.get("subtracts_b_dec", True))
-    compare(right, right.encode, lambda x: right.decode(right.encode(x), x), "itself")
+    compare_dictionary(right, right.encode, lambda x: right.decode(right.encode(x), x), "itself")
     with pytest.raises(ValueError, match="differ by"):
-        compare(right, got.encode, lambda x: got.decode(got.encode(x), x), "a test")
+        compare_dictionary(right, got.encode, lambda x: got.decode(got.encode(x), x), "a test")
 
 
 def test_nothing_is_left_when_the_comparison_fails(tmp_path: Path, monkeypatch) -> None:
@@ -404,7 +406,7 @@ def test_set_folders_that_are_not_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "sae", "message"),
     [
-        ("gemma-scope", random_sae("blocks.2.hook_resid_pre"), "cannot say"),
+        ("gemma-scope", random_sae("blocks.2.hook_resid_pre"), "cannot name"),
         ("gemma-scope", random_transcoder(hook_in="hook_resid_mid"), "transcoders read"),
         ("gemma-scope", random_transcoder(skip=True), "gemma-scope-2"),
         ("gemma-scope", random_sae("hook_embed"), "not inside a block"),

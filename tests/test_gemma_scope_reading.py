@@ -11,7 +11,7 @@ from dictionaries import D_IN, D_SAE, random_sae
 from sae_lens.loading import pretrained_sae_loaders as loaders
 
 from jumprelu_plugin.formats import export, load_dictionary
-from jumprelu_plugin.formats.saelens_loaders import redirected
+from jumprelu_plugin.formats.saelens_loaders import hub_files_from
 
 EMBEDDING = "embedding/width_4k/average_l0_6"
 
@@ -26,7 +26,7 @@ def npz(folder: Path) -> Path:
 @pytest.mark.parametrize("hook_name", ["hook_embed", None])
 def test_embedding_sae_is_what_saelens_loader_makes(hook_name: str | None, tmp_path: Path) -> None:
     folder = npz(tmp_path / (EMBEDDING if hook_name is None else "elsewhere"))
-    with redirected(folder):
+    with hub_files_from(folder):
         cfg, wanted, _ = loaders.gemma_2_sae_huggingface_loader(
             "google/gemma-scope-2b-pt-res",
             EMBEDDING,

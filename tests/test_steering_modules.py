@@ -20,7 +20,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from jumprelu_plugin.formats import export, load_dictionary, steering_vector
+from jumprelu_plugin.formats import export, load_dictionary
+from jumprelu_plugin.formats.nnsight import add_vector
+from jumprelu_plugin.formats.steering_vectors import compare_steered_logits
 from jumprelu_plugin.models.decoder_layers import decoder_layers
 
 WIDTH, LAYER, VOCABULARY = 24, 1, 53
@@ -76,8 +78,8 @@ def test_vector_at_the_named_module_is_what_steering_does(family: str, tmp_path:
     module = plain.get_submodule(described)
     assert plain.base_model.get_submodule(name) is module
     vector = 3.0 * sae.W_dec[7] - 1.5 * sae.W_dec[11]
-    module.register_forward_hook(lambda _m, _i, out: steering_vector.steered(out, vector))
-    check = steering_vector.compare(
+    module.register_forward_hook(lambda _m, _i, out: add_vector(out, vector))
+    check = compare_steered_logits(
         load_dictionary(source), amounts, lambda tokens: plain(tokens).logits, "a plain hook"
     )
     assert check.error < 1e-4

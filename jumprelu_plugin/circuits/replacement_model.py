@@ -40,7 +40,7 @@ def load_replacement_model(
         raise ImportError(
             f"circuit-tracer is not installed. Install it with: {circuit_tracer.LOADER.install}"
         )
-    loaded = circuit_tracer.load(Path(transcoders))
+    loaded = circuit_tracer.load_transcoders(Path(transcoders))
     replacement = build_hooked(_backend(), model, device)
     expected = replacement.cfg.n_layers, replacement.cfg.d_model
     found = layers_and_width(loaded)
@@ -68,7 +68,7 @@ def attribute(model: Any, prompt: str | Tensor, **options: Any) -> Any:
 
 def _backend() -> Any:
     """circuit-tracer's replacement model class, without the errors it prints when Python exits."""
-    circuit_tracer.allow_import()
+    circuit_tracer.make_importable()
     module = import_module("circuit_tracer.replacement_model.replacement_model_transformerlens")
     plain = module.TransformerLensReplacementModel
     is_finalizing = sys.is_finalizing  # at exit, this module's global names no longer exist

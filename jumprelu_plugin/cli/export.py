@@ -65,12 +65,12 @@ def export(
     from jumprelu_plugin import formats
 
     if list_targets:
-        console.print(formats.table())
+        console.print(formats.target_table())
         return
     if folder is None or to is None or output_path is None:
         raise ValueError("give FOLDER, --to TARGET and --output_path FOLDER, or --list")
     given = {
-        "amounts": formats.amounts(
+        "amounts": formats.pair_amounts(
             None if latents is None else whole_numbers("--latents", latents),
             None if amounts is None else numbers("--amounts", amounts),
         ),

@@ -1,6 +1,7 @@
-"""Nothing counts as written before the target's own loader gives the same outputs.
+"""Comparison of an export, read back with its tool's loader, with the original dictionary.
 
-An export is written into a folder beside its place, read back, compared, and only then moved.
+An export is written to a temporary folder, read back and compared, and only then renamed into
+place.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from torch import Tensor
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.saes.parameters import Parameters
 
-TOLERANCE = 1e-5  # largest relative error of outputs
+# The largest relative error of activations and outputs that passes.
+TOLERANCE = 1e-5
 RECORD_FILENAME = "export.json"
 
 _INPUTS = 64
-FEWEST_INPUTS = 8
-# Inputs on which some latent lies this close to its threshold, relative to the norms that make its
-# pre-activation, are left out: rounding alone decides there whether it fires. 16 float32 roundings.
-_TOO_CLOSE = 1e-6
+MIN_INPUTS = 8
+# Inputs for which a pre-activation is this close to its threshold, relative to the norms of its
+# factors, are not compared, because rounding decides whether the latent fires. The margin is 16
+# float32 roundings.
+_MARGIN = 1e-6
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 Forward = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_out"]]
@@ -34,13 +37,13 @@ Forward = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_out"]]
 
 @dataclass(frozen=True)
 class Check:
-    """How an export was compared.
+    """The result of a comparison that passed.
 
     Attributes:
-        loader: what read it back.
-        inputs: random inputs compared.
-        active: mean number of latents active on them.
-        error: largest relative error of activations or outputs over the inputs.
+        loader: the loader that read the export.
+        inputs: number of random inputs.
+        active: mean number of active latents on them.
+        error: the largest relative error of activations and outputs.
     """
 
     loader: str
@@ -57,49 +60,54 @@ class Check:
 
 @dataclass(frozen=True)
 class Loader:
-    """The tool that reads an export back.
+    """The loader of the tool that a format belongs to.
 
     Attributes:
-        what: its loading function, for people.
-        module, distribution: how Python and pip call it.
-        install: the command that installs it beside this package.
+        name: the loading function, for messages.
+        module, distribution: the tool's names in Python and in pip.
+        install: the command that installs it in this package's environment.
     """
 
-    what: str
+    name: str
     module: str
     distribution: str
     install: str
 
     @property
     def installed(self) -> bool:
+        """Whether the tool can be imported."""
         return find_spec(self.module) is not None
 
     def __str__(self) -> str:
         try:
-            return f"{self.what} ({self.distribution} {version(self.distribution)})"
+            return f"{self.name} ({self.distribution} {version(self.distribution)})"
         except PackageNotFoundError:
-            return self.what
+            return self.name
 
     def require(self) -> None:
-        """Raises ImportError, saying what to do, when the tool is not installed."""
+        """Check that the tool is installed.
+
+        Raises:
+            ImportError: it is not; the message says how to install it.
+        """
         if not self.installed:
             raise ImportError(
-                f"{self.distribution} is not installed, so what is written could not be read back "
-                f"with {self.what} and compared. Install it with: {self.install}\n"
+                f"{self.distribution} is not installed, so the export cannot be read back with "
+                f"{self.name} and compared. Install it with: {self.install}\n"
                 "Or write without the comparison: --unchecked"
             )
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds an earlier export, which a new one may replace."""
+    """Whether a folder holds an export, which another export may replace."""
     return (folder / RECORD_FILENAME).is_file()
 
 
-def record(folder: Path, target: str, check: Check | None, **known: object) -> None:
-    """Write what was exported, from where, and how it was compared, beside it."""
+def write_record(folder: Path, target: str, check: Check | None, **fields: object) -> None:
+    """Write the target, the comparison, the given fields and the provenance to export.json."""
     write_json(
         folder / RECORD_FILENAME,
-        {"target": target, "check": check, **known, "provenance": provenance()},
+        {"target": target, "check": check, **fields, "provenance": provenance()},
     )
 
 
@@ -112,48 +120,62 @@ def copy_in(source: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def compare(
+def compare_dictionary(
     parameters: Parameters,
     encode: Encode,
     forward: Forward,
     loader: str,
     tolerance: float = TOLERANCE,
 ) -> Check:
-    """Compare a loaded dictionary with the parameters it should have, computed in float64.
+    """Compare a loaded dictionary in float32 with its parameters in float64, on random inputs.
 
     Args:
-        encode, forward: the loaded dictionary's latents and output; float32 in and out.
+        parameters: the original parameters.
+        encode, forward: the loaded dictionary's functions for activations and outputs.
+        loader: name of the loader, for messages.
+        tolerance: the largest relative error that passes.
 
     Raises:
-        ValueError: outputs differ by more than `tolerance`, or there was nothing to compare.
+        ValueError: activations or outputs differ by more than `tolerance`, or too few random inputs
+            are clear of the thresholds.
     """
     exact = parameters.to(torch.float64)
     x = random_inputs(parameters)
     x = x[far_from_thresholds(exact, x.double())]
-    if len(x) < FEWEST_INPUTS:
+    if len(x) < MIN_INPUTS:
         raise ValueError(
-            f"{_INPUTS - len(x)} of {_INPUTS} random inputs put some latent so close to its "
-            "threshold that rounding decides whether it fires, so nothing can be compared: are "
-            "the dictionary's scales (W_enc, b_dec, threshold) what they should be?"
+            f"the export cannot be compared: for {_INPUTS - len(x)} of {_INPUTS} random inputs, "
+            "some pre-activation is so close to its threshold that rounding decides whether the "
+            "latent fires. Check the scales of W_enc, b_dec and threshold"
         )
     f = exact.encode(x.double())
     outputs = {"activations": (encode(x), f), "outputs": (forward(x), exact.decode(f, x.double()))}
-    return agreement(loader, outputs, len(x), f, tolerance)
+    return compare_outputs(loader, outputs, len(x), f, tolerance)
 
 
-def agreement(
+def compare_outputs(
     loader: str,
     outputs: Mapping[str, tuple[Tensor, Tensor]],
     inputs: int,
     f: Float[Tensor, "*n d_sae"],
     tolerance: float,
 ) -> Check:
-    """The check that (loaded, expected) pairs of outputs pass; f, the expected latents.
+    """Compare pairs of loaded and expected outputs.
+
+    Args:
+        loader: name of the loader, for messages.
+        outputs: pairs (loaded, expected) by name.
+        inputs: number of inputs they were computed from.
+        f: the expected activations.
+        tolerance: the largest relative error that passes.
 
     Raises:
-        ValueError: outputs differ by more than `tolerance`, relative.
+        ValueError: a pair differs by more than `tolerance`.
     """
-    errors = {name: relative_error(got.double(), want) for name, (got, want) in outputs.items()}
+    errors = {
+        name: relative_error(loaded.double(), expected)
+        for name, (loaded, expected) in outputs.items()
+    }
     for name, error in errors.items():
         if not error <= tolerance:
             raise ValueError(
@@ -165,15 +187,15 @@ def agreement(
 
 
 def random_inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_in"]:
-    """Random inputs that make latents fire: sums of three encoder directions, and noise."""
+    """Random inputs on which latents fire: sums of three encoder directions, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     d_in, d_sae = parameters.W_enc.shape
-    chosen = torch.randint(d_sae, (_INPUTS, 3), generator=generator)
-    directions = parameters.W_enc.T[chosen]  # [n, 3, d_in]
+    latents = torch.randint(d_sae, (_INPUTS, 3), generator=generator)
+    directions = parameters.W_enc.T[latents]  # [n, 3, d_in]
     squared = directions.square().sum(-1)
-    offset = parameters.b_enc[chosen]
-    aim = 2 * parameters.threshold[chosen] + offset.abs() + squared.sqrt()
-    amounts = torch.where(squared > 0, (aim - offset) / squared.clamp_min(1e-30), 0.0)
+    offset = parameters.b_enc[latents]
+    pre_activation = 2 * parameters.threshold[latents] + offset.abs() + squared.sqrt()
+    amounts = torch.where(squared > 0, (pre_activation - offset) / squared.clamp_min(1e-30), 0.0)
     x = (amounts[..., None] * directions).sum(1)
     noise = torch.randn(_INPUTS, d_in, generator=generator)
     x = x + 0.1 * noise * x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
@@ -181,19 +203,25 @@ def random_inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_i
 
 
 def far_from_thresholds(exact: Parameters, x: Float[Tensor, "n d_in"]) -> Bool[Tensor, " n"]:
-    """Inputs on which no latent's firing is for rounding to decide."""
+    """Mask of the inputs on which rounding cannot change which latents fire."""
     z = exact.pre_activations(x)
     norms = exact.W_enc.norm(dim=0)
     size = x.norm(dim=-1, keepdim=True) * norms + exact.b_enc.abs()
     if exact.subtracts_b_dec:
         size = size + exact.b_dec.norm() * norms
-    return ((z - exact.threshold).abs() > _TOO_CLOSE * size).all(-1)
+    return ((z - exact.threshold).abs() > _MARGIN * size).all(-1)
 
 
-def relative_error(got: Float[Tensor, "*n d"], want: Float[Tensor, "*n d"]) -> float:
-    """The largest ‖got − want‖ / ‖want‖ of any row."""
-    if got.shape != want.shape:
-        raise ValueError(f"read back with shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-    difference = (got - want).norm(dim=-1)
-    # A row of zeros must come back as zeros.
-    return float((difference / want.norm(dim=-1).clamp_min(1e-30)).max())
+def relative_error(loaded: Float[Tensor, "*n d"], expected: Float[Tensor, "*n d"]) -> float:
+    """The largest ‖loaded - expected‖ / ‖expected‖ of any row.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if loaded.shape != expected.shape:
+        raise ValueError(
+            f"read back with shape {tuple(loaded.shape)}, expected {tuple(expected.shape)}"
+        )
+    difference = (loaded - expected).norm(dim=-1)
+    # The clamp makes any difference from an expected row of zeros a large error.
+    return float((difference / expected.norm(dim=-1).clamp_min(1e-30)).max())

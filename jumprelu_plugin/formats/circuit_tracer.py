@@ -1,9 +1,9 @@
-"""circuit-tracer's folder: one transcoder for every layer of a model.
+"""circuit-tracer's format of a transcoder set, with one transcoder for every layer of a model.
 
-`config.yaml` names the hooks; `layer_{i}.safetensors` holds W_enc [d_sae, d_model] (transposed
-against SAELens), W_dec, b_enc, b_dec, `activation_function.threshold` and perhaps W_skip
-[d_out, d_in]. Every layer must be there, all of one width: with one missing at the end,
-circuit-tracer runs and gives a graph of the wrong size. It writes b_dec and does not subtract it.
+`config.yaml` names the hooks. `layer_{i}.safetensors` holds W_enc [d_sae, d_model] (transposed
+against SAELens), W_dec, b_enc, b_dec, `activation_function.threshold` and optionally W_skip.
+b_dec is not subtracted from the input. All layers must be there with the same width: if the last is
+missing, circuit-tracer runs and gives a graph of the wrong size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import save_file
 
 from jumprelu_plugin.formats import saelens
-from jumprelu_plugin.formats.checking import Check, Loader, compare
+from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
 
@@ -31,59 +31,72 @@ LOADER = Loader(
     "pip install --no-deps circuit-tracer==0.5.0",
 )
 
-# What circuit-tracer can read and write: places in one block on whose path to and from the residual
-# stream gradients are linear once norms and attention patterns are frozen.
+# The hooks inside a block that circuit-tracer can replace: between them and the residual stream,
+# effects are linear once norms and attention patterns are frozen.
 INPUTS = ("ln2.hook_normalized", "hook_resid_mid", "mlp.hook_in")
 OUTPUTS = ("hook_mlp_out", "mlp.hook_out")
 _LAYER_FOLDER = re.compile(r"^layer_(\d+)$")
 
 
 def read_layers(folder: Path, *, fold_scale: bool = False) -> dict[int, Dictionary]:
-    """The transcoders in `folder/layer_0`, `folder/layer_1`, ..., as SAELens saves them.
+    """Read the transcoders in `folder/layer_0`, `folder/layer_1`, ..., saved by SAELens.
+
+    Args:
+        folder: the folder of the layers' folders.
+        fold_scale: fold the input scales of checkpoints into their parameters.
+
+    Returns:
+        The transcoders by layer.
 
     Raises:
-        ValueError: there are none, or one's hook is of another layer than its folder.
+        ValueError: there are none, or one reads another layer than that of its folder.
     """
-    found: dict[int, Dictionary] = {}
+    layers: dict[int, Dictionary] = {}
     for child in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _LAYER_FOLDER.match(child.name)
-        if match and saelens.is_here(child):
-            found[int(match[1])] = saelens.read(child, fold_scale=fold_scale)
-    if not found:
+        if match and saelens.is_format(child):
+            layers[int(match[1])] = saelens.read(child, fold_scale=fold_scale)
+    if not layers:
         raise ValueError(
-            f"{folder} holds no transcoders: expected folders layer_0, layer_1, ... as SAELens "
-            "saves them, one for each layer of the model"
+            f"{folder} holds no transcoders: expected SAELens folders layer_0, layer_1, ..., one "
+            "for each layer of the model"
         )
-    for layer, dictionary in found.items():
+    for layer, dictionary in layers.items():
         if dictionary.site()[0] != layer:
             raise ValueError(
-                f"{folder / f'layer_{layer}'} reads {dictionary.hook_name}, which is of another "
-                "layer than its folder"
+                f"{folder / f'layer_{layer}'} reads {dictionary.hook_name}, a hook of another layer"
             )
-    return found
+    return layers
 
 
-def complete(
+def complete_layers(
     layers: Mapping[int, Dictionary], n_layers: int, *, pad_missing: bool = False
 ) -> dict[int, Dictionary]:
-    """One transcoder for every layer, with dead ones for the missing where asked.
+    """Check the layers, and optionally add dead transcoders for missing ones.
 
-    A dead transcoder never fires and writes zero: that layer's MLP becomes error nodes.
+    A dead transcoder never fires and its output is zero, so that layer's MLP becomes error nodes.
+
+    Args:
+        layers: transcoders by layer.
+        n_layers: number of layers of the model.
+        pad_missing: add dead transcoders for missing layers.
+
+    Returns:
+        One transcoder for every layer, by layer in ascending order.
 
     Raises:
-        ValueError: a layer is missing or beyond the model, or the layers do not fit together.
+        ValueError: a layer is missing or beyond the model, or widths or hooks differ.
     """
-    _check_fit(layers)
+    _check_layers(layers)
     beyond = sorted(layer for layer in layers if layer >= n_layers)
     if beyond:
         raise ValueError(f"the model has {n_layers} layers, and there are transcoders of {beyond}")
     missing = [layer for layer in range(n_layers) if layer not in layers]
     if missing and not pad_missing:
         raise ValueError(
-            f"layers {missing} of {n_layers} have no transcoder, and circuit-tracer needs every "
-            "layer: it would run and give a graph of the wrong size. Train them, or pass "
-            "--pad_missing to put transcoders there that never fire (their MLPs become error "
-            "nodes)"
+            f"layers {missing} of {n_layers} have no transcoder. circuit-tracer needs all layers, "
+            "and would give a graph of the wrong size. Train them, or pass --pad_missing to add "
+            "transcoders that never fire (their MLPs become error nodes)"
         )
     first = next(iter(layers.values()))
     shape = first.parameters
@@ -98,7 +111,14 @@ def complete(
 
 
 def write(layers: Mapping[int, Dictionary], folder: Path, *, model_name: str, scan: str) -> None:
-    """config.yaml and one layer_{i}.safetensors for each of `layers`, which `complete` gave."""
+    """Write config.yaml and a layer_{i}.safetensors for each layer.
+
+    Args:
+        layers: one transcoder for every layer of the model (`complete_layers`).
+        folder: the folder to write to.
+        model_name: the model, as circuit-tracer names it.
+        scan: the name of the set.
+    """
     first = layers[0]
     config = {
         "model_kind": "transcoder_set",
@@ -107,7 +127,7 @@ def write(layers: Mapping[int, Dictionary], folder: Path, *, model_name: str, sc
         "feature_output_hook": first.site_out()[1],
         "scan": scan,
     }
-    # circuit-tracer takes layer 0 for all in saying whether there are skip connections.
+    # circuit-tracer looks for a skip connection only in layer 0, so all layers get one or none.
     skip = any(dictionary.has_skip for dictionary in layers.values())
     for layer, dictionary in layers.items():
         tensors = _tensors(dictionary.parameters.fold_b_dec(), skip)
@@ -115,9 +135,9 @@ def write(layers: Mapping[int, Dictionary], folder: Path, *, model_name: str, sc
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def load(folder: Path) -> Any:
-    """The `TranscoderSet` that circuit-tracer makes of a folder, on the CPU in float32."""
-    allow_import()
+def load_transcoders(folder: Path) -> Any:
+    """Load a folder with circuit-tracer, on the CPU in float32."""
+    make_importable()
     caching = import_module("circuit_tracer.utils.caching")
     transcoders, _ = caching.load_transcoders_from_cache(
         str(Path(folder).resolve()), device=torch.device("cpu"), lazy_decoder=False
@@ -126,14 +146,16 @@ def load(folder: Path) -> Any:
 
 
 def check(layers: Mapping[int, Dictionary], folder: Path) -> Check:
-    """Compare every layer with what circuit-tracer makes of the folder."""
-    transcoders = load(folder)
+    """Compare every layer with the transcoder that circuit-tracer loads from the folder."""
+    transcoders = load_transcoders(folder)
     if len(transcoders) != len(layers):
         raise ValueError(
-            f"circuit-tracer found {len(transcoders)} layers in what was written, not {len(layers)}"
+            f"circuit-tracer found {len(transcoders)} layers in the export, not {len(layers)}"
         )
     checks = [
-        compare(dictionary.parameters, transcoders[layer].encode, transcoders[layer], str(LOADER))
+        compare_dictionary(
+            dictionary.parameters, transcoders[layer].encode, transcoders[layer], str(LOADER)
+        )
         for layer, dictionary in layers.items()
     ]
     return Check(
@@ -144,8 +166,8 @@ def check(layers: Mapping[int, Dictionary], folder: Path) -> Check:
     )
 
 
-def allow_import() -> None:
-    """Let circuit-tracer 0.5.0 be imported: it reads a name that huggingface_hub 1 dropped."""
+def make_importable() -> None:
+    """Add a constant to huggingface_hub that circuit-tracer 0.5.0 imports and version 1 lacks."""
     import huggingface_hub.constants as constants
 
     if not hasattr(constants, "HF_HUB_ENABLE_HF_TRANSFER"):
@@ -161,39 +183,40 @@ def _tensors(parameters: Parameters, skip: bool) -> dict[str, torch.Tensor]:
         "activation_function.threshold": parameters.threshold,
     }
     if skip:
-        none = torch.zeros(parameters.d_out, parameters.d_in)
-        tensors["W_skip"] = none if parameters.W_skip is None else parameters.W_skip
+        zeros = torch.zeros(parameters.d_out, parameters.d_in)
+        tensors["W_skip"] = zeros if parameters.W_skip is None else parameters.W_skip
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _check_fit(layers: Mapping[int, Dictionary]) -> None:
+def _check_layers(layers: Mapping[int, Dictionary]) -> None:
     for layer, dictionary in layers.items():
         _check_hooks(layer, dictionary)
-    _one_value({k: d.parameters.d_sae for k, d in layers.items()}, "widths (d_sae)")
-    _one_value({k: (d.site()[1], d.site_out()[1]) for k, d in layers.items()}, "hooks")
-    _one_value({k: d.parameters.d_in for k, d in layers.items()}, "input widths (d_in)")
+    _check_equal({k: d.parameters.d_sae for k, d in layers.items()}, "widths (d_sae)")
+    _check_equal({k: (d.site()[1], d.site_out()[1]) for k, d in layers.items()}, "hooks")
+    _check_equal({k: d.parameters.d_in for k, d in layers.items()}, "input widths (d_in)")
 
 
 def _check_hooks(layer: int, dictionary: Dictionary) -> None:
     (layer_in, hook_in), (layer_out, hook_out) = dictionary.site(), dictionary.site_out()
     if hook_in not in INPUTS or hook_out not in OUTPUTS or layer_in != layer_out:
         raise ValueError(
-            f"layer {layer}: circuit-tracer replaces MLPs, with transcoders that read "
-            f"{', '.join(INPUTS)} and write {' or '.join(OUTPUTS)} of one layer; this one reads "
-            f"{dictionary.hook_name} and writes {dictionary.hook_name_out or dictionary.hook_name}"
+            f"layer {layer}: circuit-tracer replaces MLPs by transcoders that read "
+            f"{', '.join(INPUTS)} and write {' or '.join(OUTPUTS)} of the same layer; this one "
+            f"reads {dictionary.hook_name} and writes "
+            f"{dictionary.hook_name_out or dictionary.hook_name}"
         )
     parameters = dictionary.parameters
     if parameters.d_in != parameters.d_out:
         raise ValueError(
             f"layer {layer}: circuit-tracer's transcoders read and write the residual stream's "
-            f"width; this one reads {parameters.d_in} and writes {parameters.d_out}"
+            f"width; this one reads width {parameters.d_in} and writes width {parameters.d_out}"
         )
 
 
-def _one_value(by_layer: Mapping[int, object], what: str) -> None:
+def _check_equal(by_layer: Mapping[int, object], name: str) -> None:
     if len(set(by_layer.values())) > 1:
         listed = ", ".join(f"layer {layer}: {value}" for layer, value in by_layer.items())
         raise ValueError(
-            f"the layers have different {what} ({listed}); circuit-tracer takes one for all: "
-            "retrain the odd ones, or leave them out and pass --pad_missing"
+            f"the layers have different {name} ({listed}), and circuit-tracer requires the same: "
+            "retrain those that differ, or leave them out and pass --pad_missing"
         )

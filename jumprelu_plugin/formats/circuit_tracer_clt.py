@@ -1,9 +1,9 @@
-"""circuit-tracer's folder of a cross-layer transcoder.
+"""circuit-tracer's format of a cross-layer transcoder.
 
-`config.yaml` says `model_kind: cross_layer_transcoder` and the hooks. `W_enc_{i}.safetensors` holds
-W_enc_{i} [d_sae, d_model] (transposed against SAELens), b_enc_{i}, b_dec_{i} and threshold_{i};
-`W_dec_{i}.safetensors` W_dec_{i} [d_sae, layers from i on, d_model]. It counts the encoder files to
-know the number of layers, so one too few gives a graph of the wrong size.
+`config.yaml` has `model_kind: cross_layer_transcoder` and names the hooks. `W_enc_{i}.safetensors`
+holds W_enc_{i} [d_sae, d_model] (transposed against SAELens), b_enc_{i}, b_dec_{i}, threshold_{i}.
+`W_dec_{i}.safetensors` holds W_dec_{i} [d_sae, layers from i on, d_model]. circuit-tracer counts
+the encoder files, so a missing one gives a graph of the wrong size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from jumprelu_plugin.formats import circuit_tracer
 from jumprelu_plugin.formats.checking import (
-    FEWEST_INPUTS,
+    MIN_INPUTS,
     TOLERANCE,
     Check,
-    agreement,
+    compare_outputs,
     far_from_thresholds,
     random_inputs,
 )
@@ -32,19 +32,30 @@ from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 _BLOCK = "blocks.{layer}."
 
 
-def read(folder: Path, n_layers: int) -> CrossLayerTranscoder:
-    """A finished cross-layer transcoder that circuit-tracer can take for a model of `n_layers`.
+def read_clt(folder: Path, n_layers: int) -> CrossLayerTranscoder:
+    """Read a trained cross-layer transcoder that can be exported for a model of `n_layers`.
+
+    Args:
+        folder: a folder that `save_clt` wrote.
+        n_layers: number of layers of the model.
 
     Raises:
-        ValueError: the folder is broken, or holds one that circuit-tracer cannot take.
+        ValueError: the folder is invalid, or circuit-tracer cannot represent its transcoder.
     """
     model = folders.load_clt(folder)
-    _check_fit(model.cfg, n_layers)
+    _check_representable(model.cfg, n_layers)
     return model
 
 
 def write(model: CrossLayerTranscoder, folder: Path, *, model_name: str, scan: str) -> None:
-    """config.yaml, and an encoder's and a decoder's file a layer."""
+    """Write config.yaml, and a file with the encoder and one with the decoder of each layer.
+
+    Args:
+        model: one with all layers of the language model (`read_clt`).
+        folder: the folder to write to.
+        model_name: the language model, as circuit-tracer names it.
+        scan: the name of the transcoder.
+    """
     for index, source in enumerate(model.sources):
         encoder = {
             f"W_enc_{index}": source.W_enc.t(),
@@ -67,21 +78,26 @@ def write(model: CrossLayerTranscoder, folder: Path, *, model_name: str, scan: s
 
 
 def check(model: CrossLayerTranscoder, folder: Path) -> Check:
-    """Compare all latents and outputs with what circuit-tracer makes of the folder."""
-    return compare(model, circuit_tracer.load(folder), str(circuit_tracer.LOADER))
+    """Compare with the cross-layer transcoder that circuit-tracer loads from the folder."""
+    loaded = circuit_tracer.load_transcoders(folder)
+    return compare_clt(model, loaded, str(circuit_tracer.LOADER))
 
 
 @torch.no_grad()
-def compare(
+def compare_clt(
     model: CrossLayerTranscoder, loaded: Any, loader: str, tolerance: float = TOLERANCE
 ) -> Check:
-    """Compare a loaded cross-layer transcoder with the one it should be, computed in float64.
+    """Compare a loaded cross-layer transcoder in float32 with the original in float64.
 
     Args:
-        loaded: has `encode` and `__call__` over [layers, n, d_model], in float32.
+        model: the original.
+        loaded: has `encode` and `__call__`, which take [layers, n, d_model].
+        loader: name of the loader, for messages.
+        tolerance: the largest relative error that passes.
 
     Raises:
-        ValueError: outputs that differ by more than `tolerance`, or nothing to compare.
+        ValueError: activations or outputs differ by more than `tolerance`, or too few random inputs
+            are clear of the thresholds.
     """
     x = torch.stack(
         [random_inputs(s.parameters_to_all(), seed) for seed, s in enumerate(model.sources)]
@@ -94,26 +110,26 @@ def compare(
         ]
     )
     x = x[:, far.all(0)]
-    if x.shape[1] < FEWEST_INPUTS:
+    if x.shape[1] < MIN_INPUTS:
         raise ValueError(
-            f"{len(far[0]) - x.shape[1]} of {len(far[0])} random inputs put some latent so close "
-            "to its threshold that rounding decides whether it fires, so nothing can be compared: "
-            "are the scales of W_enc and threshold what they should be?"
+            f"the export cannot be compared: for {len(far[0]) - x.shape[1]} of {len(far[0])} "
+            "random inputs, some pre-activation is so close to its threshold that rounding decides "
+            "whether the latent fires. Check the scales of W_enc and threshold"
         )
     f = exact.encode(x.double())
     outputs = {
         "activations": (loaded.encode(x), f),
         "outputs": (loaded(x), exact.decode(f)),
     }
-    return agreement(loader, outputs, x.shape[1], f, tolerance)
+    return compare_outputs(loader, outputs, x.shape[1], f, tolerance)
 
 
-def _check_fit(cfg: CLTConfig, n_layers: int) -> None:
+def _check_representable(cfg: CLTConfig, n_layers: int) -> None:
     if cfg.layers != tuple(range(n_layers)):
         raise ValueError(
             f"the transcoder has layers {cfg.layers[0]} to {cfg.layers[-1]}, and the model "
-            f"{n_layers}: circuit-tracer needs every layer of the model, and would run on fewer "
-            "and give a graph of the wrong size. Train all (leave out --layers)"
+            f"{n_layers}: circuit-tracer needs all layers, and would give a graph of the wrong "
+            "size. Train all layers (leave out --layers)"
         )
     for hook, allowed, verb in (
         (cfg.hook_in, circuit_tracer.INPUTS, "read"),
@@ -121,11 +137,11 @@ def _check_fit(cfg: CLTConfig, n_layers: int) -> None:
     ):
         if hook not in [_BLOCK + name for name in allowed]:
             raise ValueError(
-                f"circuit-tracer replaces MLPs, with transcoders that {verb} "
+                f"circuit-tracer replaces MLPs by transcoders that {verb} "
                 f"{' or '.join(_BLOCK + name for name in allowed)}; this one {verb}s {hook}"
             )
     if cfg.d_in != cfg.d_out:
         raise ValueError(
             "circuit-tracer's transcoders read and write the residual stream's width; this one "
-            f"reads {cfg.d_in} and writes {cfg.d_out}"
+            f"reads width {cfg.d_in} and writes width {cfg.d_out}"
         )

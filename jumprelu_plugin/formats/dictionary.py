@@ -1,7 +1,4 @@
-"""A dictionary on its way from one format to another: parameters, hooks and what is known of it.
-
-It reads and writes nothing; the formats' own files do.
-"""
+"""The common representation of a dictionary, from which and to which every format converts."""
 
 from __future__ import annotations
 
@@ -19,15 +16,18 @@ _LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A JumpReLU SAE or transcoder with the place it belongs to.
+    """A JumpReLU SAE or transcoder, with its hooks and its model.
 
     Attributes:
-        parameters: in float32, in the units of the model's own activations.
-        hook_name: TransformerLens name of the hook it reads, or None where a format has no field
-            for it and the user did not say.
-        hook_name_out: the hook it writes, for a transcoder; None for an SAE.
-        model_name: as TransformerLens or a model folder names it.
-        metadata: what else a SAELens folder recorded (context size, dataset, ...).
+        parameters: in float32, in the units of the model's activations.
+        hook_name: TransformerLens' name of the hook it reads; None if neither the files nor the
+            user name it.
+        hook_name_out: the hook that a transcoder writes; None for an SAE.
+        model_name: a hub name or a model folder.
+        metadata: the other metadata of a SAELens folder (context size, dataset, ...).
+
+    Raises:
+        ValueError: input and output have different widths, and `hook_name_out` is None.
     """
 
     parameters: Parameters
@@ -41,34 +41,41 @@ class Dictionary:
         if not self.is_transcoder and not square:
             raise ValueError(
                 f"the dictionary reads width {self.parameters.d_in} and writes width "
-                f"{self.parameters.d_out}, so it is a transcoder: give the hook it writes "
-                "(--hook_name_out)"
+                f"{self.parameters.d_out}, so it is a transcoder: name the hook it writes with "
+                "--hook_name_out"
             )
 
     @property
     def is_transcoder(self) -> bool:
+        """Whether it writes another hook than it reads, or has a skip connection."""
         return self.hook_name_out not in (None, self.hook_name) or self.has_skip
 
     @property
     def has_skip(self) -> bool:
+        """Whether it has a linear map from input to output."""
         return self.parameters.W_skip is not None
 
     @property
     def architecture(self) -> str:
-        """SAELens' name for it."""
+        """SAELens' name of its architecture."""
         if not self.is_transcoder:
             return "jumprelu"
         return "jumprelu_skip_transcoder" if self.has_skip else "jumprelu_transcoder"
 
     def site(self) -> tuple[int, str]:
-        """Layer and hook name inside the block that it reads.
+        """The layer it reads, and the hook's name inside the block.
 
-        Raises ValueError when the hook is not known or not in a block.
+        Raises:
+            ValueError: the hook is not known, or not inside a block.
         """
         return split_hook(self.hook_name)
 
     def site_out(self) -> tuple[int, str]:
-        """The same for what it writes (an SAE writes where it reads)."""
+        """The layer it writes, and the hook's name inside the block; for an SAE, as `site`.
+
+        Raises:
+            ValueError: the hook is not known, or not inside a block.
+        """
         return split_hook(self.hook_name_out or self.hook_name)
 
     @torch.no_grad()
@@ -105,16 +112,20 @@ class Dictionary:
 
 
 def split_hook(hook: str | None) -> tuple[int, str]:
-    """`blocks.3.ln2.hook_normalized` as `(3, "ln2.hook_normalized")`."""
+    """Split `blocks.3.ln2.hook_normalized` into `(3, "ln2.hook_normalized")`.
+
+    Raises:
+        ValueError: the hook is None, or not inside a block.
+    """
     if hook is None:
         raise ValueError(
-            "it is not known which hook the dictionary reads: the files it came from have no field "
-            "for it. Give it with --hook_name, for example --hook_name blocks.12.hook_resid_post"
+            "the files do not name the hook that the dictionary reads. Name it with --hook_name, "
+            "for example --hook_name blocks.12.hook_resid_post"
         )
-    found = _LAYER.match(hook)
-    if found is None:
+    match = _LAYER.match(hook)
+    if match is None:
         raise ValueError(
             f"the hook {hook!r} is not inside a block; expected blocks.<layer>.<hook>, for "
             "example blocks.12.hook_resid_post"
         )
-    return int(found[1]), found[2]
+    return int(match[1]), match[2]

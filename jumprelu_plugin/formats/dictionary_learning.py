@@ -1,7 +1,7 @@
-"""dictionary_learning's `ae.pt` and `config.json`.
+"""dictionary_learning's format: `ae.pt` and `config.json`.
 
-Its JumpReluAutoEncoder does not subtract b_dec from the input, and a file made without folding it
-into b_enc loads and is silently wrong.
+Its JumpReluAutoEncoder does not subtract b_dec from the input. A file in which b_dec is not folded
+into b_enc would load without an error and give wrong activations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from jumprelu_plugin.formats.checking import Check, Loader, compare
+from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.saes.parameters import Parameters
 
@@ -29,7 +29,7 @@ LOADER = Loader(
 
 _KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _CLASS = "JumpReluAutoEncoder"
-# dictionary_learning's names for what a layer gives.
+# By hook: dictionary_learning's name of the submodule.
 _SUBMODULES = {
     "hook_resid_post": "resid_post",
     "hook_mlp_out": "mlp_out",
@@ -37,21 +37,56 @@ _SUBMODULES = {
 }
 
 
-def write(dictionary: Dictionary, folder: Path) -> None:
-    """ae.pt and config.json, b_dec folded into b_enc.
+def is_format(folder: Path) -> bool:
+    """Whether the folder has an ae.pt."""
+    return (folder / FILENAME).is_file()
+
+
+def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
+    """Read a JumpReLU autoencoder. Only tensors are unpickled.
+
+    Args:
+        folder: the folder of ae.pt and config.json.
+        hook_name: overrides the hook that config.json names.
 
     Raises:
-        ValueError: for a transcoder, which the format has no class for, or an unknown hook.
+        ValueError: the class is another, the file holds objects other than tensors, or keys or
+            shapes are wrong.
+    """
+    path = folder / FILENAME
+    trainer = _trainer(folder)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} holds more than tensors ({error}). Other pickled objects are not loaded, "
+            "because unpickling runs code"
+        ) from error
+    if sorted(tensors) != sorted(_KEYS):
+        raise ValueError(f"{path} holds {sorted(tensors)}; expected {sorted(_KEYS)}")
+    try:
+        parameters = Parameters.named({key: value.float() for key, value in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Dictionary(parameters, hook_name or _hook(trainer), None, trainer.get("lm_name"))
+
+
+def write(dictionary: Dictionary, folder: Path) -> None:
+    """Write ae.pt and config.json, with b_dec folded into b_enc.
+
+    Raises:
+        ValueError: the dictionary is a transcoder, for which there is no class, or the hook has no
+            name in this format.
     """
     if dictionary.is_transcoder:
         raise ValueError(
-            "dictionary_learning has no JumpReLU transcoder: its autoencoders read and write one "
-            "activation. Export to saelens, circuit-tracer or gemma-scope-2 instead"
+            "dictionary_learning has no JumpReLU transcoder: its autoencoders read and write the "
+            "same activation. Export to saelens, circuit-tracer or gemma-scope-2 instead"
         )
     layer, hook = dictionary.site()
     if hook not in _SUBMODULES:
         raise ValueError(
-            f"dictionary_learning reads {', '.join(_SUBMODULES)} of a layer, not {hook!r}"
+            f"dictionary_learning has names for {', '.join(_SUBMODULES)}, not {hook!r}"
         )
     parameters = dictionary.parameters.fold_b_dec()
     torch.save({key: parameters.tensors()[key] for key in _KEYS}, folder / FILENAME)
@@ -74,38 +109,10 @@ def write(dictionary: Dictionary, folder: Path) -> None:
 
 
 def check(dictionary: Dictionary, folder: Path) -> Check:
-    """Compare with what dictionary_learning's `load_dictionary` makes of the files."""
+    """Compare with the autoencoder that dictionary_learning's `load_dictionary` reads."""
     load_dictionary = import_module("dictionary_learning.utils").load_dictionary
     autoencoder, _ = load_dictionary(str(folder), device="cpu")
-    return compare(dictionary.parameters, autoencoder.encode, autoencoder, str(LOADER))
-
-
-def is_here(folder: Path) -> bool:
-    return (folder / FILENAME).is_file()
-
-
-def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
-    """A JumpReLU autoencoder of dictionary_learning. Loads weights only, never other objects.
-
-    Raises:
-        ValueError: for another class, a pickle that is more than tensors, wrong keys or shapes.
-    """
-    path = folder / FILENAME
-    trainer = _trainer(folder)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a file of tensors alone ({error}). Other pickled objects are never "
-            "loaded, because unpickling runs code"
-        ) from error
-    if sorted(tensors) != sorted(_KEYS):
-        raise ValueError(f"{path} holds {sorted(tensors)}; expected {sorted(_KEYS)}")
-    try:
-        parameters = Parameters.named({key: value.float() for key, value in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Dictionary(parameters, hook_name or _hook(trainer), None, trainer.get("lm_name"))
+    return compare_dictionary(dictionary.parameters, autoencoder.encode, autoencoder, str(LOADER))
 
 
 def _trainer(folder: Path) -> dict[str, Any]:
@@ -115,14 +122,14 @@ def _trainer(folder: Path) -> dict[str, Any]:
     trainer = json.loads(path.read_text()).get("trainer", {})
     if trainer.get("dict_class") != _CLASS:
         raise ValueError(
-            f"{path} says dict_class {trainer.get('dict_class')!r}; expected {_CLASS!r}: only "
-            "JumpReLU dictionaries are read"
+            f"{path} has dict_class {trainer.get('dict_class')!r}; expected {_CLASS!r}, because "
+            "only JumpReLU dictionaries are read"
         )
     return trainer
 
 
 def _hook(trainer: dict[str, Any]) -> str | None:
-    names = {place: hook for hook, place in _SUBMODULES.items()}
+    names = {submodule: hook for hook, submodule in _SUBMODULES.items()}
     hook = names.get(str(trainer.get("submodule_name")).split("_layer_")[0])
     layer = trainer.get("layer")
     return None if hook is None or layer is None else f"blocks.{layer}.{hook}"

@@ -1,7 +1,8 @@
-"""What sae-dashboard, and through it Neuronpedia, takes: a SAELens folder and its run settings.
+"""The format of sae-dashboard and Neuronpedia: a SAELens folder and the settings of a run.
 
-sae-dashboard multiplies decoder norms into the encoder of the object it is given, in place. With
-unit rows already folded that changes nothing, so the activations on its pages are the folder's own.
+sae-dashboard multiplies the decoder norms into the encoder. Here the decoder rows are written with
+unit norm, so that this changes nothing and its pages show the folder's own activations. The folder
+is read as SAELens' format (`saelens.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from jumprelu_plugin.formats import saelens
-from jumprelu_plugin.formats.checking import Check, Loader, compare
+from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import flat_input
 
@@ -29,23 +29,23 @@ LOADER = Loader(
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
-    """cfg.json and sae_weights.safetensors with unit decoder rows, and neuronpedia_runner.json.
+    """Write a SAELens folder with unit decoder rows, and neuronpedia_runner.json.
 
     Raises:
-        ValueError: for a skip transcoder, whose architecture sae-dashboard refuses.
+        ValueError: the dictionary is a skip transcoder, which sae-dashboard refuses.
     """
     if dictionary.has_skip:
         raise ValueError(
             "sae-dashboard takes the architectures jumprelu and jumprelu_transcoder, and refuses "
-            "jumprelu_skip_transcoder. `jumprelu dashboard` shows its latents"
+            "jumprelu_skip_transcoder. Use `jumprelu dashboard`"
         )
     layer, hook = dictionary.site()
-    source = f"{layer}-{hook.replace('.', '_')}-{_thousands(dictionary.parameters.d_sae)}"
+    source = f"{layer}-{hook.replace('.', '_')}-{_width_name(dictionary.parameters.d_sae)}"
     model = (dictionary.model_name or "unknown").split("/")[-1]
-    sae = _folded(dictionary).as_sae()
+    sae = _with_unit_rows(dictionary).as_sae()
     sae.cfg.metadata.neuronpedia_id = f"{model}/{source}"
     sae.save_model(folder)
-    # The fields of NeuronpediaRunnerConfig that the folder decides.
+    # The fields of NeuronpediaRunnerConfig that follow from the folder.
     settings = {
         "sae_set": source.split("-", 1)[1],
         "np_set_name": source.split("-", 1)[1],
@@ -60,9 +60,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
 
 
 def check(dictionary: Dictionary, folder: Path) -> Check:
-    """Compare with the folder loaded, and its latents read in parts, as sae-dashboard does.
+    """Compare with the activations that sae-dashboard computes, for parts of the latents at a time.
 
-    sae-dashboard reports a latent's activation times its decoder norm; so does the comparison.
+    They are activations times decoder norms.
     """
     from sae_lens import SAE
 
@@ -72,23 +72,21 @@ def check(dictionary: Dictionary, folder: Path) -> Check:
     parts = torch.arange(dictionary.parameters.d_sae).split(128)
 
     def encode(x: torch.Tensor) -> torch.Tensor:
-        found = []
+        activations = []
         for part in parts:
             with masked(sae, part.tolist()):
-                found.append(sae.encode(x))
-        return torch.cat(found, dim=-1)
+                activations.append(sae.encode(x))
+        return torch.cat(activations, dim=-1)
 
     with flat_input(sae):
-        return compare(_folded(dictionary).parameters, encode, sae.forward, str(LOADER))
+        return compare_dictionary(
+            _with_unit_rows(dictionary).parameters, encode, sae.forward, str(LOADER)
+        )
 
 
-def is_here(folder: Path) -> bool:
-    return saelens.is_here(folder)
-
-
-def _folded(dictionary: Dictionary) -> Dictionary:
+def _with_unit_rows(dictionary: Dictionary) -> Dictionary:
     return replace(dictionary, parameters=dictionary.parameters.fold_decoder_norms())
 
 
-def _thousands(width: int) -> str:
+def _width_name(width: int) -> str:
     return f"{width // 1024}k" if width % 1024 == 0 else str(width)

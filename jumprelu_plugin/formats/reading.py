@@ -1,4 +1,4 @@
-"""Read a dictionary from any of the formats that can be read, told apart by their files."""
+"""Reads a dictionary in any of the readable formats, which are recognized by their files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ def load_dictionary(
     hook_name_out: str | None = None,
     model_name: str | None = None,
 ) -> Dictionary:
-    """The dictionary in a SAELens, Gemma Scope, Gemma Scope 2 or dictionary_learning folder.
+    """Read the dictionary in a SAELens, Gemma Scope, Gemma Scope 2 or dictionary_learning folder.
 
     Args:
-        fold_scale: fold the input scale that a mid-training SAELens checkpoint keeps beside it.
-        hook_name, hook_name_out, model_name: what the files do not say, or say otherwise.
+        folder: the folder.
+        fold_scale: fold the input scale of a SAELens checkpoint into its parameters.
+        hook_name, hook_name_out, model_name: override the names in the files, or replace missing
+            ones.
 
     Raises:
-        ValueError: the folder holds none of these, or what it holds is broken.
+        ValueError: the folder is in none of these formats, or its files are invalid.
     """
     folder = Path(folder)
-    if saelens.is_here(folder):
-        found = saelens.read(folder, fold_scale=fold_scale)
-    elif gemma_scope.is_here(folder):
-        found = gemma_scope.read(folder, hook_name=hook_name, hook_name_out=hook_name_out)
-    elif gemma_scope_2.is_here(folder):
-        found = gemma_scope_2.read(folder)
-    elif dictionary_learning.is_here(folder):
-        found = dictionary_learning.read(folder, hook_name=hook_name)
+    if saelens.is_format(folder):
+        dictionary = saelens.read(folder, fold_scale=fold_scale)
+    elif gemma_scope.is_format(folder):
+        dictionary = gemma_scope.read(folder, hook_name=hook_name, hook_name_out=hook_name_out)
+    elif gemma_scope_2.is_format(folder):
+        dictionary = gemma_scope_2.read(folder)
+    elif dictionary_learning.is_format(folder):
+        dictionary = dictionary_learning.read(folder, hook_name=hook_name)
     else:
         raise ValueError(
             f"{folder} holds no dictionary: expected cfg.json (SAELens), {gemma_scope.FILENAME} "
@@ -42,5 +44,7 @@ def load_dictionary(
             f"{dictionary_learning.FILENAME} (dictionary_learning). For a folder of layer_0, "
             "layer_1, ... or a cross-layer transcoder use --to circuit-tracer"
         )
-    given = {"hook_name": hook_name, "hook_name_out": hook_name_out, "model_name": model_name}
-    return replace(found, **{name: value for name, value in given.items() if value is not None})
+    names = {"hook_name": hook_name, "hook_name_out": hook_name_out, "model_name": model_name}
+    return replace(
+        dictionary, **{name: value for name, value in names.items() if value is not None}
+    )

@@ -1,7 +1,8 @@
-"""Run SAELens' loaders for published releases on a folder of this machine.
+"""Runs SAELens' loaders for published releases on a local folder.
 
-They ask the hub for a file by release and name. Here the question is answered from a folder, so
-that the loader's own code reads and converts what was written; nothing is downloaded.
+These loaders request files from the hub by release and name. Here their two functions that do so
+are replaced by ones that return files of a local folder. The loaders' own code then reads and
+converts an export, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from safetensors import safe_open
 
 
 @contextmanager
-def redirected(folder: Path) -> Iterator[None]:
-    """Within the block SAELens' loaders find every file they ask for in `folder`."""
+def hub_files_from(folder: Path) -> Iterator[None]:
+    """Within the block, SAELens' loaders take every file from `folder` instead of the hub."""
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     def find(repo_id: str, filename: str, **_: Any) -> str:
@@ -38,14 +39,22 @@ def redirected(folder: Path) -> Iterator[None]:
 def load_with(
     loader: Callable[..., Any], repo_id: str, folder_name: str, overrides: dict[str, Any]
 ) -> Any:
-    """The SAE that SAELens builds from what one of its loaders returns."""
+    """Build an SAE with one of SAELens' loaders.
+
+    Args:
+        loader: a function of `sae_lens.loading.pretrained_sae_loaders`.
+        repo_id: the release's name.
+        folder_name: the SAE's folder in the release.
+        overrides: config fields that the loader would read from the names.
+    """
     from sae_lens import SAE
 
-    def convert(**asked: Any) -> Any:
-        return loader(**{**asked, "cfg_overrides": {**(asked["cfg_overrides"] or {}), **overrides}})
+    def convert(**kwargs: Any) -> Any:
+        cfg_overrides = {**(kwargs["cfg_overrides"] or {}), **overrides}
+        return loader(**{**kwargs, "cfg_overrides": cfg_overrides})
 
-    converter: Any = convert  # SAELens calls it by keyword; its type asks for positions too
-    with warnings.catch_warnings():  # of the release's name, which is only a name here
+    converter: Any = convert  # SAELens' type has positional parameters; it calls by keyword
+    with warnings.catch_warnings():  # SAELens warns that it does not know the release's name
         warnings.simplefilter("ignore", UserWarning)
         sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
             repo_id, folder_name, converter=converter

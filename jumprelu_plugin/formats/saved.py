@@ -1,4 +1,4 @@
-"""A saved dictionary, ready to run: with the model and the text that its metadata names."""
+"""Loads a saved dictionary with the model and the text that its metadata names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SavedDictionary:
     """A dictionary with its language model.
 
     Attributes:
-        folder: where it is saved.
+        folder: the dictionary's folder.
         dictionary: SAELens' inference object, or a `CrossLayerTranscoder`.
         model: a hooked model.
-        choice: which model and which text.
+        choice: the model and the text.
     """
 
     folder: Path
