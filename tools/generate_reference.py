@@ -164,7 +164,9 @@ def run_flags() -> list[str]:
                         described(cls, field.name),
                     )
                     for field in dataclasses.fields(cls)
-                    if field.init and field.name not in ("sae", "logger") and "sae_lens" not in field.name
+                    if field.init
+                    and field.name not in ("sae", "logger")
+                    and "sae_lens" not in field.name
                 ],
             )
             for cls in (LanguageModelSAERunnerConfig, LoggingConfig)
