@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -51,3 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The random Gemma 2 of `tests.tiny`, in TransformerLens' class that takes SAEs."""
+    from tests.tiny import tiny_hf, tiny_hooked, tiny_tokenizer  # slow; few tests need it
+
+    return tiny_hooked(tiny_hf(), tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))

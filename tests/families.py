@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import BOS, EOS, PAD, VOCABULARY, tiny_tokenizer
+
+from tests.tiny import BOS, EOS, PAD, VOCABULARY, tiny_tokenizer
 
 D, LAYERS, HEADS, MLP, CONTEXT = 24, 3, 2, 29, 40
 

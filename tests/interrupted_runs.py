@@ -1,6 +1,6 @@
 """Three small runs, each stopped halfway: the checkpoints that must keep loading.
 
-`python tests/make_checkpoints.py` stopped them once and committed what they left, with what the
+`python -m tests.make_checkpoints` stopped them once and committed what they left, with what the
 finished runs computed. `test_checkpoints.py` finishes them with today's code.
 """
 
@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.training._interruption import InterruptedException
-from tiny import D_MODEL, N_LAYERS, RESIDUAL, tiny_hf, tiny_hooked, tiny_tokenizer, tiny_tokens
 from torch import Tensor
 
 from jumprelu_plugin import (
@@ -30,6 +29,15 @@ from jumprelu_plugin import (
     load_clt,
     train_clt,
     train_transcoders,
+)
+from tests.tiny import (
+    D_MODEL,
+    N_LAYERS,
+    RESIDUAL,
+    tiny_hf,
+    tiny_hooked,
+    tiny_tokenizer,
+    tiny_tokens,
 )
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"

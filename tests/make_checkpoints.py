@@ -1,4 +1,4 @@
-"""Make the checkpoints of `interrupted_runs.py`: `python tests/make_checkpoints.py`.
+"""Make the checkpoints of `interrupted_runs.py`: `python -m tests.make_checkpoints`.
 
 Only where the format of a checkpoint is to change: a version of the package that cannot go on with
 the committed ones loses its users' runs.
@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from interrupted_runs import CHECKPOINTS, KINDS, stop_halfway, tiny_model
 from safetensors.torch import save_file
+
+from tests.interrupted_runs import CHECKPOINTS, KINDS, stop_halfway, tiny_model
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupted_runs import CHECKPOINTS, KINDS, tiny_model
 from safetensors.torch import load_file
+
+from tests.interrupted_runs import CHECKPOINTS, KINDS, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

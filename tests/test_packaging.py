@@ -22,7 +22,7 @@ DISTRIBUTION = {
     "transformer_lens": "transformer-lens",
     "yaml": "pyyaml",
 }
-BESIDE = {path.stem for folder in ("tests", "tools") for path in (ROOT / folder).glob("*.py")}
+BESIDE = {path.stem for path in (ROOT / "tools").glob("*.py")}
 
 
 def declared() -> dict[str, set[str]]:

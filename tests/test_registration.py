@@ -28,10 +28,10 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.synthetic.firing_probabilities import ConstantFiringProbabilityConfig
 from sae_lens.synthetic.synthetic_model import SyntheticModelConfig
 from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
-from tiny import D_MODEL, RESIDUAL, tiny_hf, tiny_hooked, tiny_tokenizer, tiny_tokens
 
 import jumprelu_plugin
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from tests.tiny import D_MODEL, RESIDUAL, tiny_hf, tiny_hooked, tiny_tokenizer, tiny_tokens
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 OURS = (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig)
@@ -151,7 +151,9 @@ def randomise(sae: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stock_checkpoint_loads_into_ours(tmp_path: Path, restored: None, dtype: str) -> None:
+def test_a_stock_checkpoint_loads_into_the_plugin(
+    tmp_path: Path, restored: None, dtype: str
+) -> None:
     stock = StockSAE(stock_config(dtype=dtype))
     randomise(stock)
     stock.save_model(tmp_path)
@@ -163,7 +165,9 @@ def test_a_stock_checkpoint_loads_into_ours(tmp_path: Path, restored: None, dtyp
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_checkpoint_loads_into_stock(tmp_path: Path, restored: None, dtype: str) -> None:
+def test_a_checkpoint_of_the_plugin_loads_into_stock(
+    tmp_path: Path, restored: None, dtype: str
+) -> None:
     ours = JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig.from_dict(stock_config(dtype=dtype).to_dict())
     )
@@ -180,7 +184,7 @@ def test_our_checkpoint_loads_into_stock(tmp_path: Path, restored: None, dtype: 
 # ---------------------------------------------------------------- the other runners
 
 
-def test_synthetic_runner_trains_ours() -> None:
+def test_synthetic_runner_trains_the_plugin_s_class() -> None:
     torch.manual_seed(4)
     runner = SyntheticSAERunner(
         SyntheticSAERunnerConfig(
@@ -207,7 +211,7 @@ def test_synthetic_runner_trains_ours() -> None:
     assert result.final_eval is not None
 
 
-def test_multi_sae_runner_trains_ours(tmp_path: Path) -> None:
+def test_multi_sae_runner_trains_the_plugin_s_class(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
     model = tiny_hooked(tiny_hf(), tokenizer)
     config = MultiSAETrainingRunnerConfig(

@@ -15,5 +15,5 @@ folder=${1:-.venv-circuits}
 "$folder/bin/python" -m pip install --quiet -c constraints.txt -e ".[dev,circuits]"
 "$folder/bin/python" -m pip install --quiet --no-deps -r tools/circuit_tools.txt
 HF_HUB_OFFLINE=1 WANDB_MODE=disabled "$folder/bin/python" -m pytest \
-    tests/test_export.py tests/test_circuits.py tests/test_cross_layer.py tests/test_examples.py \
+    tests/formats tests/circuits tests/transcoders/clt tests/test_examples.py \
     -k "not test_example_runs or 10_circuit or 16_clt"

@@ -1,0 +1,186 @@
+"""A saved dictionary with the model and the text its metadata names, or the user does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from jumprelu_plugin.analysis.generation import generate, generate_steered, intervention
+from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.formats.saved import load_saved
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.options import ModelOptions
+from jumprelu_plugin.models.sequences import read_sequences
+from tests.tiny import RESIDUAL, tiny_sae
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONTEXT = 17
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model(EMBEDDED_MODEL)
+
+
+def saved_sae(folder: Path, **metadata: Any) -> Path:
+    sae = tiny_sae(RESIDUAL, d_in=256)
+    sae.cfg.metadata.model_name = EMBEDDED_MODEL
+    for name, value in metadata.items():
+        sae.cfg.metadata[name] = value
+    sae.save_model(folder)
+    return folder
+
+
+def text_folder(folder: Path, **splits: str) -> str:
+    """A dataset on disk whose every document repeats one word, another in every split."""
+    folder.mkdir()
+    for split, word in splits.items():
+        lines = [json.dumps({"text": f"{word} " * 40})] * 12
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+# ---------------------------------------------------------------- which model
+
+
+def test_what_is_left_out_is_as_recorded() -> None:
+    metadata = {
+        "model_name": "m",
+        "model_class_name": "SAETransformerBridge",
+        "model_from_pretrained_kwargs": {"torch_dtype": "bfloat16", "n_devices": 2},
+        "dataset_path": "d",
+        "context_size": 31,
+        "prepend_bos": False,
+    }
+    choice = ModelOptions().resolve(metadata, "folder")
+    assert (choice.model_name, choice.model_class_name) == ("m", "SAETransformerBridge")
+    assert (choice.dataset_path, choice.context_size, choice.prepend_bos) == ("d", 31, False)
+    assert choice.dtype == "bfloat16" and choice.from_pretrained_kwargs == {"n_devices": 2}
+
+    given = ModelOptions("other", "HookedTransformer", "", "cuda", "float16")
+    choice = given.resolve(metadata, "folder")
+    assert (choice.model_name, choice.model_class_name) == ("other", "HookedTransformer")
+    assert (choice.dataset_path, choice.device, choice.dtype) == ("", "cuda", "float16")
+    assert choice.from_pretrained_kwargs == {}  # they were recorded for another model
+
+
+def test_what_nothing_records_has_a_default() -> None:
+    choice = ModelOptions().resolve(
+        {"model_name": "m", "model_class_name": "HookedTransformer"}, "folder"
+    )
+    assert choice.model_class_name == "HookedSAETransformer"
+    assert (choice.dataset_path, choice.context_size, choice.prepend_bos) == ("", 128, True)
+    assert choice.dtype == "float32"
+    with pytest.raises(ValueError, match="in folder does not say its model.*--model_name"):
+        ModelOptions().resolve({}, "folder")
+
+
+@pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
+def test_a_model_loads_in_the_dtype_that_is_given(kind: str) -> None:
+    loaded = load_model(EMBEDDED_MODEL, kind, dtype="bfloat16")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.cfg.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="float31"):
+        load_model(EMBEDDED_MODEL, kind, dtype="float31")
+
+
+def test_the_command_evaluates_on_what_the_metadata_names(tmp_path: Path) -> None:
+    text = text_folder(tmp_path / "text", train="island", validation="border")
+    folder = saved_sae(tmp_path / "sae", dataset_path=text, context_size=CONTEXT)
+    saved = load_saved(folder)
+    _, tokens = saved.sequences(3)
+    assert tokens.shape == (3, CONTEXT)
+    assert "border border" in saved.model.tokenizer.decode(tokens[0]) and "border" in saved.prompt()
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        record = tmp_path / f"{dtype}.json"
+        flags = f"--sequences 3 --dtype {dtype} --output-path {record}"
+        result = CliRunner().invoke(app, ["evaluate", str(folder), *flags.split()])
+        assert result.exit_code == 0, result.output
+        found[dtype] = json.loads(record.read_text())["result"]
+    assert found["float32"]["n_sequences"] == 3
+    # All but BOS, of which SAELens puts one between two documents.
+    assert 3 * (CONTEXT - 2) <= found["float32"]["n_tokens"] <= 3 * (CONTEXT - 1)
+    assert found["bfloat16"]["loss_clean"] != found["float32"]["loss_clean"]
+    assert found["bfloat16"]["loss_clean"] == pytest.approx(
+        found["float32"]["loss_clean"], rel=0.05
+    )
+
+
+def test_only_where_asked_is_a_cross_layer_transcoder_taken(tmp_path: Path) -> None:
+    (tmp_path / "cross_layer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no SAE"):
+        load_saved(tmp_path)
+    with pytest.raises(ValueError, match="cross_layer.json cannot be read"):
+        load_saved(tmp_path, clt=True)
+
+
+# ---------------------------------------------------------------- which text
+
+
+def test_no_sequence_is_in_both_parts(model: Any, tmp_path: Path) -> None:
+    split = text_folder(tmp_path / "two", train="island", test="border")
+    fit, held_out = read_sequences(model, split, context_size=CONTEXT, held_out=3, train=5)
+    assert fit.shape == (5, CONTEXT) and held_out.shape == (3, CONTEXT)
+    words = [model.tokenizer.decode(part.flatten()) for part in (fit, held_out)]
+    assert "border" not in words[0] and "island" not in words[1]
+
+    lines = [json.dumps({"text": f"{number} " * 40}) for number in range(9)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "train.jsonl").write_text("\n".join(lines))
+    one = str(tmp_path / "one")
+    fit, held_out = read_sequences(model, one, context_size=CONTEXT, held_out=3, train=5)
+    everything = read_sequences(model, one, context_size=CONTEXT, held_out=8)[1]
+    assert torch.equal(torch.cat([held_out, fit]), everything)
+    assert len(read_sequences(model, one, context_size=CONTEXT, held_out=10_000)[1]) > 8
+    with pytest.raises(ValueError, match="sequences of 17 tokens.*a longer text"):
+        read_sequences(model, one, context_size=CONTEXT, held_out=10_000, train=1)
+
+
+def test_the_beginning_of_a_sequence_is_as_asked(model: Any, tmp_path: Path) -> None:
+    bos = model.tokenizer.bos_token_id
+    text = text_folder(tmp_path / "text", train="island")
+    for path in ("", text):
+        for prepend_bos in (True, False):
+            tokens = read_sequences(
+                model, path, context_size=CONTEXT, held_out=2, prepend_bos=prepend_bos
+            )[1]
+            assert tokens.shape == (2, CONTEXT)
+            assert (tokens[:, 0] == bos).all() == prepend_bos
+
+
+def test_the_demo_text_is_shuffled_by_seed(model: Any) -> None:
+    plain, one, again, other = (
+        read_sequences(model, context_size=CONTEXT, held_out=7, seed=seed)[1]
+        for seed in (None, 3, 3, 4)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, plain)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def test_steered_text_begins_from_the_same_seed(model: Any) -> None:
+    sae = tiny_sae(RESIDUAL, d_in=256)
+    without, steered = generate_steered(
+        model, sae, Add(7, 40.0), "The people", seed=5, new_tokens=8
+    )
+    assert without == generate(model, "The people", 5, 8) != steered
+    assert generate_steered(model, sae, Add(7, 0.0), "The people", seed=5, new_tokens=8) == (
+        without,
+        without,
+    )
+
+
+def test_an_intervention_has_a_name() -> None:
+    assert intervention("add", 3, 2.0) == Add(3, 2.0)
+    assert intervention("clamp", 3, 2.0) == Clamp(3, 2.0)
+    assert intervention("ablate", 3, 2.0) == Ablate(3)
+    with pytest.raises(ValueError, match="'melt'.*add, clamp, ablate"):
+        intervention("melt", 3, 2.0)

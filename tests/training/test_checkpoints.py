@@ -1,0 +1,194 @@
+"""A run resumed from a checkpoint is the run; a folder is whole or not there."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
+
+from jumprelu_plugin import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.control.density import TENSOR_NAME
+from jumprelu_plugin.saes.checkpoint import TENSORS_FILENAME
+from jumprelu_plugin.training.trainer import JumpReLUTrainer
+from tests.tiny import D_MODEL
+from tests.training.runs import BATCH, D_SAE, assert_same_sae, config, run, steps_logged, token_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---------------------------------------------------------------- checkpoints of a run
+
+
+@pytest.mark.parametrize("normalisation", ["expected_average_only_in", "none"])
+def test_a_run_resumed_from_any_checkpoint_is_the_run(
+    model: Any, tmp_path: Path, normalisation: str
+) -> None:
+    sae = JumpReLUTrainingSAEConfig(
+        d_in=D_MODEL,
+        d_sae=D_SAE,
+        target_l0=3,
+        step_kernel="sparse",
+        log_threshold=True,
+        max_latent_density=0.12,
+        normalize_activations=normalisation,  # type: ignore[arg-type]
+    )
+    short = {"sae": sae, "training_tokens": 90 * BATCH}
+    cfg = config(tmp_path, n_checkpoints=4, **short)
+    whole = run(model, cfg, token_rows())
+    checkpoints = sorted(Path(cfg.checkpoint_path or "").iterdir(), key=lambda p: int(p.name))
+    assert len(checkpoints) == 4
+    for number, checkpoint in enumerate(checkpoints[::3]):
+        prices = load_file(checkpoint / TENSORS_FILENAME)[TENSOR_NAME]
+        assert (prices > 0.1).any()
+        folder = tmp_path / str(number)
+        again = config(folder, n_checkpoints=4, resume_from_checkpoint=str(checkpoint), **short)
+        resumed = run(model, again, token_rows())
+        assert_same_sae(resumed, whole)
+        step = int(checkpoint.name) // BATCH
+        assert steps_logged(folder / "output") == list(range(step, 90))
+        # The checkpoints that were made are not made again.
+        made = {path.name for path in Path(again.checkpoint_path or "").glob("*")}
+        assert made == {c.name for c in checkpoints if int(c.name) > int(checkpoint.name)}
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "covariance_whitening"])
+def test_a_run_is_looked_at_and_trained_with_every_normalization(
+    model: Any, tmp_path: Path, normalization: Any
+) -> None:
+    sae = JumpReLUTrainingSAEConfig(
+        d_in=D_MODEL, d_sae=D_SAE, target_l0=7, normalize_activations=normalization
+    )
+    looked_at, not_looked_at = (
+        run(
+            model,
+            config(tmp_path / str(look), sae=sae, training_tokens=30 * BATCH, lr_decay_steps=10),
+            token_rows(),
+            check_first=look,
+        )
+        for look in (True, False)
+    )
+    assert_same_sae(looked_at, not_looked_at)
+
+
+def test_the_end_of_a_run_is_not_resumed(model: Any, tmp_path: Path) -> None:
+    """Its weights are folded; resuming would scale the activations and fold the weights again."""
+    cfg = config(tmp_path, save_final_checkpoint=True, training_tokens=40 * BATCH)
+    run(model, cfg, token_rows())
+    (final,) = Path(cfg.checkpoint_path or "").glob("final_*")
+    longer = config(tmp_path / "on", training_tokens=50 * BATCH, resume_from_checkpoint=str(final))
+    with pytest.raises(ValueError, match=r"normalized as 'none'.*jumprelu finetune"):
+        run(model, longer, token_rows())
+    from_it = config(tmp_path / "from", from_pretrained_path=str(final))
+    with pytest.raises(ValueError, match=r"normalized as 'none'.*jumprelu finetune"):
+        run(model, from_it, token_rows())
+    assert not (tmp_path / "on").exists() and not (tmp_path / "from").exists()
+
+
+def test_a_run_from_pretrained_weights_trains_for_its_own_target(
+    model: Any, tmp_path: Path
+) -> None:
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=100 * BATCH)  # for L0 7
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, target_l0=3, step_kernel="sparse")
+    other = config(
+        tmp_path / "other",
+        sae=sae,
+        from_pretrained_path=str(checkpoint),
+        training_tokens=200 * BATCH,
+    )
+    trained = run(model, other, token_rows())
+    assert trained.sae.cfg.target_l0 == trained.sae.control.l0.target == 3  # type: ignore[union-attr]
+    assert trained.sae.cfg.metadata.l0 == pytest.approx(3, rel=0.1)
+
+
+def test_a_checkpoint_without_the_buffer_is_smaller_and_resumes(model: Any, tmp_path: Path) -> None:
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=60 * BATCH)
+    run(model, cfg, token_rows(), save_buffer=False)
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+    assert not {"waiting", "serving"} & set(state)
+    assert int(state["sequences_read"]) > 0
+    again = config(
+        tmp_path / "b", training_tokens=60 * BATCH, resume_from_checkpoint=str(checkpoint)
+    )
+    assert run(model, again, token_rows()).trainer.n_training_samples == 60 * BATCH
+
+
+def test_a_checkpoint_of_a_longer_text_is_refused(model: Any, tmp_path: Path) -> None:
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=40 * BATCH)
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    again = config(tmp_path / "b", resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match=r"sequences into the text.* 6: give the dataset"):
+        run(model, again, token_rows(6))
+    assert not (tmp_path / "b").exists()
+
+
+def test_checkpoints_are_exchanged_with_saelens_own_runner(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # its handlers would outlive the test
+    steps = {"training_tokens": 60 * BATCH}
+
+    def theirs(cfg: Any) -> Any:
+        return LanguageModelSAETrainingRunner(cfg, token_rows(), model).run()
+
+    def ours(cfg: Any) -> Any:
+        return run(model, cfg, token_rows()).sae
+
+    for name, first, second in (("a", theirs, ours), ("b", ours, theirs)):
+        first(config(tmp_path / name, n_checkpoints=1, **steps))
+        (checkpoint,) = (tmp_path / name / "checkpoints").glob("*/*")
+        again = config(tmp_path / name / "again", resume_from_checkpoint=str(checkpoint), **steps)
+        assert second(again).W_dec.isfinite().all()
+        assert (tmp_path / name / "again" / "output" / "cfg.json").exists()
+
+
+def test_a_prefetching_run_is_saved_and_resumed(model: Any, tmp_path: Path) -> None:
+    steps = {"training_tokens": 60 * BATCH, "prefetch_llm_batches": 2}
+    cfg = config(tmp_path, n_checkpoints=1, **steps)
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    again = config(tmp_path / "again", resume_from_checkpoint=str(checkpoint), **steps)
+    assert run(model, again, token_rows()).trainer.n_training_samples == 60 * BATCH
+
+
+# ---------------------------------------------------------------- whole, or not there
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("last_written", ["save_to_checkpoint", "save_trainer_state"])
+def test_a_checkpoint_that_cannot_be_finished_is_not_there(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_written: str
+) -> None:
+    owner = ActivationsStore if last_written == "save_to_checkpoint" else JumpReLUTrainer
+    monkeypatch.setattr(owner, last_written, failing)
+    cfg = config(tmp_path, n_checkpoints=1, training_tokens=10 * BATCH)
+    with pytest.raises(OSError, match="no space"):
+        run(model, cfg, token_rows())
+    assert list(Path(cfg.checkpoint_path or "").iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_finished_is_not_an_sae(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, training_tokens=10 * BATCH)
+    with monkeypatch.context() as patch:
+        # The last thing SAELens writes there; weights and config are on the disk by then.
+        patch.setattr("sae_lens.llm_sae_training_runner.json.dump", failing)
+        with pytest.raises(OSError, match="no space"):
+            run(model, cfg, token_rows())
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
+    # So the same command can be given again.
+    run(model, cfg, token_rows())
+    assert steps_logged(tmp_path / "output") == list(range(10))
