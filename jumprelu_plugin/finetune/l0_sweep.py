@@ -132,18 +132,6 @@ def run_l0_sweep(
     return points
 
 
-def parse_l0_list(text: str) -> tuple[float, ...]:
-    """The L0s in a list such as "10,20,40".
-
-    Raises:
-        ValueError: the text is not such a list.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"the L0s are {text!r}; give numbers such as 10,20,40") from None
-
-
 def frontier_table(points: Sequence[SweepPoint]) -> Table:
     """The points as a table for the terminal."""
     table = Table(title="L0 sweep, on held-out tokens")

@@ -12,6 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
+from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelChoice, ModelOptions
 from jumprelu_plugin.models.sequences import read_sequences
@@ -89,11 +90,12 @@ def load_saved(
         clt: whether a cross-layer transcoder will do too.
 
     Raises:
-        ValueError: the folder holds no dictionary, nothing names its model, and as
-            `language_models.load_model` does.
+        ValueError: the device is not there, the folder holds no dictionary, nothing names its
+            model, and as `language_models.load_model` does.
         OSError: the model cannot be had.
     """
     folder, options = Path(folder), options or ModelOptions()
+    require_device(options.device)
     if clt and clt_folder.is_here(folder):
         dictionary: Any = load_clt(folder, options.device)
         metadata: Mapping[str, Any] = {"model_name": dictionary.cfg.model_name}

@@ -1,7 +1,7 @@
-"""The main job in one go: train on the embedded Gemma 2, judge, look, steer, save.
+"""The whole workflow on the embedded Gemma 2: train, save, evaluate, look at latents, steer.
 
-Every piece is the one a user would call; this file only puts them in a row and prints. It keeps
-nothing when it is interrupted, and replaces only its own earlier result.
+Every step calls what a user would call; this file puts the steps in order and prints. An
+interrupted demo leaves nothing behind, and a new one replaces only an earlier demo.
 """
 
 from __future__ import annotations
@@ -42,26 +42,41 @@ STEERING_AMOUNT = 2.0  # times the strongest activation of the latent
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo trains. The defaults take about two minutes on two cores."""
+    """What the demo trains. The defaults take about two minutes on two cores.
+
+    Attributes:
+        hook_name: the hook in the embedded model.
+        d_sae: number of latents.
+        target_l0: active latents a token.
+        steps: training steps.
+        train_batch_size_tokens: tokens in a step.
+        context_size: tokens in a sequence.
+        evaluation_sequences: held-out sequences for the evaluation and the examples.
+        seed: of initialization, data order and sampled text.
+    """
 
     hook_name: str = "blocks.3.hook_resid_post"
     d_sae: int = 2048
     target_l0: float = 32.0
     steps: int = 1000
-    batch_tokens: int = 1024
+    train_batch_size_tokens: int = 1024
     context_size: int = 128
-    eval_sequences: int = 128
+    evaluation_sequences: int = 128
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Steered:
-    """One latent's effect on one prompt.
+class SteeringEffect:
+    """What adding one latent's decoder row does to the model's text.
 
     Attributes:
-        tokens: what most often follows where the latent fires, in held-out text.
-        probability_before, probability_after: of these tokens together, as the next token after
+        latent: its number.
+        amount: multiple of the decoder row that is added at every position.
+        prompt: the text that the model continues.
+        tokens: the tokens that most often follow where the latent fires, in held-out text.
+        probability_before, probability_after: probability that one of `tokens` comes next after
             the prompt, without and with steering.
+        text_before, text_after: sampled continuations, without and with steering.
     """
 
     latent: int
@@ -84,7 +99,7 @@ def run_demo(output: str | Path, settings: DemoSettings, console: Console) -> Pa
     with whole_folder(output, replaces=_is_demo, kind="demo") as folder:
         _run(folder, settings, console)
     sae_folder = output / SAE_FOLDER
-    _say_what_next(console, sae_folder, output)
+    _print_next_commands(console, sae_folder, output)
     return sae_folder
 
 
@@ -94,14 +109,15 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
     documents = corpus()
     train = tokenized_dataset(model.tokenizer, settings.context_size, "train", documents)
     test = tokenized_dataset(model.tokenizer, settings.context_size, "test", documents)
+    tokens = settings.steps * settings.train_batch_size_tokens
     console.print(
         f"[bold]{EMBEDDED_MODEL}[/] · {settings.hook_name} · {settings.d_sae:,} latents · "
-        f"target L0 {settings.target_l0:g} · {settings.steps * settings.batch_tokens:,} tokens"
+        f"target L0 {settings.target_l0:g} · {tokens:,} tokens"
     )
     _train(folder / SAE_FOLDER, model, train, settings)
-    # What was saved is what is judged: loaded by stock SAELens, as any other tool would.
+    # The saved folder is what is evaluated, loaded by stock SAELens as any other tool would.
     sae = SAE.load_from_disk(folder / SAE_FOLDER)
-    held_out = torch.tensor(test[: settings.eval_sequences]["tokens"])
+    held_out = torch.tensor(test[: settings.evaluation_sequences]["tokens"])
     result = evaluate(model, sae, held_out)
     console.print(result.table())
     special = list(model.tokenizer.all_special_ids)
@@ -115,7 +131,7 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
 
 
 def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> None:
-    steps, batch = settings.steps, settings.batch_tokens
+    steps, batch = settings.steps, settings.train_batch_size_tokens
     cfg = LanguageModelSAERunnerConfig(
         sae=DEFAULT.sae_config(model.cfg.d_model, settings.d_sae, target_l0=settings.target_l0),
         model_name=EMBEDDED_MODEL,
@@ -173,16 +189,18 @@ def _in_context(model: Any, examples: TopActivations, latent: int, rank: int) ->
 
 def _strongest(
     model: Any, sae: Any, examples: TopActivations, latents: list[int], seed: int
-) -> Steered | None:
-    """The latent of the list that steering shows best; None for an empty list.
+) -> SteeringEffect | None:
+    """The latent with the clearest steering effect; None if `latents` is empty.
 
-    Each is added at twice its strongest activation. Best is where what follows the latent in the
-    text becomes likelier by the largest factor, in a text that still varies.
+    Each latent is added at `STEERING_AMOUNT` times its strongest activation. The score is the log
+    of the factor by which the latent's usual next tokens become more probable, times the squared
+    share of distinct tokens in the sampled text: steering that makes the model repeat itself
+    scores low.
     """
     prompt = "The government of the country"
     tokens = model.to_tokens(prompt)
     text_before = generate(model, prompt, seed)
-    best: tuple[float, Steered] | None = None
+    best: tuple[float, SteeringEffect] | None = None
     for latent in latents:
         ids = examples.followers(latent)
         amount = STEERING_AMOUNT * float(examples.activation[latent, 0])
@@ -192,7 +210,9 @@ def _strongest(
             text_after = generate(model, prompt, seed)
         texts = TokenTexts(model.tokenizer)
         names = [texts.text(token) for token in ids.tolist()]
-        found = Steered(latent, amount, prompt, names, before, after, text_before, text_after)
+        found = SteeringEffect(
+            latent, amount, prompt, names, before, after, text_before, text_after
+        )
         score = math.log(after / before) * _variety(model, text_after) ** 2
         if best is None or score > best[0]:
             best = score, found
@@ -200,28 +220,29 @@ def _strongest(
 
 
 def _whole_words(model: Any) -> Bool[Tensor, " d_vocab"]:
-    """Tokens that are a word of four letters or more, with its space."""
+    """Mask of the tokens that are a space and a word of four letters or more."""
     texts = TokenTexts(model.tokenizer)
     words = [texts.text(token) for token in range(model.cfg.d_vocab)]
     return torch.tensor([w[:1] == " " and w[1:].isalpha() and len(w) > 4 for w in words])
 
 
 def _variety(model: Any, text: str) -> float:
-    """Share of a text's tokens that differ: low where steering made it repeat itself."""
+    """Distinct tokens of a text as a share of all its tokens."""
     tokens = model.tokenizer(text)["input_ids"]
     return len(set(tokens)) / len(tokens)
 
 
 @torch.no_grad()
-def _probability(model: Any, tokens: torch.Tensor, ids: torch.Tensor) -> float:
+def _probability(model: Any, tokens: Tensor, ids: Tensor) -> float:
+    """Probability that the token after `tokens` is one of `ids`."""
     return float(model(tokens)[0, -1].softmax(-1)[ids].sum())
 
 
-def _show_steering(console: Console, steered: Steered) -> None:
+def _show_steering(console: Console, steered: SteeringEffect) -> None:
     tokens = " ".join(repr(token) for token in steered.tokens)
     table = Table(
         title=f"Steering with latent {steered.latent}: x += {steered.amount:.1f} · W_dec[latent]",
-        caption=f"next-token probability of what follows where it fires: {tokens}",
+        caption=f"probability that the next token is one that often follows the latent: {tokens}",
         show_lines=True,
     )
     table.add_column("")
@@ -239,7 +260,7 @@ def _record(
     settings: DemoSettings,
     result: Evaluation,
     latents: list[int],
-    steered: Steered | None,
+    steered: SteeringEffect | None,
 ) -> None:
     write_json(
         folder / RECORD_FILENAME,
@@ -263,7 +284,7 @@ def _is_demo(folder: Path) -> bool:
     return record.is_file() and json.loads(record.read_text()).get("kind") == "demo"
 
 
-def _say_what_next(console: Console, sae_folder: Path, output: Path) -> None:
+def _print_next_commands(console: Console, sae_folder: Path, output: Path) -> None:
     console.print(f"\nSaved: [bold]{sae_folder}[/] (a stock SAELens folder), {output}/demo.json")
     console.print("Next:")
     console.print(f"  jumprelu steer {sae_folder} --latent 7 --amount 20 --prompt 'The people'")

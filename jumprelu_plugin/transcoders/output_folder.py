@@ -1,4 +1,4 @@
-"""The folder a long run writes to: claimed for one run, continued by it, refused to others."""
+"""The output folder of a long run: a run that stopped continues in it, any other is refused."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ METRICS_FILENAME = "metrics.jsonl"
 
 
 def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Path | None:
-    """Make `output` ours, and find the checkpoint to go on from, None for a fresh start.
+    """The last checkpoint of an unfinished run in `output`; None if the run is to start fresh.
 
     Args:
-        settings: a dataclass; what an unfinished run in `output` must have been begun with.
-        record_filename: what a finished run leaves.
+        output: it may be missing or empty; nothing is written to it here.
+        settings: a dataclass; an unfinished run in `output` must have been started with the same.
+        record_filename: the file that a finished run leaves in `output`.
 
     Raises:
-        ValueError: `output` holds a finished run, one with other settings, or something else.
+        ValueError: `output` holds a finished run, a run with other settings, or other files.
     """
     if (output / record_filename).exists():
         raise ValueError(
             f"{output} already holds finished transcoders ({record_filename}); give another folder"
         )
-    begun = output / SETTINGS_FILENAME
-    if not begun.exists():
+    started = output / SETTINGS_FILENAME
+    if not started.exists():
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} is not empty and holds no unfinished run; give another")
-        output.mkdir(parents=True, exist_ok=True)
         return None
-    # A setting that the version which began the run did not have is at its default.
-    before = {**_plain(type(settings)()), **json.loads(begun.read_text())}
+    # A setting that the version which started the run did not have is at its default.
+    before = {**_plain(type(settings)()), **json.loads(started.read_text())}
     now = _plain(settings)
     different = [name for name in before if before[name] != now.get(name)]
     if different:

@@ -259,6 +259,7 @@ def test_saelens_flags_give_saelens_config(architecture: str) -> None:
         (["check", "--d_in", "wide"], ["--d_in", "jumprelu check --help"]),
         (["evaluate", "x", "--no_such", "3"], ["No such option", "--no_such"]),
         (["evaluate", "x", "--dtype", "float31"], ["x holds no SAE"]),
+        (["evaluate", "x", "--device", "cuda:99"], ["device is 'cuda:99'"]),
         (["steer", "x"], ["Missing option", "--latent"]),
         (["steer", "x", "--latent", "1", "--change", "melt"], ["'melt'", "'add'"]),
         (["dashboard", "x", "--latents", "a"], ["--latents is 'a'"]),
@@ -278,8 +279,7 @@ def test_a_wrong_flag_is_one_message(
     assert result.exit_code == 2, result.output
     assert all(word in result.output for word in words), result.output
     assert "Traceback" not in result.output and len(result.output.splitlines()) <= 8
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert left == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_flags_train_shows_its_help() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jumprelu_plugin.finetune.l0_sweep import parse_l0_list
+from jumprelu_plugin.cli.values import numbers
 from jumprelu_plugin.finetune.refit import (
     RefitSettings,
     max_l0,
@@ -165,5 +165,5 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="steps"):
         RefitSettings(steps=-1)
     with pytest.raises(ValueError, match="10,x"):
-        parse_l0_list("10,x")
-    assert parse_l0_list("10, 20.5") == (10, 20.5)
+        numbers("--l0", "10,x")
+    assert numbers("--l0", "10, 20.5") == (10, 20.5)

@@ -12,7 +12,9 @@ from sae_lens import SAE
 from jumprelu_plugin.studies import demo
 from jumprelu_plugin.studies.demo import DemoSettings, run_demo
 
-QUICK = DemoSettings(d_sae=257, target_l0=13.0, steps=24, batch_tokens=512, eval_sequences=24)
+QUICK = DemoSettings(
+    d_sae=257, target_l0=13.0, steps=24, train_batch_size_tokens=512, evaluation_sequences=24
+)
 
 
 @pytest.fixture(scope="module")
