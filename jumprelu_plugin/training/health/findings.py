@@ -165,7 +165,7 @@ def _stays(found: FirstStep, reach: ThresholdReach) -> Finding:
         "warning",
         "threshold_reach",
         f"thresholds can move by {reach.up / found.spread:.2g} spreads of the pre-activations in "
-        f"this run (learning rate times steps), which is worth an L0 of {low:.1f} to {high:.1f}: "
+        f"this run (learning rate times steps), which gives an L0 of {low:.1f} to {high:.1f}: "
         "whatever l0_coefficient is, L0 is left to the encoder",
         "give target_l0 in place of l0_coefficient, raise lr, or train longer",
     )
@@ -181,7 +181,7 @@ def _coefficient_findings(sae: Any, found: FirstStep) -> list[Finding]:
                 "refused",
                 "l0_coefficient",
                 f"l0_coefficient is {coefficient:g}, and a latent that explained all of an "
-                f"activation would be worth {found.variance:.3g}: the least loss is at L0 0",
+                f"activation would save {found.variance:.3g}: the least loss is at L0 0",
                 # Switching every latent off costs the variance, so no L0 above variance / λ pays.
                 f"set it well below {found.variance / 50:.2g}, above which no L0 of 50 can pay, or "
                 "give target_l0 in its place",

@@ -52,7 +52,7 @@ def repaired(cfg: Any) -> tuple[Any, list[Finding]]:
                 "repaired",
                 "l0 warm-up",
                 f"l0_warm_up_steps is {l0_warm_up:,} and the run has {steps:,} steps: the "
-                f"coefficient would end at {steps / l0_warm_up:.2g} of what was asked for",
+                f"coefficient would end at {steps / l0_warm_up:.2g} of what was given",
                 f"shortened to {shorter:,}",
             )
         )

@@ -154,7 +154,7 @@ def _config(
     if settings.l0_coefficient is not None:
         given["l0_coefficient"] = settings.l0_coefficient
     elif target is not None or "l0_coefficient" not in recipe.sae:
-        # A target is steered to, also where the recipe would fix the coefficient.
+        # A target is held, also where the recipe would fix the coefficient.
         given["l0_coefficient"] = None
         target = DEFAULT_TARGET_L0 if target is None else target
     d_in = widths[pair.hook_in]
