@@ -88,7 +88,7 @@ def test_hooks_let_go_of_parameters_that_are_gone() -> None:
 
 
 def test_an_sae_that_is_never_stepped_can_be_freed() -> None:
-    sae = JumpReLUTrainingSAE(good_config(l0_coefficient=0.1)).train()
+    sae = JumpReLUTrainingSAE(good_config(l0_coefficient=0.1, target_l0=None)).train()
     sae.training_forward_pass(
         step_input=TrainStepInput(
             sae_in=torch.randn(17, 7),
