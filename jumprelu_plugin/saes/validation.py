@@ -199,7 +199,8 @@ SAE_RULES = (
     one_of("step_kernel", STEP_PATHS),
 )
 
-# Fields that would do nothing in the mode chosen. A stock config may carry them, as in SAELens.
+# Fields of ours that would do nothing in the mode chosen. With a fixed coefficient SAELens' own mean
+# what they mean there: a mode does not read another mode's.
 EFFECT_RULES = (
     Rule(
         "l0_warm_up_steps",
@@ -207,17 +208,6 @@ EFFECT_RULES = (
         "{field} is {value} and l0_coefficient is None: there is no fixed penalty to warm up. Give "
         "target_l0_warm_up_steps with target_l0_start_ratio to come down to the target, or an "
         "l0_coefficient",
-    ),
-    Rule(
-        "target_l0",
-        lambda cfg: (
-            cfg.controls_l0
-            or cfg.target_l0 is None
-            or cfg.jumprelu_sparsity_loss_mode == "quadratic"
-        ),
-        "{field} is {value} and l0_coefficient is {cfg.l0_coefficient}: with a fixed coefficient "
-        "only jumprelu_sparsity_loss_mode='quadratic' reads a target. Leave out l0_coefficient to "
-        "hold the target, or target_l0",
     ),
     Rule(
         "target_l0_warm_up_steps",
@@ -234,15 +224,6 @@ EFFECT_RULES = (
         ),
         "{field} is {value}, which needs target_l0_warm_up_steps (they are "
         "{cfg.target_l0_warm_up_steps}) and no l0_coefficient (it is {cfg.l0_coefficient})",
-    ),
-    Rule(
-        "jumprelu_tanh_scale",
-        lambda cfg: (
-            cfg.jumprelu_sparsity_loss_mode == "tanh"
-            or cfg.jumprelu_tanh_scale == type(cfg).jumprelu_tanh_scale
-        ),
-        "{field} is {value}, and only jumprelu_sparsity_loss_mode='tanh' reads it (it is "
-        "{cfg.jumprelu_sparsity_loss_mode!r})",
     ),
     Rule(
         "jumprelu_bandwidth_std",

@@ -209,10 +209,8 @@ def test_a_hub_name_says_what_to_do_about_the_license() -> None:
     ("fields", "words"),
     [
         ({"l0_warm_up_steps": 500}, "l0_warm_up_steps is 500 and l0_coefficient is None"),
-        ({"l0_coefficient": 0.3}, "target_l0 is 7.*l0_coefficient is 0.3"),
         ({"target_l0_warm_up_steps": 9}, "target_l0_warm_up_steps is 9.*target_l0_start_ratio"),
         ({"target_l0_start_ratio": 2.0}, "target_l0_start_ratio is 2.0.*target_l0_warm_up_steps"),
-        ({"jumprelu_tanh_scale": 2.0}, "jumprelu_tanh_scale is 2.0.*'tanh'"),
         (
             {"jumprelu_bandwidth": 0.5, "jumprelu_bandwidth_std": 2.0},
             "jumprelu_bandwidth_std is 2.0 and jumprelu_bandwidth is 0.5",
