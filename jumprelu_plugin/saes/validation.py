@@ -199,8 +199,8 @@ SAE_RULES = (
     one_of("step_kernel", STEP_PATHS),
 )
 
-# Fields of ours that would do nothing in the mode chosen. With a fixed coefficient SAELens' own mean
-# what they mean there: a mode does not read another mode's.
+# Fields of ours that would do nothing in the mode chosen. With a fixed coefficient SAELens' own
+# mean what they mean there: a mode does not read another mode's.
 EFFECT_RULES = (
     Rule(
         "l0_warm_up_steps",
