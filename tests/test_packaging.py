@@ -16,6 +16,7 @@ DISTRIBUTION = {
     "circuit_tracer": "circuit-tracer",
     "huggingface_hub": "huggingface-hub",
     "lazy_loader": "lazy-loader",
+    "simple_parsing": "simple-parsing",
     "dictionary_learning": "dictionary-learning",
     "sae_dashboard": "sae-dashboard",
     "sae_lens": "sae-lens",
