@@ -1,7 +1,7 @@
-"""A cross-layer transcoder from a model and text to a folder: `jumprelu train-clt`.
+"""A cross-layer transcoder, trained and saved with a record: `jumprelu train-clt`.
 
-Interrupted, it leaves a checkpoint, and the same call goes on from there. What cannot work is
-refused before it trains.
+An interrupted run leaves a checkpoint, from which the same call continues. Settings that cannot
+work are refused before the training starts.
 """
 
 from __future__ import annotations
@@ -58,19 +58,26 @@ def train_clt(
     dataset: Any = None,
     log: Callable[[Any], None] = print,
 ) -> Path:
-    """Train, save the folder (`transcoders.clt.folder`) and a record; return `output`.
+    """Train the transcoder, save it (`transcoders.clt.folder`) and a record.
 
-    An unfinished run in `output` with the same settings is continued.
+    An unfinished run in `output` with the same settings continues from its last checkpoint.
 
     Args:
-        model: a hooked model to use in place of loading `settings.model_name`.
-        dataset: tokenised text to use in place of `settings.dataset_path`.
-        log: takes the memory estimate before training starts, and the evaluation's table.
+        output: a new or empty folder, or one with an unfinished run.
+        settings: what to train, on which text, and how long.
+        model: a hooked model, in place of loading `settings.model_name`.
+        dataset: tokenized text, in place of `settings.dataset_path`.
+        log: called with the memory estimate before the training and with the evaluation's table
+            after it.
+
+    Returns:
+        `output`.
 
     Raises:
-        ValueError: `output` holds something else, the settings differ from those of the run it
-            holds, layers or hooks do not exist or do not fit, or the memory does not suffice.
-        sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
+        ValueError: `output` holds a finished run, a run with other settings, or other files;
+            layers, hooks or the device do not exist or do not fit; or the run needs more than
+            `memory_gb`.
+        sae_lens.training._interruption.InterruptedException: Ctrl-C or SIGTERM stopped the run; a
             checkpoint is saved.
     """
     require_device(settings.device)
@@ -110,7 +117,7 @@ def train_clt(
     folders.save_clt(trainer.model, output)
     found = None
     if held_out is not None:
-        # What was saved is what is judged.
+        # The saved folder is what is evaluated.
         saved = folders.load_clt(output, settings.device)
         found = evaluate_clt(model, saved, held_out)
         log(found.table())

@@ -1,7 +1,8 @@
 """One transcoder a layer, trained in a single pass over the text: `jumprelu train-transcoders`.
 
-Gives a folder with a stock SAELens folder a layer and a record. Interrupted, it leaves a
-checkpoint, and the same call goes on from there. It refuses what cannot work before it trains.
+The result is a stock SAELens folder for each layer, and a record. An interrupted run leaves a
+checkpoint, from which the same call continues. Settings that cannot work are refused before the
+training starts.
 """
 
 from __future__ import annotations
@@ -57,19 +58,25 @@ def train_transcoders(
     dataset: Any = None,
     log: Callable[[Any], None] = print,
 ) -> Path:
-    """Train, save one stock folder a layer (`layer_0`, …) and a record; return `output`.
+    """Train the transcoders, save a stock folder for each layer (`layer_0`, …) and a record.
 
-    An unfinished run in `output` with the same settings is continued.
+    An unfinished run in `output` with the same settings continues from its last checkpoint.
 
     Args:
-        model: a hooked model to use in place of loading `settings.model_name`.
-        dataset: tokenised text to use in place of `settings.dataset_path`.
-        log: takes the memory estimate before training starts, and the evaluation's table.
+        output: a new or empty folder, or one with an unfinished run.
+        settings: what to train, on which text, and how long.
+        model: a hooked model, in place of loading `settings.model_name`.
+        dataset: tokenized text, in place of `settings.dataset_path`.
+        log: called with the memory estimate before the training and with the evaluation's table
+            after it.
+
+    Returns:
+        `output`.
 
     Raises:
-        ValueError: `output` holds something else, the settings differ from those of the run it
-            holds, a layer, hook or recipe does not exist, or the memory does not suffice.
-        sae_lens.training._interruption.InterruptedException: stopped by Ctrl-C or SIGTERM; a
+        ValueError: `output` holds a finished run, a run with other settings, or other files; a
+            layer, hook, recipe or device does not exist; or the run needs more than `memory_gb`.
+        sae_lens.training._interruption.InterruptedException: Ctrl-C or SIGTERM stopped the run; a
             checkpoint is saved.
     """
     require_device(settings.device)
@@ -105,7 +112,7 @@ def train_transcoders(
         (unfinished / RUNNER_CFG_FILENAME).unlink()
     found = None
     if held_out is not None:
-        # What was saved is what is judged: loaded by stock SAELens, as any other tool would.
+        # The saved folders are what is evaluated, loaded by stock SAELens as any other tool would.
         saved = [SAE.load_from_disk(output / name, settings.device) for name in pairs]
         found = evaluate_transcoders(model, saved, held_out)
         log(found.table())
@@ -175,7 +182,7 @@ def _config(
 def _within_memory(
     model: Any, configs: dict[str, Any], widths: dict[str, int], settings: TranscoderSettings
 ) -> tuple[TranscoderSettings, MemoryEstimate]:
-    """The settings with a chunk that fits, and what they take."""
+    """The settings with a buffer that fits into `memory_gb`, and the memory the run takes."""
     batch = _batch_tokens(settings)
     smallest = smallest_chunk(batch, settings.context_size, settings.store_batch_size_prompts)
 
@@ -225,6 +232,7 @@ def _runner_config(
         saes=configs,
         hook_names={name: pair.hook_in for name, pair in pairs.items()},
         model_name=settings.model_name,
+        model_class_name=_recorded_class_name(settings),
         model_from_pretrained_kwargs={},  # loaded without processing
         dataset_path=settings.dataset_path,
         context_size=settings.context_size,
@@ -245,9 +253,15 @@ def _runner_config(
         logger=LoggingConfig(log_to_wandb=False),
         **fields,
     )
-    # Set afterwards: the constructor puts a random folder below it.
+    # Set afterwards: the constructor appends a random folder's name.
     cfg.checkpoint_path = str(output / CHECKPOINTS)
     return cfg
+
+
+def _recorded_class_name(settings: TranscoderSettings) -> str:
+    """The model's class as SAELens' own loader knows it, for the transcoders' metadata."""
+    name = settings.model_class_name
+    return "HookedTransformer" if name == "HookedSAETransformer" else name
 
 
 # ---------------------------------------------------------------- after training
