@@ -97,7 +97,8 @@ def fitting_chunk(
     if memory_gb is not None and found.total > memory_gb * 1e9:
         raise ValueError(
             f"the run takes {found}, more than memory_gb={memory_gb:g}, with the smallest "
-            "chunk there is: lower d_sae, train fewer layers at a time, or lower batch_tokens"
+            "chunk there is: lower d_sae, train fewer layers at a time, or lower "
+            "train_batch_size_tokens"
         )
     return chunk, found
 
