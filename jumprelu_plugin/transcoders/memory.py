@@ -1,4 +1,7 @@
-"""What a training of many transcoders takes in memory, from its sizes alone."""
+"""What a training of many transcoders takes in memory, from its sizes alone.
+
+The arithmetic of a step and a forward pass is `training.health.memory`'s.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FLOAT32 = 4
-# Arrays [batch, d_sae] that exist together at the widest point of a dense step (pre-activations,
-# activations, gates, the window, gradients), which the choice of path may try at any time.
-DENSE_ARRAYS = 6
+import torch
+
+from jumprelu_plugin.training.health.memory import (
+    FLOAT32,
+    KEPT_FOR_LOG,
+    calibration_bytes,
+    forward_bytes,
+    rows_bytes,
+    step_bytes,
+    usual_entries,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class MemoryEstimate:
         model: the language model's weights.
         transcoders: weights and both moments of Adam of all, and the gradients of one.
         chunk: activations that are shuffled together.
-        working: the larger of a training step's and a forward pass's temporaries.
+        working: temporaries of a step, of the calibration before the first, or of a forward pass,
+            whichever takes most.
     """
 
     model: int
@@ -62,23 +73,33 @@ def estimate_memory(
         sequences_per_pass: in a forward pass of the model.
     """
     weights = [transcoder_parameters(cfg) for cfg in configs]
-    step = DENSE_ARRAYS * batch_tokens * max(cfg.d_sae for cfg in configs)
-    forward = forward_numbers(model, hook_widths, context_size, sequences_per_pass)
+    width = sum(hook_widths)
     return MemoryEstimate(
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
         transcoders=FLOAT32 * (3 * sum(weights) + max(weights)),
-        chunk=FLOAT32 * chunk_sequences * context_size * sum(hook_widths),
-        working=FLOAT32 * max(step, forward),
+        chunk=FLOAT32 * chunk_sequences * context_size * width,
+        working=max(
+            *(_step_bytes(cfg, batch_tokens, others=len(configs) - 1) for cfg in configs),
+            forward_bytes(model, width, context_size, sequences_per_pass)
+            + FLOAT32 * sequences_per_pass * context_size * width,
+        )
+        + rows_bytes(batch_tokens, width),
     )
 
 
-def forward_numbers(
-    model: Any, hook_widths: Sequence[int], context_size: int, sequences_per_pass: int
-) -> int:
-    """How many numbers a forward pass that harvests these hooks holds at once."""
-    # What is harvested, a block's own activations, and attention scores with their softmax.
-    a_block = 3 * model.cfg.d_mlp + 8 * model.cfg.d_model + 3 * model.cfg.n_heads * context_size
-    return sequences_per_pass * context_size * (sum(hook_widths) + a_block)
+def _step_bytes(cfg: Any, batch: int, others: int) -> int:
+    entries = usual_entries(batch, cfg.d_sae, cfg.target_l0)
+    step = step_bytes(
+        batch,
+        cfg.d_in,
+        cfg.d_sae,
+        entries,
+        cfg.step_kernel,
+        torch.device(cfg.device).type,
+        others=others,
+        kept=KEPT_FOR_LOG,
+    )
+    return max(step, calibration_bytes(batch, cfg.d_sae, transcoder=True))
 
 
 def fitting_chunk(

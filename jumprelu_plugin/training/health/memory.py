@@ -1,33 +1,50 @@
-"""The most memory a training will take, from its sizes, and what the machine has.
+"""The most memory a training will take, from its sizes: SAEs, sets of transcoders, CLTs.
 
 A run has four moments that could be its peak: when it calibrates on its first batch, in a step,
 while it draws activations, and while it writes a checkpoint. Between them weights, Adam's moments
-and the mixing buffer stay.
+and the buffer of activations stay.
+
+The counts reproduce the peak resident memory of real runs within a factor of 1.3, on a CPU with
+one thread (test_memory.py of tests/training/health and of tests/transcoders). They are what a run
+needs. glibc keeps freed blocks of up to 32 MB, which can double what a run of a few hundred
+megabytes holds; with MALLOC_MMAP_THRESHOLD_=1000000 in the environment it gives them back.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-# The counts below reproduce the peak resident memory of real runs (docs/guides/monitoring.md).
-# Arrays [batch, d_sae] that exist together at the widest point of a dense step: 9 of the step,
-# z, activations, gates, windows and their gradients (measured at d_in 33, d_sae 32,749 and 601
-# tokens), and 2 that the last step left for the log.
-DENSE_ARRAYS = 11
-# The same where z is calibrated before the first step, and there are no gradients or moments yet.
-CALIBRATION_ARRAYS = 2
+from jumprelu_plugin.training.health.machine import available, taken
+
+FLOAT32 = 4
+# Arrays [batch, d_sae] that exist together at the widest point of one dictionary's dense step: z,
+# activations, gates, windows and their gradients. Measured at d_in 33, d_sae 32,749 and 601 tokens:
+# 9.0 for an SAE, 9.1 for a transcoder; 7.1 for a layer of a cross-layer transcoder, whose loss has
+# no prefixes.
+STEP_ARRAYS = 9.0
+STEP_ARRAYS_CLT = 7.1
+# Of these, z and the activations stay for the log: an SAE's into its next step, a transcoder's
+# while the others of its set take their steps (2.05 measured). A layer of a cross-layer transcoder
+# keeps 2.9 for the backward pass.
+KEPT_FOR_LOG = 2.0
+KEPT_FOR_BACKWARD = 2.9
+# The same while z is calibrated before the first step, when there are no gradients yet: z, the
+# quantile's copy and what it is compared with (2.75 measured). A transcoder's decoder rows start
+# from the activations: two copies beside z and its mask (3.25).
+CALIBRATION_ARRAYS = 2.75
+CALIBRATION_ARRAYS_TRANSCODER = 3.25
 # Bytes of a kept pair in the sparse step: place, row and column, several times (8 bytes each), z,
 # activation, gate and their gradients (4 each).
 BYTES_PER_ENTRY = 145
 # What the sparse step takes at one time beside its entries (`step.select`).
 TILE_BYTES = {"cpu": 2**25}
 TILE_BYTES_ELSEWHERE = 2**29
+# Rows of a batch: as drawn, joined, scaled, and the output.
+ROW_COPIES = 4
 # Copies of the mixing buffer while it is filled: what waited, the new rows, joined, shuffled.
 BUFFER_COPIES = 3.5
 
@@ -78,17 +95,21 @@ def forecast(
     device = torch.device(cfg.device)
     parameters = sum(p.numel() * p.element_size() for p in sae.parameters())
     rows = cfg.n_batches_in_buffer * cfg.context_size
-    per_pass = cfg.store_batch_size_prompts * cfg.context_size
     here = _same(device, cfg.act_store_device)
-    buffer = 4 * rows * width if here else 0
-    forward = 4 * _forward_numbers(cfg, model, width) if _same(device, cfg.llm_device) else 0
-    one_pass = 4 * per_pass * width if here else 0
-    batch = cfg.train_batch_size_tokens
-    array = 4 * batch * sae.cfg.d_sae
+    buffer = FLOAT32 * rows * width if here else 0
+    forward = 0
+    if _same(device, cfg.llm_device):
+        forward = forward_bytes(model, width, cfg.context_size, cfg.store_batch_size_prompts)
+    one_pass = FLOAT32 * cfg.store_batch_size_prompts * cfg.context_size * width if here else 0
+    batch, d_sae = cfg.train_batch_size_tokens, sae.cfg.d_sae
+    kernel = getattr(sae.cfg, "step_kernel", "dense")
+    step = step_bytes(
+        batch, sae.cfg.d_in, d_sae, entries, kernel, device.type, others=1, kept=KEPT_FOR_LOG
+    )
     moments = {
         # The SAE's tangential gradients and the like take one more copy of a matrix or two.
-        "step": _step_bytes(cfg, sae, entries, device) + parameters + 16 * batch * width,
-        "calibration": CALIBRATION_ARRAYS * array * calibrates - 3 * parameters,
+        "step": step + parameters + rows_bytes(batch, width),
+        "calibration": calibration_bytes(batch, d_sae) * calibrates - 3 * parameters,
         # No gradients exist while activations are drawn, or while a checkpoint is written.
         "drawing": max(int((BUFFER_COPIES - 1) * buffer), forward) + one_pass - parameters,
         "saving": buffer if cfg.n_checkpoints else 0,
@@ -109,80 +130,78 @@ def _same(device: torch.device, other: str | None) -> bool:
     return other is None or torch.device(other).type == device.type
 
 
-def _step_bytes(cfg: Any, sae: Any, entries: float, device: torch.device) -> int:
-    batch, path = cfg.train_batch_size_tokens, getattr(sae.cfg, "step_kernel", "dense")
-    dense = 4 * DENSE_ARRAYS * batch * sae.cfg.d_sae
-    tile = TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE)
-    sparse = int(BYTES_PER_ENTRY * entries * batch) + tile
-    if path == "screened" or path == "auto":  # both matrices once more, in bfloat16
-        sparse += 2 * (batch + sae.cfg.d_sae) * sae.cfg.d_in
-    if path == "dense":
+# ---------------------------------------------------------------- the parts
+
+
+def usual_entries(batch: int, d_sae: int, target_l0: float | None) -> float:
+    """Pairs a token that a step keeps, where no batch was looked at.
+
+    The default window's at a target, which holds about twice the active ones beside them; a tenth
+    of the latents without one. At the start each latent fires on one token of a batch or more.
+    """
+    if target_l0 is None:
+        return 0.1 * d_sae
+    return min(3.0 * max(target_l0, d_sae / batch), d_sae)
+
+
+def step_bytes(
+    batch: int,
+    d_in: int,
+    d_sae: int,
+    entries: float,
+    step_kernel: str,
+    device_type: str,
+    *,
+    others: int,
+    kept: float,
+    arrays: float = STEP_ARRAYS,
+) -> int:
+    """Temporaries of a step that are as many as pairs of a token and a latent.
+
+    Args:
+        entries: pairs a token that the sparse step keeps.
+        step_kernel: as in the config; `auto` may take any path.
+        others: steps, of this dictionary or others, whose arrays exist meanwhile.
+        kept: how many arrays each of them keeps (`KEPT_FOR_LOG`, `KEPT_FOR_BACKWARD`).
+        arrays: at the widest point of the step.
+    """
+    array = FLOAT32 * batch * d_sae
+    steps = 1 + others * kept / arrays
+    dense = int(arrays * array * steps)
+    tile = min(array, TILE_BYTES.get(device_type, TILE_BYTES_ELSEWHERE))
+    sparse = int(BYTES_PER_ENTRY * entries * batch * steps) + tile
+    if step_kernel in ("screened", "auto"):  # both matrices once more, in bfloat16
+        sparse += 2 * (batch + d_sae) * d_in
+    if step_kernel == "dense":
         return dense
     # "auto" tries the dense step where it could be faster, which it is not where little is active.
-    could_be_dense = path == "auto" and entries > 0.05 * sae.cfg.d_sae
+    could_be_dense = step_kernel == "auto" and entries > 0.05 * d_sae
     return max(sparse, dense) if could_be_dense else sparse
 
 
-def _forward_numbers(cfg: Any, model: Any, width: int) -> int:
-    """Numbers of a forward pass of the model: the hook, a block's own, attention scores."""
+def calibration_bytes(batch: int, d_sae: int, *, transcoder: bool = False) -> int:
+    """Temporaries while thresholds and bandwidth are measured on the first batch."""
+    arrays = CALIBRATION_ARRAYS_TRANSCODER if transcoder else CALIBRATION_ARRAYS
+    return int(arrays * FLOAT32 * batch * d_sae)
+
+
+def rows_bytes(batch: int, width: int) -> int:
+    """A batch's rows, for all hooks together."""
+    return ROW_COPIES * FLOAT32 * batch * width
+
+
+def forward_bytes(model: Any, width: int, context_size: int, sequences: int) -> int:
+    """A forward pass of the model: the hooks, a block's own activations, attention scores.
+
+    Args:
+        width: of all hooks that are read, together.
+    """
     sizes: Mapping[str, Any] = vars(getattr(model, "cfg", object)) if model is not None else {}
     d_model, d_mlp, heads = (sizes.get(name) or 0 for name in ("d_model", "d_mlp", "n_heads"))
-    a_token = 2 * width + 3 * d_mlp + 8 * d_model + 3 * heads * cfg.context_size
-    return cfg.store_batch_size_prompts * cfg.context_size * a_token
+    a_token = 2 * width + 3 * d_mlp + 8 * d_model + 3 * heads * context_size
+    return FLOAT32 * sequences * context_size * a_token
 
 
 def size(count: float) -> str:
     """A number of bytes, for reading."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def taken(device: torch.device) -> int:
-    """Bytes this process holds on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def available(device: torch.device) -> int | None:
-    """Bytes this process could hold on a device, with what it holds now; None if not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = [room for room in (_free_memory(), _free_in_group()) if room is not None]
-    return min(free) + taken(device) if free else None
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = {name: value.split()[0] for name, _, value in (line.partition(":") for line in lines)}
-    return 1024 * int(sizes["MemAvailable"]) if "MemAvailable" in sizes else None
-
-
-def _free_in_group() -> int | None:
-    """Under the limit of a container: control groups, version 2 or 1."""
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (Path(folder, name).read_text().strip() for name in (limit, used))
-        except OSError:
-            continue
-        # Files the kernel caches count as used, and are given back on demand.
-        return None if most == "max" else int(most) - int(now) + _cached(folder)
-    return None
-
-
-def _cached(folder: str) -> int:
-    try:
-        lines = Path(folder, "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    sizes = dict(line.split()[:2] for line in lines)
-    return int(sizes.get("inactive_file", sizes.get("total_inactive_file", 0)))

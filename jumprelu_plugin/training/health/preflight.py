@@ -31,7 +31,7 @@ from jumprelu_plugin.training.health.first_step import (
     first_step,
     threshold_reach,
 )
-from jumprelu_plugin.training.health.memory import MemoryForecast, forecast, size
+from jumprelu_plugin.training.health.memory import MemoryForecast, forecast, size, usual_entries
 from jumprelu_plugin.training.health.sample import first_rows, scaled
 from jumprelu_plugin.training.health.schedule import lr_sum, schedule_findings, total_steps
 
@@ -183,11 +183,13 @@ def run_preflight(
         findings += first_step_findings(sae, found, cfg, reach)
     if isinstance(sae, JumpReLUTrainingSAE):
         findings += precision_findings(sae, cfg.lr, found)
+    target = getattr(sae.cfg, "target_l0", None)
+    usual = usual_entries(cfg.train_batch_size_tokens, sae.cfg.d_sae, target)
     memory = forecast(
         cfg,
         sae,
         None if store is None else store.model,
-        entries=_usual_entries(sae.cfg) if found is None else found.entries,
+        entries=usual if found is None else found.entries,
         calibrates=not resumed and not getattr(sae, "calibrated", True),
         width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
     )
@@ -196,13 +198,6 @@ def run_preflight(
     ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
     resolved = getattr(sae, "resolved", None)
     return Preflight(steps, memory, found, reach, tuple(ranked), resolved)
-
-
-def _usual_entries(cfg: Any) -> float:
-    """Pairs a token that a step keeps where none was looked at: the default window's at a target,
-    which holds about twice the active ones beside them; a tenth of the dictionary without one."""
-    target = getattr(cfg, "target_l0", None)
-    return 0.1 * cfg.d_sae if target is None else min(3.0 * target, cfg.d_sae)
 
 
 def _is_pair(sae: Any) -> bool:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from jumprelu_plugin.transcoders.clt.config import CLTConfig
-from jumprelu_plugin.transcoders.memory import (
-    DENSE_ARRAYS,
+import torch
+
+from jumprelu_plugin.training.health.memory import (
     FLOAT32,
-    MemoryEstimate,
-    forward_numbers,
+    KEPT_FOR_BACKWARD,
+    STEP_ARRAYS_CLT,
+    calibration_bytes,
+    forward_bytes,
+    rows_bytes,
+    step_bytes,
+    usual_entries,
 )
+from jumprelu_plugin.transcoders.clt.config import CLTConfig
+from jumprelu_plugin.transcoders.memory import MemoryEstimate
 
 
 def parameter_count(cfg: CLTConfig) -> int:
@@ -27,21 +34,44 @@ def estimate_memory(
     context_size: int,
     sequences_per_pass: int,
     chunk_sequences: int,
+    target_l0: float | None,
+    step_kernel: str,
+    device: str = "cpu",
 ) -> MemoryEstimate:
-    """Add up a run. `transcoders` holds all gradients here: there is one backward pass for all."""
+    """Add up a run. `transcoders` holds all gradients here: there is one backward pass for all.
+
+    Args:
+        sequences_per_pass: in a forward pass of the model.
+        target_l0, step_kernel: as in the training's config.
+    """
     widths = [cfg.d_in, cfg.d_out] * cfg.n_layers
-    # All layers' arrays live until the backward pass, and what each has written does too.
-    latents = DENSE_ARRAYS * cfg.n_layers * cfg.d_sae
-    written = 2 * _decoders(cfg) * cfg.d_out + 2 * sum(widths)
+    width = sum(widths)
+    step = step_bytes(
+        batch_tokens,
+        cfg.d_in,
+        cfg.d_sae,
+        usual_entries(batch_tokens, cfg.d_sae, target_l0),
+        step_kernel,
+        torch.device(device).type,
+        others=cfg.n_layers - 1,
+        kept=KEPT_FOR_BACKWARD,
+        arrays=STEP_ARRAYS_CLT,
+    )
+    # What each layer writes, and its gradient, which live until the backward pass.
+    written = 2 * FLOAT32 * batch_tokens * _decoders(cfg) * cfg.d_out
     return MemoryEstimate(
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
         transcoders=4 * FLOAT32 * parameter_count(cfg),
-        chunk=FLOAT32 * chunk_sequences * context_size * sum(widths),
-        working=FLOAT32
-        * max(
-            batch_tokens * (latents + written),
-            forward_numbers(model, widths, context_size, sequences_per_pass),
-        ),
+        chunk=FLOAT32 * chunk_sequences * context_size * width,
+        working=max(
+            step + written,
+            # Before the first step there are no gradients or moments.
+            calibration_bytes(batch_tokens, cfg.d_sae, transcoder=True)
+            - 3 * FLOAT32 * parameter_count(cfg),
+            forward_bytes(model, width, context_size, sequences_per_pass)
+            + FLOAT32 * sequences_per_pass * context_size * width,
+        )
+        + rows_bytes(batch_tokens, width),
     )
 
 

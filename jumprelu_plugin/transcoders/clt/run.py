@@ -194,6 +194,9 @@ def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[i
             context_size=settings.context_size,
             sequences_per_pass=settings.store_batch_size_prompts,
             chunk_sequences=chunk_sequences,
+            target_l0=_training_config(settings).target_l0,
+            step_kernel=settings.step_kernel,
+            device=settings.device,
         )
 
     smallest = smallest_chunk(
