@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question: a training decides where it can stop."""
+"""Ctrl-C and SIGTERM as a request to stop, which a training meets at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from sae_lens.training._interruption import InterruptedException
+from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,3 +26,35 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, usual in before.items():
             signal.signal(number, usual)
+
+
+class InterruptibleIterator:
+    """An iterator that stops on request, before it takes the next item from `source`.
+
+    Raises:
+        InterruptedException: in place of the next item, after a request to stop.
+    """
+
+    def __init__(self, source: Iterator[dict[str, Tensor]]):
+        self._source = source
+        self._stop_requested = False
+
+    def __iter__(self) -> InterruptibleIterator:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._stop_requested:
+            raise InterruptedException("interrupted; the same command goes on from the last step")
+        return next(self._source)
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM; a second signal ends the run at once."""
+        with stop_signals_to(self._request_stop):
+            yield
+
+    def _request_stop(self, signal_number: int, frame: Any) -> None:
+        if self._stop_requested:
+            # Not SAELens' exception, after which a checkpoint is saved: this is inside a step.
+            raise KeyboardInterrupt
+        self._stop_requested = True

@@ -1,8 +1,8 @@
-"""SAELens' trainer, showing and recording what it measures, and stopping where it can go on.
+"""SAELens' trainer with a progress bar, recorded metrics, alarms and checkpoints on interruption.
 
-Changes no number. It adds a progress bar with loss, L0, FVU and dead latents; the metrics SAELens
-logs to wandb as JSON lines in a file, with or without wandb; and checkpoints that are whole, are
-made between steps, and are made when the run is interrupted.
+It changes no number of a training. It adds a progress bar with loss, L0, FVU and dead latents; a
+file of JSON lines with the metrics that SAELens logs to wandb, with or without wandb; and
+checkpoints that are whole or absent, saved between steps and when the run is interrupted.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ PROGRESS_EVERY = 10
 
 
 class JumpReLUTrainer(SAETrainer[Any, Any]):
-    """`SAETrainer` with a telling progress bar and, if `metrics_path` is set, JSON lines.
+    """`SAETrainer` with a progress bar and, if `metrics_path` is set, JSON lines.
 
-    A line is written every `cfg.logger.wandb_log_frequency` steps, and one at the end of every
-    `cfg.feature_sampling_window`. It holds the numbers SAELens gives wandb at that step, and the
-    step; a number that is not finite is null. What goes wrong is raised as an alarm
-    (`health.alarms`): a warning, and a line of its own.
+    A line is written every `cfg.logger.wandb_log_frequency` steps, and at the end of every
+    `cfg.feature_sampling_window`. It holds the step and the numbers SAELens logs to wandb at that
+    step; a number that is not finite is null. An alarm (`health.alarms`) is a warning and a line of
+    its own.
 
-    SIGINT (Ctrl-C) and SIGTERM end a run after the step it is in, with a checkpoint if
-    `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. Before the end of the
-    first step, and when they come a second time, they end it at once and nothing is saved.
+    SIGINT (Ctrl-C) and SIGTERM end a run after the current step, with a checkpoint if
+    `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. During the first step,
+    and at the second signal, the run ends at once and nothing is saved.
     """
 
     metrics_path: Path | None = None
     monitor: Monitor | None = None
     _steps_made: int = 0
-    _asked_to_stop: bool = False
+    _stop_requested: bool = False
 
     @override
     def fit(self) -> Any:
         self.monitor = Monitor.of(self.sae, self.cfg.total_training_steps)
         try:
-            with stop_signals_to(self._asked):
+            with stop_signals_to(self._request_stop):
                 return super().fit()
         finally:
             self.monitor.close()
@@ -109,11 +109,11 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     # ---------------------------------------------------------------- interruption
 
-    def _asked(self, signal_number: int, frame: Any) -> None:
-        if self._asked_to_stop or self._steps_made == 0:
+    def _request_stop(self, signal_number: int, frame: Any) -> None:
+        if self._stop_requested or self._steps_made == 0:
             raise InterruptedException("interrupted; nothing was saved")
-        # A step that is cut in two leaves weights and optimiser that belong to different steps.
-        self._asked_to_stop = True
+        # In the middle of a step, weights and optimizer belong to different steps.
+        self._stop_requested = True
         logger.warning("interrupted: finishing this step (once more to stop at once)")
 
     def _stop(self) -> None:
@@ -152,7 +152,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     @override
     def _checkpoint_if_needed(self) -> None:
-        """Nothing yet: SAELens calls this before it has counted the step (see `_update_pbar`)."""
+        """Nothing: SAELens calls this before it counts the step; `_update_pbar` saves after it."""
 
     # ---------------------------------------------------------------- the end of a step
 
@@ -161,13 +161,13 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: tqdm, update_interval: int = PROGRESS_EVERY
     ) -> None:
-        """The last thing SAELens does in a step: show it, and save where that is due."""
+        """SAELens' last call in a step: show the metrics, and save a checkpoint if one is due."""
         self._steps_made += 1
         pbar.update(len(step_output.sae_in))
         if self.n_training_steps % update_interval == 0:
             self._show(step_output, pbar)
         super()._checkpoint_if_needed()
-        if self._asked_to_stop:
+        if self._stop_requested:
             pbar.close()
             self._stop()
 

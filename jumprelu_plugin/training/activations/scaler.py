@@ -1,8 +1,8 @@
-"""Input and target of a transcoder, each on its own scale.
+"""Scales for the input and the target of a transcoder, one each.
 
-SAELens' trainer scales activations with an `ActivationScaler` of one number, estimates it before
-the first step, saves it beside a checkpoint and hands it to the SAE for folding. `PairScaler` is
-one of two numbers, for rows [x ‖ y].
+SAELens' trainer scales activations with an `ActivationScaler` of one number, which it estimates
+before the first step, saves with a checkpoint and hands to the SAE for folding. `PairScaler` has
+two numbers, for rows [x ‖ y].
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from jumprelu_plugin.step.losses import outlier_token_weights
 
 
 class PairScaler(ActivationScaler):
-    """Multiplies both sides so that E‖x‖² = E‖y‖² = d_in, outliers left aside.
+    """Multiplies both sides so that E‖x‖² = E‖y‖² = d_in, with the norms of outliers limited.
 
-    Both sides take d_in, whatever d_out is: one unit then serves z, θ, ε, the loss and λ, and a
-    recipe's numbers mean what they mean for an SAE. Gemma Scope (arXiv 2408.05147) divides input
-    and target each by its own root mean square, which is this up to the common √d_in.
+    Both sides are scaled to d_in, whatever d_out is: z, θ, ε, the loss and λ then share one unit,
+    and a recipe's numbers mean what they mean for an SAE. Gemma Scope (arXiv 2408.05147) divides
+    input and target each by its own root mean square, which is the same up to the common √d_in.
 
-    A token longer than ten times a batch's median counts as ten times that. In some MLPs'
-    outputs one token in a thousand is hundreds of times as long as the others and holds nearly all
-    of the mean square ("massive activations", arXiv 2402.17762); divided by that, the others would
-    be so short that every step of the optimiser overshoots (docs/guides/transcoders-and-clt.md).
+    A token whose norm is more than ten times the batch's median counts with ten times the median.
+    In the outputs of some MLPs one token in a thousand has a norm hundreds of times the others' and
+    holds nearly all of the mean square ("massive activations", arXiv 2402.17762). Divided by that,
+    the other tokens are so short that every step of the optimizer overshoots
+    (docs/guides/transcoders-and-clt.md).
 
     Attributes:
         scaling_factor: (s_in, s_out), or None before it is measured.
@@ -72,19 +73,19 @@ class PairScaler(ActivationScaler):
         """
         for _ in range(n_batches_for_norm_estimate):
             self.observe(next(data_provider))
-        self.settle()
+        self.finish()
 
     @torch.no_grad()
     def observe(self, rows: Float[Tensor, "batch d_in+d_out"]) -> None:
-        """Take a batch into the estimate."""
+        """Add a batch to the estimate."""
         for side, part in enumerate(rows.split([self.d_in, self.d_out], dim=-1)):
             values = part.double()
             counted = outlier_token_weights(values, OUTLIER_NORM_RATIO) @ values.square().sum(1)
             self._squares[side] += counted.item()
         self._rows += len(rows)
 
-    def settle(self) -> None:
-        """Fix the scales from what was observed.
+    def finish(self) -> None:
+        """Set the scales from the observed batches.
 
         Raises:
             ValueError: a side is zero everywhere, or not finite.

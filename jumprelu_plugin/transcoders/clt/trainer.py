@@ -1,8 +1,8 @@
-"""The training loop: batches of every layer's pair, scaled, one optimiser, saved as it goes.
+"""The training loop of a cross-layer transcoder: scaled batches of all layers, one optimizer.
 
-SAELens' trainers give each dictionary an optimiser of its own and know no joint loss, so this one
-is ours. Schedules, activation store, scales and the shape of a checkpoint are SAELens'. Stopped
-between two steps it saves everything, and a resumed run is the uninterrupted one.
+SAELens' trainers give each dictionary its own optimizer and have no joint loss, so this package has
+a loop of its own. Schedules, activation store and scales are SAELens'. A run that is stopped saves
+its state between two steps, and the resumed run equals the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder, w
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.health.reporting import report
+from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.monitors import LayerMonitors
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep, StepOutput
-from jumprelu_plugin.transcoders.per_layer.runner import InterruptibleIterator
 
 _STATE, _TENSORS, _OPTIMIZER = "training_state.json", "training_state.safetensors", "optimizer.pt"
 _UPDATE_EVERY = 10
@@ -144,7 +144,7 @@ class Trainer:
             for index, scaler in enumerate(self.scalers):
                 scaler.observe(rows[pair_name(index)])
         for scaler in self.scalers:
-            scaler.settle()
+            scaler.finish()
 
     def _take_step(self, rows: Mapping[str, Tensor]) -> StepOutput:
         inputs, targets = [], []
@@ -154,28 +154,28 @@ class Trainer:
             # Copied apart: the sparse products read whole rows.
             inputs.append(x.contiguous())
             targets.append(y)
-        outcome = self.training_step.loss(inputs, targets)
+        output = self.training_step.loss(inputs, targets)
         self.optimizer.zero_grad()
-        outcome.loss.backward()
+        output.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
-        return outcome
+        return output
 
-    def _show(self, bar: tqdm, outcome: StepOutput) -> None:
+    def _show(self, bar: tqdm, output: StepOutput) -> None:
         bar.update(1)
         shown, logged = (
             self.step % every == 0 for every in (_UPDATE_EVERY, self.schedule.log_every)
         )
         if not (shown or logged):
             return
-        errors, n_layers = outcome.fvu(self.model.cfg.n_layers), self.model.cfg.n_layers
+        errors, n_layers = output.fvu(self.model.cfg.n_layers), self.model.cfg.n_layers
         dead = self.training_step.dead_share()
         if shown:
             bar.set_postfix(
-                loss=f"{outcome.loss.item():.3g}",
-                L0=f"{sum(outcome.l0) / n_layers:.1f}",
+                loss=f"{output.loss.item():.3g}",
+                L0=f"{sum(output.l0) / n_layers:.1f}",
                 FVU=f"{sum(errors) / n_layers:.3f} ({min(errors):.3f} to {max(errors):.3f})",
                 dead=f"{dead:.1%}",
             )
@@ -183,10 +183,10 @@ class Trainer:
             finite = [error if math.isfinite(error) else None for error in errors]
             line = {
                 "step": self.step,
-                "loss": outcome.loss.item(),
-                "l0": outcome.l0,
+                "loss": output.loss.item(),
+                "l0": output.l0,
                 "fvu": finite,
-                "coefficient": [float(value) for value in outcome.coefficients],
+                "coefficient": [float(value) for value in output.coefficients],
                 "dead": dead,
                 "lr": self.optimizer.param_groups[0]["lr"],
             }

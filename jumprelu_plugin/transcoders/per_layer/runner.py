@@ -1,16 +1,15 @@
-"""Many transcoders trained in lockstep on one stream of text: SAELens' multi-SAE runner, for pairs.
+"""Transcoders trained in lockstep on one stream of text: SAELens' multi-SAE runner, for pairs.
 
-`MultiSAETrainingRunner` gives every SAE its own optimiser, schedules and statistics and reads the
-model once for all. On top of it: rows [input ‖ output] from `PairStore`, a scale for each side, a
-telling progress bar, alarms, checkpoints that are whole or absent, and a stop that waits for the
-end of a step, so that a resumed run is the uninterrupted one.
+`MultiSAETrainingRunner` gives every SAE its own optimizer, schedules and statistics, and runs the
+model once for all. This module adds rows [input ‖ output] from `PairStore`, a scale for each side,
+a progress bar with loss, L0, FVU and dead latents, alarms, checkpoints that are whole or absent,
+and a stop at the end of a step, so that a resumed run equals the uninterrupted one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +20,6 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -33,17 +31,17 @@ from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
-from jumprelu_plugin.training.interruption import stop_signals_to
+from jumprelu_plugin.training.interruption import InterruptibleIterator
 
 
 class LayerwiseTrainer(MultiSAETrainer):
-    """`MultiSAETrainer` over rows [input ‖ output], one transcoder a name, each of them watched.
+    """`MultiSAETrainer` over rows [input ‖ output]: one transcoder for each name, each monitored.
 
     Attributes:
         metrics_path: where JSON lines go, one every `cfg.logger.wandb_log_frequency` steps, with
             SAELens' metrics of every transcoder under its name, and one for each alarm
             (`health.alarms`).
-        monitors: what looks at each transcoder, while it trains.
+        monitors: one for each transcoder, during `fit`.
     """
 
     metrics_path: Path | None = None
@@ -82,16 +80,16 @@ class LayerwiseTrainer(MultiSAETrainer):
             for name, scaler in scalers.items():
                 scaler.observe(batch[self.hook_names[name]])
         for scaler in scalers.values():
-            scaler.settle()
+            scaler.finish()
 
     @override
     @torch.no_grad()
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm, update_interval: int = 10
     ) -> None:
-        """The last thing SAELens does in a step: look at it, record it, show it."""
+        """SAELens' last call in a step: raise alarms, record the metrics, show them."""
         pbar.update(self.n_training_samples - pbar.n)
-        self._watch(step_outputs)
+        self._raise_alarms(step_outputs)
         if self.metrics_path is not None and self._due():
             lines = {
                 name: _finite(
@@ -113,7 +111,7 @@ class LayerwiseTrainer(MultiSAETrainer):
             dead=f"{_mean(dead):.1%}",
         )
 
-    def _watch(self, step_outputs: dict[str, TrainStepOutput]) -> None:
+    def _raise_alarms(self, step_outputs: dict[str, TrainStepOutput]) -> None:
         step, to_wandb = self.n_training_steps - 1, self.cfg.logger.log_to_wandb
         for name, monitor in self.monitors.items():
             silent = self.trainers[name].n_forward_passes_since_fired
@@ -213,34 +211,6 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         if self.cfg.output_path is not None:
             self._save_final_outputs(saes, trainer)
         return saes
-
-
-class InterruptibleIterator:
-    """An iterator that can be asked to stop: it does so where the next item would be taken."""
-
-    def __init__(self, source: Iterator[dict[str, Tensor]]):
-        self._source = source
-        self._asked = False
-
-    def __iter__(self) -> InterruptibleIterator:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        if self._asked:
-            raise InterruptedException("interrupted; the same command goes on from the last step")
-        return next(self._source)
-
-    @contextmanager
-    def stopped_by_signals(self) -> Iterator[None]:
-        """Stop on SIGINT and SIGTERM; a second one ends the run at once."""
-        with stop_signals_to(self._ask):
-            yield
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self._asked:
-            # Not SAELens' exception, which is answered with a checkpoint: a step is cut in two.
-            raise KeyboardInterrupt
-        self._asked = True
 
 
 def _refuse_widths(name: str, pair: HookPair, cfg: Any, widths: Mapping[str, int]) -> None:
