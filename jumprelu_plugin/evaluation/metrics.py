@@ -1,4 +1,4 @@
-"""What a dictionary does to activations, summed in one pass: FVU, L0, firing, dead latents.
+"""FVU, L0, latent densities and dead latents of a dictionary, summed in one pass.
 
 Every sum is in float64 and every number is independent of how the tokens are cut into batches. The
 mean of x is carried along and merged batch by batch (Chan, Golub and LeVeque 1979), so a mean

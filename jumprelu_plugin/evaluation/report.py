@@ -1,7 +1,6 @@
-"""One evaluation as a value: its numbers, a table for people, a record for programs.
+"""One evaluation: its numbers, a table for people, a record for programs.
 
-It computes nothing itself; `evaluate` puts the losses of loss.py and the metrics of metrics.py
-together.
+`evaluate` joins the losses of loss.py and the metrics of metrics.py; nothing else is computed here.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Evaluation(Metrics):
         return table
 
     def to_dict(self, frequencies: bool = False) -> dict[str, Any]:
-        """Plain values under the field names; `firing_frequency` as a list when asked for."""
+        """Plain values under the field names; `firing_frequency` as a list with `frequencies`."""
         metrics = {field.name for field in fields(Metrics)}
         # What was evaluated comes first, where a reader of the record looks for it.
         ordered = sorted(fields(self), key=lambda field: field.name in metrics)

@@ -1,8 +1,8 @@
-"""What a whole set of transcoders does to a model when all of them stand in at once.
+"""The loss of a model with a whole set of transcoders spliced in, and each one's own fidelity.
 
-Each reads its input hook in the model as the others have changed it, as in a replacement model of
-a circuit tool. The fidelity of each is measured on the unchanged model, so that a layer is judged
-by its own error and not by those below it. Which tokens count is as in splicing.py.
+Each transcoder reads its input hook in the model as the others have changed it, as in a replacement
+model of a circuit tool. The fidelity of each is measured on the unchanged model, so that errors of
+the layers below do not count. splicing.py defines which tokens count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every evaluation that splices something into a model needs: which tokens count, and hooks.
+"""The tools of evaluations that splice into a model: which tokens count, and hooks.
 
 Which tokens count. A position is *evaluated* when its token is not special (BOS, EOS, PAD, ...).
 At evaluated positions an output is replaced; at special ones it stays as the model made it, and

@@ -1,14 +1,14 @@
-"""SAELens' language-model runner, for runs that are checked first and never lost.
+"""SAELens' language-model runner with checks before a run, exact resuming and transcoders.
 
-`JumpReLUTrainingRunner` takes SAELens' own config and trains whatever architecture it names. On top
-of `LanguageModelSAETrainingRunner` it
-  - refuses a run that cannot work before anything is computed or written, and looks at the first
+`JumpReLUTrainingRunner` takes SAELens' own config and trains whatever architecture it names. In
+addition to `LanguageModelSAETrainingRunner` it
+  - refuses a run that cannot work before anything is computed or written, and measures the first
     step before it starts (`health.preflight`);
-  - knows the embedded model and local model folders by `model_name`;
+  - takes the embedded model and local model folders as `model_name`;
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
-  - shows and records metrics, and saves everything when it is interrupted (`trainer.py`);
+  - shows and records metrics, and saves a checkpoint when it is interrupted (`trainer.py`);
   - resumes exactly where it stopped (`activations/store.py`);
-  - writes the output folder whole;
+  - writes the output folder whole or not at all;
   - trains transcoders, reading both hooks in one forward pass (`activations/pairs.py`).
 A script that keeps SAELens' own runner trains the same SAE.
 """
@@ -70,15 +70,15 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         save_buffer: whether checkpoints hold the rows that wait in the mixing buffer. Without them
             they are smaller, and a resumed run sees its data in another order
             (`activations/store.py` gives the size).
-        check_first: whether `run` looks at the run before it starts (`health.preflight`), warns,
-            and refuses what cannot work.
+        check_first: whether `run` checks the run before it starts (`health.preflight`), warns, and
+            refuses what cannot work.
 
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
-            checkpoint to resume is of another SAE or the end of a run; on `run`, if the first look
-            finds that it cannot work.
-        OSError: the model cannot be had, or there is no such checkpoint.
+            checkpoint to resume is of another SAE or the end of a run; on `run`, if the check finds
+            that it cannot work.
+        OSError: the model cannot be loaded, or there is no such checkpoint.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
         override_dataset = one_split(override_dataset)
         refuse_empty_text(override_dataset)
-        ours = override_model is None and override_dataset is None
+        overrides_nothing = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
         refuse_long_context(model, cfg.context_size)
@@ -108,7 +108,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             override_dataset = self._own_text(cfg, model)
         torch.manual_seed(cfg.seed)
         try:
-            with quiet() if ours else nullcontext(), without_remote_code_errors():
+            with quiet() if overrides_nothing else nullcontext(), without_remote_code_errors():
                 super().__init__(cfg, override_dataset, model, override_sae)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
@@ -143,7 +143,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         )
 
     def preflight(self) -> Preflight:
-        """What this run will take and can reach; it computes little, and changes nothing."""
+        """The memory, first step and findings of this run, from one batch; the run is not changed."""
         scaler = None
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
@@ -179,7 +179,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         return self.trainer.fit()
 
     def activation_scaler(self) -> ActivationScaler:
-        """What the training starts to scale activations with; it estimates a scale it lacks."""
+        """The scaler the training starts with; it estimates its scale if it has none."""
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             return PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
         return ActivationScaler()
@@ -198,7 +198,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-    """The model a config names: ours or a folder's through `models`, a hub's as SAELens loads it.
+    """The model a config names: the embedded one or a folder's through `models`, a hub's as in SAELens.
 
     A folder is loaded as HookedSAETransformer where `model_class_name` is left at SAELens' default.
     """

@@ -1,4 +1,4 @@
-"""What SAELens' trainer asks about a transcoder in the middle of its training.
+"""The evaluation of a transcoder that SAELens' trainer calls during training.
 
 SAELens' own evaluator splices an SAE at one hook with a scale of one number; a transcoder has two
 of each. Here the scales are folded into a copy, an instance of SAELens' inference class, and the

@@ -1,4 +1,4 @@
-"""What a training of many transcoders takes in memory, from its sizes alone.
+"""The memory that a training of several transcoders takes, from its sizes alone.
 
 The arithmetic of a step and a forward pass is `training.health.memory`'s.
 """

@@ -1,10 +1,10 @@
-"""Both sides of every transcoder, harvested in one forward pass, in an order that can be resumed.
+"""Inputs and targets of transcoders from one forward pass, in an order that can be resumed.
 
-Built on SAELens' `ActivationsStore`, which reads text and runs the model with a set of hooks. What
-is different is the shuffling. SAELens mixes new activations into a buffer that it cannot save, so
-a resumed run sees other data. Here the text's rows are shuffled first, activations are read in
-chunks, and a chunk is shuffled by a generator seeded with its number: any batch can be found again
-from two integers, and a resumed run is the uninterrupted one.
+`PairStore` is SAELens' `ActivationsStore`, which reads text and runs the model with a set of hooks,
+with another way of shuffling. SAELens mixes new activations into a buffer that it cannot save, so a
+resumed run sees other data. Here the text's rows are shuffled first, activations are read in
+chunks, and each chunk is shuffled by a generator seeded with its number. Two integers identify any
+batch, and a resumed run equals the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class HookPair:
-    """Where a transcoder reads and what it rebuilds."""
+    """The hook a transcoder reads and the hook whose activations it reconstructs."""
 
     hook_in: str
     hook_out: str

@@ -1,15 +1,15 @@
-"""SAELens' activation store, with a place that can be saved to the last row and returned to.
+"""SAELens' activation store, with a position that is saved and restored to the last row.
 
-SAELens saves how many documents it has read. Three things are lost with that: the rows waiting in
-the mixing buffer, the random state that shuffles them, and where in a long document it stood. A
+SAELens saves how many documents it has read. That loses three things: the rows waiting in the
+mixing buffer, the random state that shuffles them, and the position inside a long document. A
 `ResumableActivationsStore` gives the same batches as SAELens' own store and saves all three, so
-that a resumed training is the uninterrupted one.
+that a resumed training equals the uninterrupted one.
 
-What it costs: a checkpoint grows by the mixing buffer, `n_batches_in_buffer · context_size` rows of
-`d_in` numbers (150 MB at 64 · 256 rows of 2,304 in float32). With `save_buffer=False` only the
-place and the random state are saved; the rows that were waiting are then skipped.
+A checkpoint grows by the mixing buffer, `n_batches_in_buffer · context_size` rows of `d_in` numbers
+(150 MB at 64 · 256 rows of 2,304 in float32). With `save_buffer=False` only the position and the
+random state are saved, and the rows that were waiting are skipped.
 
-It does not run a background prefetch: batches in SAELens' prefetch queue are not part of the state.
+It has no background prefetch: batches in SAELens' prefetch queue are not part of the state.
 """
 
 from __future__ import annotations

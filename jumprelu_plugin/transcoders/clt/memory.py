@@ -1,4 +1,4 @@
-"""What a training of a cross-layer transcoder takes in memory, from its sizes alone."""
+"""The memory that a training of a cross-layer transcoder takes, from its sizes alone."""
 
 from __future__ import annotations
 
