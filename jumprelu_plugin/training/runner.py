@@ -143,7 +143,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         )
 
     def preflight(self) -> Preflight:
-        """The memory, first step and findings of this run, from one batch; the run is not changed."""
+        """Memory, first step and findings of this run, from one batch; nothing is changed."""
         scaler = None
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
@@ -198,7 +198,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-    """The model a config names: the embedded one or a folder's through `models`, a hub's as in SAELens.
+    """The model a config names: embedded or a folder's through `models`, a hub's as in SAELens.
 
     A folder is loaded as HookedSAETransformer where `model_class_name` is left at SAELens' default.
     """

@@ -32,6 +32,8 @@ def evaluate_clt(
 ) -> SplicedSet:
     """Losses of `model` with every output replaced, and each layer's FVU, L0 and dead latents.
 
+    The arguments are `evaluation.evaluate_transcoders`', with one transcoder for all layers.
+
     A layer's L0 and dead latents are of the latents that read it, its FVU of the output at it,
     which those of the layers before write to too. Three forward passes a batch; the model is left
     as it was found.

@@ -45,6 +45,8 @@ class SourceLayer(nn.Module):
         nn.init.kaiming_uniform_(self.W_dec.data)
         normalize_rows_(self.W_dec.data)
 
+    # The interface of `saes.parameters.Parameters`, over trained parameters.
+
     @property
     def d_in(self) -> int:
         return self.W_enc.shape[0]
