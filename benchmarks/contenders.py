@@ -23,6 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.step.activity import mean_l0
 
 BANDWIDTH = 0.05
 L0_COEFFICIENT = 1e-3
@@ -98,9 +99,7 @@ class _SAELens:
     def l0(self) -> float | None:
         if self._active is None:
             return None
-        active = self._active
-        count = active._nnz() if active.is_sparse else int(active.count_nonzero())
-        return count / len(self.x)
+        return mean_l0(self._active)
 
 
 class _DictionaryLearning:

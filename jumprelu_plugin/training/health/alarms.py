@@ -19,6 +19,7 @@ from torch import Tensor
 from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.resampling import longest_patience
 from jumprelu_plugin.control.units import stored
+from jumprelu_plugin.step.activity import active_count
 
 EVERY = 100
 
@@ -70,8 +71,7 @@ class StepStats:
     @classmethod
     def at(cls, output: TrainStepOutput) -> StepStats:
         """At a step of SAELens'."""
-        acts = output.feature_acts
-        active = acts._nnz() if acts.is_sparse else acts.count_nonzero()
+        active = active_count(output.feature_acts)
         error = output.losses.get("mse_loss", output.loss)
         assert isinstance(error, Tensor)
         return cls(active, len(output.sae_in), error.detach())
