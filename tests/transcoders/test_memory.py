@@ -42,10 +42,10 @@ def measure(folder: Path, kind: str, changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {
         "target_l0": 7.0,
         "context_size": POSITIONS,
-        "sequences_per_pass": 5,
-        "chunk_sequences": 400,
-        "norm_batches": 3,
-        "checkpoints": 0,
+        "store_batch_size_prompts": 5,
+        "n_batches_in_buffer": 400,
+        "n_batches_for_norm_estimate": 3,
+        "n_checkpoints": 0,
         "lr": 3e-3,
         **changes,
     }
@@ -72,13 +72,18 @@ def _status(name: str) -> int:
     return size
 
 
-STEP = {"d_sae": 16381, "batch_tokens": 601, "training_tokens": 3 * 601, "step_kernel": "dense"}
-CALIBRATION = {"d_sae": 32749, "batch_tokens": 1201, "training_tokens": 2 * 1201,
+STEP = {
+    "d_sae": 16381,
+    "train_batch_size_tokens": 601,
+    "training_tokens": 3 * 601,
+    "step_kernel": "dense",
+}
+CALIBRATION = {"d_sae": 32749, "train_batch_size_tokens": 1201, "training_tokens": 2 * 1201,
                "step_kernel": "sparse"}  # fmt: skip
-ENTRIES = {"d_sae": 1009, "batch_tokens": 2003, "training_tokens": 3 * 2003, "target_l0": 150.0,
+ENTRIES = {"d_sae": 1009, "train_batch_size_tokens": 2003, "training_tokens": 3 * 2003, "target_l0": 150.0,
            "step_kernel": "sparse"}  # fmt: skip
-DRAWING = {"d_sae": 59, "batch_tokens": 41, "training_tokens": 5 * 41, "chunk_sequences": 40_000,
-           "sequences_per_pass": 2999, "step_kernel": "sparse"}  # fmt: skip
+DRAWING = {"d_sae": 59, "train_batch_size_tokens": 41, "training_tokens": 5 * 41, "n_batches_in_buffer": 40_000,
+           "store_batch_size_prompts": 2999, "step_kernel": "sparse"}  # fmt: skip
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
