@@ -1,11 +1,11 @@
-"""The architectures of the quality benchmarks: the plugin's and SAELens' own, at one target L0.
+"""The architectures of the quality benchmarks, the plugin's and SAELens', each with a target L0.
 
-The plugin trains from its bare config and, on text, from the recipe `default`.
+The plugin is trained with its default config and, on text, with the recipe `default`.
 
-SAELens' `gated` takes no L0, so a controller moves its coefficient until it has the target L0;
-SAELens has no such controller. Stock `jumprelu` takes the target in its quadratic mode and misses
-it. With a target of 15 it lands near 8 on the synthetic features: its L0 falls until the end of the
-run, and moving the target during training made it miss by more.
+SAELens' `gated` has no target L0, so a controller that is not part of SAELens adjusts its
+coefficient. Stock `jumprelu` takes a target in its quadratic mode and does not reach it: with a
+target of 15, L0 is near 8 on the synthetic features. Its L0 falls until the end of the run, and
+changing the target during training made the error larger.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STOCK, BATCHTOPK = "jumprelu (stock, quadratic)", "batchtopk"
 GATED = "gated (L0-controlled)"
 Build = Callable[[int, int, float], Any]
 
-# Of log(L0/target), added to the log of the coefficient at every step. Ten times more oscillates:
-# gated's L0 answers some fifty steps late.
+# At every step, the controller adds this times log(L0/target) to the log of the coefficient. With
+# ten times as much L0 oscillates, because it responds about fifty steps late.
 CONTROL_GAIN = 0.02
 
 
 class L0ControlledGated(GatedTrainingSAE):
-    """Stock gated; a controller moves its coefficient until the batch's L0 is the target."""
+    """Stock gated with a controller that adjusts its coefficient to the target L0."""
 
     target_l0: float
     log_coefficient: float = 0.0
@@ -96,7 +96,7 @@ def _gated(d_in: int, d_sae: int, l0: float) -> Any:
 
 
 def _stock(d_in: int, d_sae: int, l0: float) -> Any:
-    # The one mode of stock JumpReLU that takes a target.
+    # The only mode of stock JumpReLU with a target L0.
     cfg = StockJumpReLUConfig(
         jumprelu_sparsity_loss_mode="quadratic", target_l0=l0, **_common(d_in, d_sae)
     )

@@ -1,12 +1,12 @@
-"""On a language model's activations: the L0 that is reached, and how well the model is kept.
+"""SAEs of a language model's activations: the L0 that is reached, FVU and delta LM loss.
 
     python -m benchmarks.language_model targets    # the plugin at L0 10 to 160, every site
     python -m benchmarks.language_model compare    # against other architectures at L0 20, 40, 80
 
-On the embedded Gemma 2, or with `--model smollm2-135m` on SmolLM2. Activations are harvested once
-and every architecture sees the same ones in the same order, through SAELens' own trainer at the
-same learning rate; it is saved and evaluated on held-out text. `benchmarks/subjects.py` says which
-sites are reported and which ones the default recipe was tuned on.
+The model is the embedded Gemma 2, or SmolLM2 with `--model smollm2-135m`. Activations are harvested
+once. All architectures train on them in the same order, with SAELens' trainer and the same learning
+rate, and are saved and then evaluated on held-out text. `benchmarks/models.py` says which sites are
+reported and on which the default recipe was tuned.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, BATCHTOPK, GATED, PLUGIN_RECIPE, STOCK
-from benchmarks.quality import Ledger, Record, as_saved, table, train
-from benchmarks.subjects import SUBJECTS
+from benchmarks.models import MODELS
+from benchmarks.quality import Record, RecordFile, as_saved, table, train
 from benchmarks.tables import terminal
-from jumprelu_plugin.evaluation.metrics import StreamingMetrics
+from jumprelu_plugin.finetune.activations import evaluate_on_activations
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.text import Split
 from jumprelu_plugin.recipes import DEFAULT
@@ -38,25 +38,21 @@ BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
 app = typer.Typer(add_completion=False, help=__doc__)
 console = terminal()
-Model = Annotated[str, typer.Option(help=f"One of {', '.join(SUBJECTS)}.")]
+Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
 Steps = Annotated[int, typer.Option(help="Training steps of 1,024 tokens.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]
-Sites = Annotated[list[str] | None, typer.Option(help="Hooks; the model's reported ones.")]
-L0s = Annotated[list[int] | None, typer.Option(help="Active latents a token.")]
+Sites = Annotated[list[str] | None, typer.Option(help="Hooks; by default the reported ones.")]
+L0s = Annotated[list[int] | None, typer.Option(help="Target L0s.")]
 
 
-@torch.no_grad()
 def metrics_on(sae: Any, held_out: Float[Tensor, "tokens width"]) -> Record:
-    metrics = StreamingMetrics()
-    for x in held_out.float().split(4000):
-        acts = sae.encode(x)
-        metrics.update(x, sae.decode(acts), acts)
-    found = metrics.compute()
+    """The metrics that a record holds, on held-out activations."""
+    metrics = evaluate_on_activations(sae, held_out)
     return {
-        "fvu": found.fvu,
-        "l0": found.l0,
-        "dead_share": found.dead_share,
-        "share_above_10_percent": found.share_above_10_percent,
+        "fvu": metrics.fvu,
+        "l0": metrics.l0,
+        "dead_share": metrics.dead_share,
+        "share_above_10_percent": metrics.share_above_10_percent,
     }
 
 
@@ -71,22 +67,22 @@ def run(
     cache: Path | None,
     d_sae: int | None = None,
 ) -> list[Record]:
-    """The record of every (architecture, L0, seed) at every site, trained where it is missing."""
-    subject = SUBJECTS[model]
-    width = d_sae or subject.d_sae
+    """The record of every (architecture, L0, seed) at every site; missing ones are measured."""
+    chosen = MODELS[model]
+    width = d_sae or chosen.d_sae
 
     @functools.cache
     def activations(split: Split, sequences: int) -> dict[str, Tensor]:
         if cache is None:
-            return subject.activations(sites, split, sequences)
-        kept = cache / f"{'+'.join((model, *sites))}.{split}.{sequences}.pt"
-        if not kept.exists():
+            return chosen.activations(sites, split, sequences)
+        path = cache / f"{'+'.join((model, *sites))}.{split}.{sequences}.pt"
+        if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            torch.save(subject.activations(sites, split, sequences), kept)
-        return torch.load(kept)
+            torch.save(chosen.activations(sites, split, sequences), path)
+        return torch.load(path)
 
     def measure(site: str, architecture: str, l0: int, seed: int) -> Record:
-        rows = activations("train", subject.sequences)[site]
+        rows = activations("train", chosen.sequences)[site]
         torch.manual_seed(seed)
         sae = ARCHITECTURES[architecture](rows.shape[1], width, l0)
         seconds = train(sae, rows, steps=steps, batch=BATCH, lr=LEARNING_RATE, seed=seed)
@@ -97,10 +93,10 @@ def run(
         }
         record["relative_error"] = abs(record["l0"] / l0 - 1)
         if splice:
-            record["delta_lm_loss"] = subject.delta_loss(saved, site, SPLICED_SEQUENCES)
+            record["delta_lm_loss"] = chosen.delta_loss(saved, site, SPLICED_SEQUENCES)
         return record
 
-    ledger = Ledger(output)
+    file = RecordFile(output)
     records = []
     settings = {"d_sae": width, "steps": steps, "batch": BATCH, "lr": LEARNING_RATE}
     for site in sites:
@@ -108,7 +104,7 @@ def run(
             case = {"model": model, "site": site, "architecture": architecture, "target_l0": l0}
             measured = functools.partial(measure, site, architecture, l0, seed)
             origin = provenance(seed=seed)
-            records.append(ledger.record({**case, "seed": seed, **settings}, measured, origin))
+            records.append(file.record({**case, "seed": seed, **settings}, measured, origin))
     return records
 
 
@@ -128,8 +124,8 @@ def targets(
     cache: Cache = None,
     output: Annotated[Path, typer.Option(help="Records.")] = RESULTS / "targets.jsonl",
 ) -> None:
-    """The plugin, at five targets on every site, with no setting that depends on the case."""
-    chosen = tuple(sites or SUBJECTS[model].sites)
+    """The plugin at five target L0s on every site, with the same settings in all cases."""
+    chosen = tuple(sites or MODELS[model].sites)
     cases = [(PLUGIN_RECIPE, level, 0) for level in l0 or TARGETS]
     records = run(output, model, chosen, cases, steps, splice=False, cache=cache, d_sae=d_sae)
     show(
@@ -150,8 +146,8 @@ def compare(
     only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
     output: Annotated[Path, typer.Option(help="Records.")] = RESULTS / "compare.jsonl",
 ) -> None:
-    """The plugin beside SAELens' own at one L0: the same tokens in the same order for all."""
-    chosen = tuple(sites or SUBJECTS[model].sites[:1])
+    """The plugin and SAELens' architectures at the same L0s, on the same tokens."""
+    chosen = tuple(sites or MODELS[model].sites[:1])
     names = tuple(only or COMPARED)
     levels = tuple(l0 or COMPARED_L0)
     cases = [(name, level, seed) for seed in range(seeds) for level in levels for name in names]

@@ -1,4 +1,4 @@
-"""How things are timed: interleaved, in one process; peak memory in a fresh process of its own."""
+"""Measures times, interleaved in one process, and peak memory, in a new process each."""
 
 from __future__ import annotations
 
@@ -13,35 +13,40 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import AUTO, CONTENDERS, DEFAULT_CONFIG, Contender, Shape, activations
+from benchmarks.trainers import AUTO, DEFAULT_CONFIG, TRAINERS, Shape, TimedTrainer, activations
 from jumprelu_plugin.step import product
 
-# Steps that are not timed; 13 are enough for `auto` to have timed every path it tries.
-WARM_UP = dict.fromkeys(CONTENDERS, 1) | dict.fromkeys((AUTO, DEFAULT_CONFIG), 13)
+# Steps that are not timed. After 13, `auto` has timed every path.
+WARM_UP = dict.fromkeys(TRAINERS, 1) | dict.fromkeys((AUTO, DEFAULT_CONFIG), 13)
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round. A slow minute of the machine touches all of them."""
-    took: dict[str, list[float]] = {name: [] for name in ways}
+def time_interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Call all functions once in each round; return the seconds of each function's calls.
+
+    A slow minute of the machine then affects all functions alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, function in functions.items():
             started = time.perf_counter()
-            way()
-            took[name].append(time.perf_counter() - started)
-    return took
+            function()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
-def ready(name: str, shape: Shape) -> Contender:
-    """A contender that has taken the steps that are not timed."""
+def warmed_up(name: str, shape: Shape) -> TimedTrainer:
+    """The trainer after the steps that are not timed."""
     torch.manual_seed(0)
-    contender = CONTENDERS[name](shape)
+    trainer = TRAINERS[name](shape)
     for _ in range(WARM_UP[name]):
-        contender.step()
-    return contender
+        trainer.step()
+    return trainer
 
 
 def one_product(shape: Shape) -> Callable[[], None]:
-    """The product that no exact step can do without: all pre-activations, float32, in tiles."""
+    """The product that every exact step needs: all pre-activations, in float32 and in tiles."""
     x = activations(shape)
     weight, bias = torch.randn(shape.d_sae, shape.d_in), torch.zeros(shape.d_sae)
     rows = min(shape.batch, max(256, 2**22 // shape.d_sae))
@@ -57,7 +62,7 @@ def one_product(shape: Shape) -> Callable[[], None]:
 
 
 def peak_memory(name: str, shape: Shape) -> dict[str, int] | None:
-    """Bytes at the peak of two steps, in a fresh process; None where the system does not tell."""
+    """Peak memory of at least two steps in a new process, in bytes; None if not on Linux."""
     if not Path("/proc/self/status").exists():
         return None
     done = subprocess.run(
@@ -72,18 +77,18 @@ def peak_memory(name: str, shape: Shape) -> dict[str, int] | None:
 
 
 def _steps_and_memory(name: str, shape: Shape) -> dict[str, int]:
-    # What the libraries take once they have run at all is nobody's step.
-    small = CONTENDERS[name](Shape(64, 256, 96, 8))
+    # Steps at a small shape first, so that memory that libraries allocate once is not counted.
+    small = TRAINERS[name](Shape(64, 256, 96, 8))
     for _ in range(2):
         small.step()
     del small
     torch.manual_seed(0)
-    contender = CONTENDERS[name](shape)
+    trainer = TRAINERS[name](shape)
     gc.collect()
     before = _status("VmRSS")
-    # Twice at least: Adam's moments come into being at the end of the first step.
+    # At least two steps, because Adam's moments are allocated at the end of the first.
     for _ in range(max(2, WARM_UP[name])):
-        contender.step()
+        trainer.step()
     return {"peak_bytes": _status("VmHWM"), "before_bytes": before}
 
 

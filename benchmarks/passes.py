@@ -1,11 +1,11 @@
-"""Where forward and backward spend their time: the share of each part, at one shape.
+"""The CPU time of each part of a forward and backward pass, at one shape.
 
     OMP_NUM_THREADS=1 python -m benchmarks.passes
     OMP_NUM_THREADS=1 python -m benchmarks.passes --path screened --rounds 9
 
-CPU seconds of this process, so that what else the machine does hardly counts; with one thread, CPU
-seconds are what a quiet machine's clock would say. The smallest of the rounds is shown. A part that
-contains another is shown without it.
+Times are CPU seconds of this process, which hardly depend on what else the machine runs; with one
+thread they equal the time on an idle machine. The minimum over rounds is shown. The time of a part
+does not include parts inside it.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, Shape
 from benchmarks.measure import one_product
 from benchmarks.tables import terminal
+from benchmarks.trainers import TRAINERS, Shape
 from jumprelu_plugin.saes import losses
 from jumprelu_plugin.step import product, select, sparse
 from jumprelu_plugin.step.pattern import Pattern
 
-# What is timed, by the place it is looked up in.
+# By part: the module or class in which the timed function is looked up, and its name.
 PARTS: dict[str, tuple[Any, str]] = {
     "encode product, float32": (product, "linear"),
     "finding candidates, without that product": (select, "find_candidates"),
     "z and gradient of activations at the pairs": (Pattern, "sampled_product"),
     "decode": (Pattern, "times"),
     "gradients of W_dec and W_enc": (Pattern, "transposed_times"),
-    "handing free memory back": (sparse, "make_room"),
+    "returning free memory": (sparse, "make_room"),
     "reconstruction loss, forward": (losses, "reconstruction"),
-    "dropping the gradients": (torch.optim.Optimizer, "zero_grad"),
+    "setting gradients to None": (torch.optim.Optimizer, "zero_grad"),
 }
 REST = "everything else"
 ALONE = "one product, alone"
 
 
 class Stopwatch:
-    """CPU seconds of each part, without those of the parts inside it.
+    """CPU seconds of each part, without the parts inside it.
 
     Attributes:
-        seconds: by the part's name; "everything else" is what no part accounts for.
+        seconds: by part; "everything else" is the time in no other part.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            took = time.process_time() - started
-            self.seconds[part] += took - self._inside.pop()
+            seconds = time.process_time() - started
+            self.seconds[part] += seconds - self._inside.pop()
             if self._inside:
-                self._inside[-1] += took
+                self._inside[-1] += seconds
 
-    def watched(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
             with self.timing(part):
@@ -76,32 +76,32 @@ class Stopwatch:
         return call
 
 
-def round_of(passes: Callable[[], object]) -> dict[str, float]:
-    """CPU seconds of each part of one forward and backward pass; they sum to its whole."""
+def time_parts(passes: Callable[[], object]) -> dict[str, float]:
+    """CPU seconds of each part of one forward and backward pass; their sum is the whole."""
     watch = Stopwatch()
     with ExitStack() as patches:
         for part, (holder, name) in PARTS.items():
-            function = watch.watched(part, getattr(holder, name))
+            function = watch.timed(part, getattr(holder, name))
             patches.enter_context(mock.patch.object(holder, name, function))
         with watch.timing(REST):
             passes()
     return watch.seconds
 
 
-def measured(path: str, shape: Shape, rounds: int) -> dict[str, float]:
-    """The smallest CPU seconds of each part, and of one product alone."""
+def measure(path: str, shape: Shape, rounds: int) -> dict[str, float]:
+    """The minimum over rounds of the CPU seconds of each part, and of one product alone."""
     torch.manual_seed(0)
-    contender = CONTENDERS[f"jumprelu-plugin, {path}"](shape)
-    contender.step()
+    trainer = TRAINERS[f"jumprelu-plugin, {path}"](shape)
+    trainer.step()
     alone = one_product(shape)
-    found: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         started = time.process_time()
         alone()
-        found[ALONE].append(time.process_time() - started)
-        for part, seconds in round_of(contender.forward_backward).items():
-            found[part].append(seconds)
-    return {part: min(seconds) for part, seconds in found.items()}
+        times[ALONE].append(time.process_time() - started)
+        for part, seconds in time_parts(trainer.forward_backward).items():
+            times[part].append(seconds)
+    return {part: min(seconds) for part, seconds in times.items()}
 
 
 def main(
@@ -109,19 +109,19 @@ def main(
     d_in: Annotated[int, typer.Option()] = 2304,
     d_sae: Annotated[int, typer.Option()] = 16384,
     batch: Annotated[int, typer.Option()] = 4096,
-    l0: Annotated[float, typer.Option(help="Active latents a token.")] = 70,
-    rounds: Annotated[int, typer.Option(help="The smallest of so many is shown.")] = 7,
+    l0: Annotated[float, typer.Option(help="Mean number of active latents.")] = 70,
+    rounds: Annotated[int, typer.Option(help="Rounds; the minimum is shown.")] = 7,
 ) -> None:
     """Print the parts of a forward and backward pass, largest first."""
-    found = measured(path, Shape(d_in, d_sae, batch, l0), rounds)
-    alone = found.pop(ALONE)
-    whole = sum(found.values())
+    times = measure(path, Shape(d_in, d_sae, batch, l0), rounds)
+    alone = times.pop(ALONE)
+    whole = sum(times.values())
     title = f"{path}, d_in {d_in}, d_sae {d_sae}, batch {batch}, L0 {l0:g}"
     table = Table(title=f"{title}, {torch.get_num_threads()} threads")
     table.add_column("", no_wrap=True)
     table.add_column("CPU ms", justify="right")
-    table.add_column("of all", justify="right")
-    for part, seconds in sorted(found.items(), key=lambda item: -item[1]):
+    table.add_column("share", justify="right")
+    for part, seconds in sorted(times.items(), key=lambda item: -item[1]):
         table.add_row(part, f"{1e3 * seconds:.0f}", f"{seconds / whole:.0%}")
     table.add_row("forward and backward", f"{1e3 * whole:.0f}", "100%", end_section=True)
     table.add_row(ALONE, f"{1e3 * alone:.0f}", f"{alone / whole:.0%}")

@@ -1,4 +1,4 @@
-"""What the quality benchmarks share: one way to train, records kept as they come, a table."""
+"""The common part of the quality benchmarks: training, records, and a table."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from jumprelu_plugin.records import append_jsonl
 Record = dict[str, Any]
 
 
-class Ledger:
-    """The records of one file, a line a case, written as each is measured.
+class RecordFile:
+    """A file of records, one line of JSON for each case, written when it is measured.
 
-    A case that the file already holds is not measured again, so a benchmark of hours goes on where
-    it stopped, and what is changed is measured again by deleting its lines. Every line carries its
-    own provenance.
+    A case that is in the file is not measured again, so an interrupted benchmark continues where it
+    stopped. Delete a case's line to measure it again. Every line has its own provenance.
     """
 
     def __init__(self, path: Path):
@@ -36,7 +35,7 @@ class Ledger:
         self._known: list[Record] = read(path) if path.exists() else []
 
     def record(self, case: Record, measure: Callable[[], Record], origin: Record) -> Record:
-        """The record of `case`: from the file, or measured now."""
+        """The record of `case`, from the file or from calling `measure`."""
         for known in self._known:
             if all(known.get(name) == value for name, value in case.items()):
                 return known
@@ -49,7 +48,7 @@ class Ledger:
 def batches(
     rows: Float[Tensor, "rows d"], size: int, seed: int
 ) -> Iterator[Float[Tensor, "batch d"]]:
-    """Batches without end, in an order that the seed decides."""
+    """Endless batches, in a random order that depends on the seed."""
     random = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=random)
@@ -60,7 +59,7 @@ def batches(
 def train(
     sae: Any, rows: Float[Tensor, "rows d"], *, steps: int, batch: int, lr: float, seed: int
 ) -> float:
-    """Train in place with SAELens' trainer; the seconds it took."""
+    """Train in place with SAELens' trainer; return the seconds."""
     cfg = SAETrainerConfig(
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
@@ -84,7 +83,7 @@ def as_saved(sae: Any) -> Any:
 
 
 def table(title: str, records: list[dict[str, Any]], by: str, metrics: tuple[str, ...]) -> Table:
-    """Mean ± standard deviation over the records that share `by`."""
+    """Mean ± standard deviation of each metric, over the records with the same value of `by`."""
     shown = Table(title=title)
     shown.add_column(by)
     for metric in metrics:

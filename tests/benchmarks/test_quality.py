@@ -1,4 +1,4 @@
-"""The quality benchmarks' contenders train, save and are judged as stock SAELens loads them."""
+"""The quality benchmarks' architectures train and save, and are evaluated as SAELens loads them."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import passes, report, speed, tables
-from benchmarks.contenders import CONTENDERS, SPARSE, STOCK, Shape, absent
 from benchmarks.measure import peak_memory
 from benchmarks.speed import IN_SWEEPS, PRODUCT, Plan, measure
+from benchmarks.trainers import SPARSE, STOCK, TRAINERS, Shape, missing_trainers
 from jumprelu_plugin.records import append_jsonl, provenance
 
 SMALL = Shape(29, 211, 53, 7)
@@ -20,7 +20,7 @@ SMALL = Shape(29, 211, 53, 7)
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    everyone = [name for name in CONTENDERS if name not in absent()]
+    everyone = [name for name in TRAINERS if name not in missing_trainers()]
     path = tmp_path_factory.mktemp("records") / "speed.jsonl"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,9 +37,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_contender_is_measured_at_the_target_l0(records: Path) -> None:
-    found = {r["contender"]: r for r in tables.read(records) if r["sweep"] == "shapes"}
-    assert set(found) == {PRODUCT, *CONTENDERS} - set(absent())
+def test_every_trainer_is_measured_at_the_target_l0(records: Path) -> None:
+    found = {r["trainer"]: r for r in tables.read(records) if r["sweep"] == "shapes"}
+    assert set(found) == {PRODUCT, *TRAINERS} - set(missing_trainers())
     for name, record in found.items():
         assert record["median_seconds"] > 0 and len(record["seconds"]) == 2
         if "jumprelu" in name.lower() or "plugin" in name or "topk" in name:
@@ -97,11 +97,11 @@ def test_records_are_strict_json(records: Path) -> None:
 
 @pytest.mark.parametrize("path", ["sparse", "screened"])
 def test_the_parts_of_a_pass_are_timed_and_add_up(path: str) -> None:
-    contender = CONTENDERS[f"jumprelu-plugin, {path}"](SMALL)
-    contender.step()
+    trainer = TRAINERS[f"jumprelu-plugin, {path}"](SMALL)
+    trainer.step()
     before = {part: getattr(*where) for part, where in passes.PARTS.items()}
     started = time.process_time()
-    found = passes.round_of(contender.forward_backward)
+    found = passes.time_parts(trainer.forward_backward)
     whole = time.process_time() - started
     ours = {passes.REST, *passes.PARTS}
     if path == "screened":  # its product is in bfloat16

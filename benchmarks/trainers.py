@@ -1,8 +1,9 @@
-"""What is timed: a trainer of each kind, at a given shape and L0, that takes one step at a time.
+"""The trainers that the speed benchmark times, each at a given shape and L0.
 
-SAELens' architectures, this package's among them, go through SAELens' own `SAETrainer.step`: the
-forward and backward pass, the statistics, gradient clipping, Adam and the schedules. So does
-dictionary_learning's trainer through its own `update`. Other packages are imported, never copied.
+The steps of SAELens' architectures and of this package's are those of SAELens' `SAETrainer.step`:
+forward and backward pass, statistics, gradient clipping, Adam and schedules. A step of
+dictionary_learning's trainer is its `update`, which does the same. Other packages are imported, not
+copied.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from jumprelu_plugin.step.activity import mean_l0
 
 BANDWIDTH = 0.05
 L0_COEFFICIENT = 1e-3
-# So small that the L0 a trainer starts at is the L0 it is timed at.
+# So small that L0 does not change while a trainer is timed.
 LEARNING_RATE = 1e-7
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a step, and how many latents of a token are to be active."""
+    """The sizes of a step, and the mean number of active latents."""
 
     d_in: int
     d_sae: int
@@ -41,21 +42,21 @@ class Shape:
     l0: float
 
 
-class Contender(Protocol):
-    """One trainer, ready to step."""
+class TimedTrainer(Protocol):
+    """A trainer that takes one step at a time."""
 
     def step(self) -> None:
-        """One whole step of training."""
+        """Take one training step."""
 
     def forward_backward(self) -> None:
-        """Its forward and backward pass alone, where they can be had apart."""
+        """Run the forward and the backward pass only."""
 
     def l0(self) -> float | None:
-        """Active latents a token, on the batch that is timed."""
+        """Mean number of active latents on the timed batch; None before the first step."""
 
 
 def activations(shape: Shape) -> Tensor:
-    """Gaussian activations [batch, d_in]: nothing that is timed depends on what they mean."""
+    """Gaussian activations, [batch, d_in]; a step's time depends only on shape and L0."""
     return torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0))
 
 
@@ -138,13 +139,13 @@ class _DictionaryLearning:
 
 
 def _quantile(z: Tensor, shape: Shape) -> float:
-    """The threshold above which L0 of the pre-activations z lie, on average over tokens."""
+    """The threshold that on average L0 of a token's pre-activations z exceed."""
     above = max(1, round(shape.l0 / shape.d_sae * z.numel()))
     return float(z.flatten().kthvalue(z.numel() - above).values)
 
 
-def _plugin(path: str) -> Callable[[Shape], Contender]:
-    def make(shape: Shape) -> Contender:
+def _plugin(path: str) -> Callable[[Shape], TimedTrainer]:
+    def make(shape: Shape) -> TimedTrainer:
         cfg = JumpReLUTrainingSAEConfig(
             **_sizes(shape),
             jumprelu_init_threshold=0.1,
@@ -158,15 +159,15 @@ def _plugin(path: str) -> Callable[[Shape], Contender]:
     return make
 
 
-def _default_config(shape: Shape) -> Contender:
-    """The target L0 alone, everything else by default: Matryoshka prefixes, L0 control."""
+def _default_config(shape: Shape) -> TimedTrainer:
+    """Only the target L0 is set; L0 control, Matryoshka prefixes and the rest are defaults."""
     sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae}
     return _SAELens(
         JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, target_l0=shape.l0)), shape
     )
 
 
-def _stock_jumprelu(shape: Shape) -> Contender:
+def _stock_jumprelu(shape: Shape) -> TimedTrainer:
     cfg = sae_lens.JumpReLUTrainingSAEConfig(
         **_sizes(shape),
         jumprelu_init_threshold=0.1,
@@ -176,29 +177,29 @@ def _stock_jumprelu(shape: Shape) -> Contender:
     return _SAELens(StockJumpReLU(cfg), shape)
 
 
-def _topk(shape: Shape, *, sparse: bool) -> Contender:
+def _topk(shape: Shape, *, sparse: bool) -> TimedTrainer:
     cfg = sae_lens.TopKTrainingSAEConfig(
         **_sizes(shape),
         k=round(shape.l0),
         use_sparse_activations=sparse,
-        # With the rescaling, the backward pass of sparse activations fails on a CPU (6.54.12).
+        # With it, the backward pass of sparse activations fails on a CPU (SAELens 6.54.12).
         rescale_acts_by_decoder_norm=not sparse,
     )
     return _SAELens(sae_lens.TopKTrainingSAE(cfg), shape)
 
 
-def _batchtopk(shape: Shape) -> Contender:
+def _batchtopk(shape: Shape) -> TimedTrainer:
     cfg = sae_lens.BatchTopKTrainingSAEConfig(**_sizes(shape), k=shape.l0)
     return _SAELens(sae_lens.BatchTopKTrainingSAE(cfg), shape)
 
 
-def _gated(shape: Shape) -> Contender:
+def _gated(shape: Shape) -> TimedTrainer:
     return _SAELens(
         sae_lens.GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(**_sizes(shape))), shape
     )
 
 
-def _standard(shape: Shape) -> Contender:
+def _standard(shape: Shape) -> TimedTrainer:
     return _SAELens(
         sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(**_sizes(shape))), shape
     )
@@ -215,7 +216,7 @@ DENSE = "jumprelu-plugin, dense"
 AUTO = "jumprelu-plugin, auto"
 DEFAULT_CONFIG = "jumprelu-plugin, default config"
 
-CONTENDERS: dict[str, Callable[[Shape], Contender]] = {
+TRAINERS: dict[str, Callable[[Shape], TimedTrainer]] = {
     SPARSE: _plugin("sparse"),
     SCREENED: _plugin("screened"),
     DENSE: _plugin("dense"),
@@ -231,19 +232,19 @@ CONTENDERS: dict[str, Callable[[Shape], Contender]] = {
 }
 
 
-def absent() -> dict[str, str]:
-    """The contenders whose package is not installed, and why."""
+def missing_trainers() -> dict[str, str]:
+    """The trainers whose package is not installed, and what to do about it."""
     try:
         _dictionary_learning_trainer()
-    except ImportError as problem:
+    except ImportError as error:
         install = "pip install --no-deps dictionary-learning==0.1.0"
-        return {"dictionary_learning JumpReLU": f"{problem}; {install}"}
+        return {"dictionary_learning JumpReLU": f"{error}; {install}"}
     return {}
 
 
 def _dictionary_learning_trainer() -> Any:
-    # Its __init__ imports nnsight for the buffer of activations, which is not used here; and where
-    # nnsight is imported, it takes the place of Tensor.backward, in everyone's steps.
+    # Its __init__ imports nnsight for an activation buffer that is not used here, and nnsight
+    # replaces Tensor.backward, which would change the times of all trainers.
     real = sys.modules.get("nnsight")
     empty = types.ModuleType("nnsight")
     empty.LanguageModel = None  # type: ignore[attr-defined]
