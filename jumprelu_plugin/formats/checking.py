@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 RECORD_FILENAME = "export.json"
 
 _INPUTS = 64
-MIN_INPUTS = 8
+_MIN_INPUTS = 8
 # Inputs for which a pre-activation is this close to its threshold, relative to the norms of its
 # factors, are not compared, because rounding decides whether the latent fires. The margin is 16
 # float32 roundings.
@@ -142,12 +142,7 @@ def compare_dictionary(
     exact = parameters.to(torch.float64)
     x = random_inputs(parameters)
     x = x[far_from_thresholds(exact, x.double())]
-    if len(x) < MIN_INPUTS:
-        raise ValueError(
-            f"the export cannot be compared: for {_INPUTS - len(x)} of {_INPUTS} random inputs, "
-            "some pre-activation is so close to its threshold that rounding decides whether the "
-            "latent fires. Check the scales of W_enc, b_dec and threshold"
-        )
+    require_enough_inputs(len(x))
     f = exact.encode(x.double())
     outputs = {"activations": (encode(x), f), "outputs": (forward(x), exact.decode(f, x.double()))}
     return compare_outputs(loader, outputs, len(x), f, tolerance)
@@ -200,6 +195,20 @@ def random_inputs(parameters: Parameters, seed: int = 0) -> Float[Tensor, "n d_i
     noise = torch.randn(_INPUTS, d_in, generator=generator)
     x = x + 0.1 * noise * x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
     return x + parameters.b_dec if parameters.subtracts_b_dec else x
+
+
+def require_enough_inputs(count: int) -> None:
+    """Check that enough of the random inputs are far from the thresholds.
+
+    Raises:
+        ValueError: there are too few to compare.
+    """
+    if count < _MIN_INPUTS:
+        raise ValueError(
+            f"the export cannot be compared: for {_INPUTS - count} of {_INPUTS} random inputs, "
+            "some pre-activation is so close to its threshold that rounding decides whether the "
+            "latent fires. Check the scales of W_enc, b_dec and threshold"
+        )
 
 
 def far_from_thresholds(exact: Parameters, x: Float[Tensor, "n d_in"]) -> Bool[Tensor, " n"]:

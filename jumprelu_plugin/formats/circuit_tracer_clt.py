@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from jumprelu_plugin.formats import circuit_tracer
 from jumprelu_plugin.formats.checking import (
-    MIN_INPUTS,
     TOLERANCE,
     Check,
     compare_outputs,
     far_from_thresholds,
     random_inputs,
+    require_enough_inputs,
 )
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
@@ -110,12 +110,7 @@ def compare_clt(
         ]
     )
     x = x[:, far.all(0)]
-    if x.shape[1] < MIN_INPUTS:
-        raise ValueError(
-            f"the export cannot be compared: for {len(far[0]) - x.shape[1]} of {len(far[0])} "
-            "random inputs, some pre-activation is so close to its threshold that rounding decides "
-            "whether the latent fires. Check the scales of W_enc and threshold"
-        )
+    require_enough_inputs(x.shape[1])
     f = exact.encode(x.double())
     outputs = {
         "activations": (loaded.encode(x), f),
