@@ -1,4 +1,4 @@
-"""Text that a model continues a prompt with, without and with an intervention on a latent."""
+"""A model's continuations of a prompt, with and without an intervention on a latent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ INTERVENTIONS = ("add", "clamp", "ablate")
 
 
 def intervention(kind: str, latent: int, amount: float) -> Intervention:
-    """The intervention of that kind on one latent.
+    """An intervention on one latent.
 
     Args:
         kind: one of `INTERVENTIONS`.
-        amount: added, or clamped to, in the SAE's activation units; `ablate` has none.
+        latent: index of the latent.
+        amount: the amount to add, or the value to clamp to, in the SAE's activation units; not used
+            by `ablate`.
 
     Raises:
         ValueError: there is no such kind, or the amount is not finite.
@@ -31,7 +33,7 @@ def intervention(kind: str, latent: int, amount: float) -> Intervention:
 
 
 def generate(model: Any, prompt: str, seed: int, new_tokens: int = 40) -> str:
-    """Prompt and sampled continuation (temperature 0.7, top 20); repeatable for a seed."""
+    """The prompt and a continuation, sampled with this seed (temperature 0.7, top 20)."""
     torch.manual_seed(seed)
     return model.generate(
         prompt, max_new_tokens=new_tokens, temperature=0.7, top_k=20, verbose=False
@@ -47,9 +49,10 @@ def generate_steered(
     seed: int = 0,
     new_tokens: int = 40,
 ) -> tuple[str, str]:
-    """`generate`'s text without and with the intervention, from the same seed.
+    """`generate`'s text without and with the intervention, sampled with the same seed.
 
-    Raises as `steering.steer` does.
+    Raises:
+        ValueError: as in `steering.steer`.
     """
     without = generate(model, prompt, seed, new_tokens)
     with steer(model, sae, intervention):

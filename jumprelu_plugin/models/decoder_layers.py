@@ -1,7 +1,7 @@
-"""Where a transformers model keeps its layers: `model.layers`, `transformer.h`, `gpt_neox.layers`.
+"""The path of a transformers model's layers, such as `model.layers` or `transformer.h`.
 
-The path is read off the model's own modules, built from its config without weights. For a hub name
-whose config is not on this machine, it follows from the family that the name says.
+It is found among the modules of the model, built from its config without weights. If the config of
+a hub name is not on this machine, the path is that of the model's family, recognized by the name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from jumprelu_plugin.models.language_models import local_folder
 
-# Family by its names on the hub: the base model in the whole one, the layers in the base model.
-# Gemma 3 from 4b on has an image encoder and other paths.
+# By a pattern of the family's hub names: the base model's name in the whole model, and the path of
+# the layers in the base model. Gemma 3 from 4b on has an image encoder and other paths.
 _FAMILIES = {
     r"gemma-(2b|7b|2-\d+b|3-(270m|1b))(-|$)": ("model", "layers"),
     r"((meta-)?llama-[23]|mistral-7b|qwen[23](\.\d+)?-\d)(?!.*(vision|vl))": ("model", "layers"),
@@ -29,12 +29,12 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """The list of a model's layers.
+    """The place of a model's layers.
 
     Attributes:
         base: the base model's name in the whole model, such as `transformer`.
-        layers: the list's path in the base model, such as `h`.
-        model_type: the config's; None where no config was at hand.
+        layers: the path of the list of layers in the base model, such as `h`.
+        model_type: the config's model type; None if there was no config.
     """
 
     base: str
@@ -44,13 +44,13 @@ class DecoderLayers:
 
 @cache
 def decoder_layers(model_name: str) -> DecoderLayers:
-    """Where the model called `model_name` keeps its layers. Downloads nothing.
+    """The place of the layers of the model called `model_name`. Nothing is downloaded.
 
     Args:
-        model_name: as `load_model` takes it.
+        model_name: as for `load_model`.
 
     Raises:
-        ValueError: neither a config nor the name says it.
+        ValueError: there is no config, and the family of the name is not known.
         FileNotFoundError: the name is a path that does not exist.
     """
     config = _config(model_name)
@@ -61,9 +61,9 @@ def decoder_layers(model_name: str) -> DecoderLayers:
         if re.match(pattern, last):
             return DecoderLayers(base, layers)
     raise ValueError(
-        f"the config of {model_name!r} is not on this machine, and its name does not say which "
-        "module holds its layers: give the folder of the model (its config.json is enough) as "
-        "the model's name"
+        f"the config of {model_name!r} is not on this machine, and the family of this name is not "
+        "known, so the module of its layers is unknown: give the folder of the model (its "
+        "config.json is enough) as the model's name"
     )
 
 
@@ -94,6 +94,6 @@ def _read(config: Any, model_name: str) -> DecoderLayers:
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        raise ValueError(f"{model_name!r} holds no list of {count} layers among its modules")
+        raise ValueError(f"{model_name!r} has no list of {count} layers among its modules")
     whole = next(name for name, module in model.named_modules() if module is base)
     return DecoderLayers(whole, min(lists, key=lambda name: name.count(".")), config.model_type)

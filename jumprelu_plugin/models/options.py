@@ -1,6 +1,6 @@
-"""Which language model to load, and how: the user's choice, then what a dictionary's metadata says.
+"""The language model and the text to use: options, else what a dictionary's metadata names.
 
-SAELens records in a dictionary's metadata the model it was trained on: `model_name`,
+SAELens records the model of a dictionary in its metadata: `model_name`,
 `model_class_name`, `model_from_pretrained_kwargs`, `dataset_path`, `context_size`, `prepend_bos`.
 """
 
@@ -15,7 +15,7 @@ DEFAULT_CONTEXT_SIZE = 128
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A language model, its text, and where it runs.
+    """Options for a language model, its text, and where it runs.
 
     Attributes:
         model_name: tiny-gemma-2, a model folder, or a hub name. Default: the dictionary's own.
@@ -34,11 +34,11 @@ class ModelOptions:
     dtype: str | None = None
 
     def resolve(self, metadata: Mapping[str, Any], source: object) -> ModelChoice:
-        """Fill what was left out from a dictionary's metadata.
+        """Fill in missing options from a dictionary's metadata.
 
         Args:
-            metadata: of the dictionary, as SAELens names its entries.
-            source: the dictionary's folder, for the error message.
+            metadata: the dictionary's metadata, with SAELens' names.
+            source: the dictionary's folder, for error messages.
 
         Raises:
             ValueError: neither the user nor the metadata names a model.
@@ -46,11 +46,11 @@ class ModelOptions:
         name = self.model_name or metadata.get("model_name")
         if not name:
             raise ValueError(
-                f"the dictionary in {source} does not say its model; give it with --model_name"
+                f"the dictionary in {source} does not name its model; name it with --model_name"
             )
         kwargs = dict(metadata.get("model_from_pretrained_kwargs") or {})
         if self.model_name or self.model_class_name:
-            kwargs = {}  # recorded for the loader of another model
+            kwargs = {}  # recorded for another model or class
         recorded_dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         dataset = self.dataset_path
         return ModelChoice(
@@ -67,7 +67,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """`ModelOptions` with nothing left open.
+    """`ModelOptions` in which every option has a value.
 
     Attributes:
         context_size: tokens in a sequence.
@@ -85,7 +85,7 @@ class ModelChoice:
     from_pretrained_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Any:
-        """The model; raises as `language_models.load_model` does."""
+        """Load the model; raises the errors of `language_models.load_model`."""
         from jumprelu_plugin.models.language_models import load_model
 
         return load_model(
@@ -99,7 +99,7 @@ class ModelChoice:
 
 def _class_name(chosen: str | None, metadata: Mapping[str, Any]) -> str:
     recorded = metadata.get("model_class_name")
-    # HookedSAETransformer is a HookedTransformer that an SAE can be spliced into.
+    # A HookedSAETransformer is a HookedTransformer into which an SAE can be spliced.
     if recorded == "HookedTransformer":
         recorded = None
     return chosen or recorded or "HookedSAETransformer"

@@ -1,4 +1,4 @@
-"""Sequences of tokens to fit on and to evaluate on, from the `demo` extra's text or any dataset."""
+"""Token sequences for training and for evaluation, from the `demo` extra's text or a dataset."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ def read_sequences(
     prepend_bos: bool = True,
     seed: int | None = None,
 ) -> tuple[Int[Tensor, "train context"], Int[Tensor, "held_out context"]]:
-    """Up to `train` and `held_out` sequences of `context_size` tokens; no sequence is in both.
+    """Up to `train` training sequences and up to `held_out` other sequences, for evaluation.
 
-    The text of the `demo` extra (an empty `dataset_path`) has a training and a held-out part. Of
-    another dataset the held-out sequences are from its split "test" or "validation"; where it has
-    neither, they are its first sequences, and the training sequences follow them.
+    The text of the `demo` extra has a training and a test part. From another dataset, held-out
+    sequences are those of its split "test" or "validation"; without such a split, they are its
+    first sequences, and the training sequences follow them.
 
     Args:
         model: a hooked model with its tokenizer.
-        dataset_path: a dataset of text or tokens, as SAELens reads it.
-        prepend_bos: whether every sequence begins with the BOS token.
-        seed: the demo extra's sequences are shuffled with it; None takes them in order.
+        dataset_path: a dataset of text or tokens that SAELens can read; empty for the text of the
+            `demo` extra.
+        context_size: tokens in a sequence.
+        held_out, train: the largest numbers of sequences.
+        prepend_bos: whether every sequence starts with the BOS token.
+        seed: shuffles the demo extra's sequences; None keeps their order.
 
     Raises:
-        ValueError: there is no sequence of this length.
-        OSError: there is no such dataset.
+        ValueError: the text is shorter than one sequence.
+        OSError: the dataset does not exist.
     """
     if not dataset_path:
         fit = _demo_text(model, "train", context_size, train, prepend_bos, seed)
@@ -45,10 +48,10 @@ def read_sequences(
     import datasets
 
     splits = datasets.get_dataset_split_names(dataset_path)
-    judged = next((split for split in HELD_OUT_SPLITS if split in splits), "train")
-    skip = held_out if judged == "train" else 0
+    held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits), "train")
+    skip = held_out if held_out_split == "train" else 0
     fit = _dataset(model, dataset_path, "train", context_size, train, prepend_bos, skip)
-    return fit, _dataset(model, dataset_path, judged, context_size, held_out, prepend_bos)
+    return fit, _dataset(model, dataset_path, held_out_split, context_size, held_out, prepend_bos)
 
 
 def _demo_text(
@@ -76,7 +79,7 @@ def _dataset(
 
     if count < 1:
         return torch.empty(0, context_size, dtype=torch.long)
-    # Only its reader of text is used: it runs no model, so hook and width do not matter.
+    # Only its reader of text is used, which runs no model, so hook and width have no effect.
     store = ActivationsStore(
         model=model,
         dataset=load_dataset(path, split=split, streaming=True),

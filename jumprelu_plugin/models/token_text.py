@@ -1,9 +1,9 @@
-"""What each token adds to a text, for any tokenizer.
+"""The text of each token, for any tokenizer.
 
-A token decoded alone can lose what it adds: Llama's tokenizers drop the leading space of a text, so
-that `▁people` and `people` look the same, and a byte-level token that holds a part of a character
-(most tokens of 日本 or 😀) decodes to U+FFFD. So a token's text is read after another token, and
-a part of a character is shown as its bytes.
+Decoding a token alone can lose information: Llama's tokenizers drop the leading space of a text, so
+that `▁people` and `people` look the same, and a byte-level token that is a part of a character
+(most tokens of 日本 or 😀) decodes to U+FFFD. Therefore a token is decoded after another token, and
+a part of a character is given as its bytes.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class TokenTexts:
         self._bytes: dict[int, bytes] = {}
 
     def text(self, token: int) -> str:
-        r"""What `token` adds to a text, its leading space included; half a character as `\xe6`."""
+        r"""The text of `token` with its leading space; a part of a character is shown as `\xe6`."""
         return self.join([token])
 
     def join(self, tokens: Iterable[int]) -> str:
-        """The text of consecutive tokens, in which a character of several tokens is whole."""
+        """The text of consecutive tokens, in which a character of several tokens is complete."""
         content = b"".join(self.utf8(token) for token in tokens)
         return content.decode("utf-8", errors="backslashreplace")
 
     def utf8(self, token: int) -> bytes:
-        """The UTF-8 bytes that `token` adds to a text; a special token adds its name."""
+        """The UTF-8 bytes of `token`'s text; those of its name for a special token."""
         if token not in self._bytes:
             self._bytes[token] = self._read(token)
         return self._bytes[token]
 
     def _read(self, token: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None:  # models pad their vocabulary beyond the tokenizer's
+        if name is None:  # a model's vocabulary can be padded beyond the tokenizer's
             return f"<{token}>".encode()
         if token in self._special:
             return name.encode()
-        # After itself: tokenizers drop or change a space only before a text's first token.
+        # Decoded after itself, because tokenizers change a space only before the first token.
         once, twice = (self._decode([token] * count) for count in (1, 2))
         text = twice.removeprefix(once) if twice.startswith(once) else once
         if _NOT_TEXT in text and _NOT_TEXT not in name:

@@ -77,7 +77,7 @@ def test_what_nothing_records_has_a_default() -> None:
     assert choice.model_class_name == "HookedSAETransformer"
     assert (choice.dataset_path, choice.context_size, choice.prepend_bos) == ("", 128, True)
     assert choice.dtype == "float32"
-    with pytest.raises(ValueError, match="in folder does not say its model.*--model_name"):
+    with pytest.raises(ValueError, match="in folder does not name its model.*--model_name"):
         ModelOptions().resolve({}, "folder")
 
 
