@@ -39,10 +39,10 @@ class RecordFile:
         for known in self._known:
             if all(known.get(name) == value for name, value in case.items()):
                 return known
-        found = {**case, **measure()}
+        record = {**case, **measure()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_jsonl(self.path, {**found, "provenance": origin})
-        return found
+        append_jsonl(self.path, {**record, "provenance": origin})
+        return record
 
 
 def batches(

@@ -25,7 +25,7 @@ COLORS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#5555
 
 
 def shapes(records: Records) -> str:
-    """Everyone, side by side, at each of the shapes."""
+    """All trainers at each of the shapes."""
     parts = []
     for title, group in _by_shape([r for r in records if r["sweep"] == "shapes"]):
         stock = _one(group, STOCK)

@@ -1,15 +1,12 @@
-"""Transcoders of every layer against EleutherAI sparsify's TopK transcoders, in one run.
+"""Transcoders of every layer, compared with the TopK transcoders of EleutherAI's sparsify.
 
     pip install --no-deps eai-sparsify natsort schedulefree
     python benchmarks/transcoders_vs_sparsify.py --output sparsify.json
 
-Same model, hooks, width, tokens and number of tokens in a step; both are evaluated on the same
-held-out tokens. sparsify goes first, through its own unmodified Trainer with its defaults. Its k is
-an upper bound: a latent among the k that is not positive counts for nothing, so its measured L0 can
-lie below. The target L0 of the plugin, on every layer, is then the smallest L0 that sparsify
-reached on any of them.
-
-It runs on one thread unless --threads says more.
+Both have the same model, hooks, width, training tokens and batch size, and are evaluated on the
+same held-out tokens. sparsify is trained first, with its unmodified Trainer and its defaults. Its k
+is an upper bound of L0, because non-positive latents among the k are not active. The plugin's
+target L0, on every layer, is the smallest L0 that sparsify has on any layer.
 """
 
 from __future__ import annotations
@@ -47,16 +44,16 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=128, help="held-out sequences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     model = load_model(EMBEDDED_MODEL)
     special = sorted(get_special_token_ids(model.tokenizer))
     # Shuffled once, for both: sparsify reads in order.
-    text = tokenized_dataset(model.tokenizer, CONTEXT, "train").shuffle(seed=given.seed)
-    text = text.select(range(given.sequences))
+    text = tokenized_dataset(model.tokenizer, CONTEXT, "train").shuffle(seed=args.seed)
+    text = text.select(range(args.sequences))
     held_out = torch.tensor(
-        tokenized_dataset(model.tokenizer, CONTEXT, "test")[: given.held_out]["tokens"]
+        tokenized_dataset(model.tokenizer, CONTEXT, "test")[: args.held_out]["tokens"]
     )
     pairs = [
         (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
@@ -65,57 +62,57 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        coders = train_sparsify(model, pairs, text, special, given, Path(folder, "sparsify"))
+        coders = train_sparsify(model, pairs, text, special, args, Path(folder, "sparsify"))
         sparsify_seconds = time.perf_counter() - started
-        sparsify_found = evaluate_layers(model, pairs, held_out, special, coders)
-        target_l0 = min(layer["l0"] for layer in sparsify_found)
+        sparsify_layers = evaluate_layers(model, pairs, held_out, special, coders)
+        target_l0 = min(layer["l0"] for layer in sparsify_layers)
         started = time.perf_counter()
-        transcoders = train_plugin(model, text, target_l0, given, Path(folder, "plugin"))
+        transcoders = train_plugin(model, text, target_l0, args, Path(folder, "plugin"))
         seconds = time.perf_counter() - started
-        found = evaluate_layers(
+        layers = evaluate_layers(
             model, pairs, held_out, special, [as_function(sae) for sae in transcoders]
         )
         spliced = evaluate_transcoders(model, transcoders, held_out)
 
     print("layer     plugin FVU, L0, dead       sparsify FVU, L0, dead")
-    for layer, (a, b) in enumerate(zip(found, sparsify_found, strict=True)):
-        print(f"{layer:>5}  {in_words(a)}  {in_words(b)}")
+    for layer, (a, b) in enumerate(zip(layers, sparsify_layers, strict=True)):
+        print(f"{layer:>5}  {format_layer(a)}  {format_layer(b)}")
     delta = spliced.loss_spliced - spliced.loss_clean
     print(f"all spliced in: delta LM loss {delta:.3f} on a loss of {spliced.loss_clean:.3f}")
     print(f"seconds: {seconds:.0f} and {sparsify_seconds:.0f}")
     write_json(
-        given.output,
+        args.output,
         {
             "kind": "transcoders_vs_sparsify",
-            "settings": {k: v for k, v in vars(given).items() if k != "output"},
+            "settings": {k: v for k, v in vars(args).items() if k != "output"},
             "target_l0": target_l0,
-            "jumprelu-plugin": {"seconds": seconds, "layers": found, "spliced": asdict(spliced)},
-            "sparsify": {"seconds": sparsify_seconds, "layers": sparsify_found},
-            "provenance": provenance(seed=given.seed, model_digest=model_digest(model)),
+            "jumprelu-plugin": {"seconds": seconds, "layers": layers, "spliced": asdict(spliced)},
+            "sparsify": {"seconds": sparsify_seconds, "layers": sparsify_layers},
+            "provenance": provenance(seed=args.seed, model_digest=model_digest(model)),
         },
     )
 
 
 def train_plugin(
-    model: Any, text: Any, target_l0: float, given: argparse.Namespace, folder: Path
+    model: Any, text: Any, target_l0: float, args: argparse.Namespace, folder: Path
 ) -> list[Any]:
     batch = SEQUENCES_A_STEP * (CONTEXT - 1)
     settings = TranscoderSettings(
-        d_sae=given.d_sae,
+        d_sae=args.d_sae,
         target_l0=target_l0,
-        training_tokens=given.sequences // SEQUENCES_A_STEP * batch,
+        training_tokens=args.sequences // SEQUENCES_A_STEP * batch,
         train_batch_size_tokens=batch,
         context_size=CONTEXT,
-        n_batches_in_buffer=min(1024, given.sequences),
+        n_batches_in_buffer=min(1024, args.sequences),
         evaluation_sequences=0,
         n_checkpoints=0,
-        seed=given.seed,
+        seed=args.seed,
     )
     train_transcoders(folder, settings, model=model, dataset=text)
     return [SAE.load_from_disk(folder / f"layer_{i}") for i in range(model.cfg.n_layers)]
 
 
-def in_words(layer: dict[str, float]) -> str:
+def format_layer(layer: dict[str, float]) -> str:
     return f"{layer['fvu']:>12.4f} {layer['l0']:>6.2f} {layer['dead_share']:>6.1%}"
 
 
@@ -164,16 +161,16 @@ def train_sparsify(
     pairs: list[tuple[str, str]],
     text: Any,
     special: list[int],
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     folder: Path,
 ) -> list[Any]:
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     cfg = TrainConfig(
-        SparseCoderConfig(num_latents=given.d_sae, k=given.k, transcode=True),
+        SparseCoderConfig(num_latents=args.d_sae, k=args.k, transcode=True),
         batch_size=SEQUENCES_A_STEP,
         hookpoints=["points.*"],
-        init_seeds=[given.seed],
+        init_seeds=[args.seed],
         exclude_tokens=special,
         log_to_wandb=False,
         save_dir=str(folder),
@@ -214,8 +211,10 @@ def evaluate_layers(
     for batch in tokens.split(8):
         cache = model.run_with_cache(batch, names_filter=hooks, prepend_bos=False)[1]
         kept = ~torch.isin(batch, torch.tensor(special))
-        for (hook_in, hook_out), transcoder, found in zip(pairs, transcoders, metrics, strict=True):
-            found.update(cache[hook_out][kept], *transcoder(cache[hook_in][kept]))
+        for (hook_in, hook_out), transcoder, layer_metrics in zip(
+            pairs, transcoders, metrics, strict=True
+        ):
+            layer_metrics.update(cache[hook_out][kept], *transcoder(cache[hook_in][kept]))
     names = ("fvu", "l0", "dead_share")
     return [{name: asdict(m.compute())[name] for name in names} for m in metrics]
 

@@ -43,10 +43,10 @@ def load_replacement_model(
     loaded = circuit_tracer.load_transcoders(Path(transcoders))
     replacement = build_hooked(_backend(), model, device)
     expected = replacement.cfg.n_layers, replacement.cfg.d_model
-    found = layers_and_width(loaded)
-    if found != expected:
+    n_layers, width = layers_and_width(loaded)
+    if (n_layers, width) != expected:
         raise ValueError(
-            f"{transcoders} holds {found[0]} transcoders of width {found[1]}, and the "
+            f"{transcoders} holds {n_layers} transcoders of width {width}, and the "
             f"model has {expected[0]} layers of width {expected[1]}"
         )
     replacement._configure_replacement_model(loaded)

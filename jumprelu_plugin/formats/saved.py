@@ -67,8 +67,8 @@ class SavedDictionary:
         Raises as `evaluation.evaluate` and `evaluate_clt` do.
         """
         _, tokens = self.sequences(sequences)
-        judge = evaluate_clt if isinstance(self.dictionary, CrossLayerTranscoder) else evaluate
-        result = judge(self.model, self.dictionary, tokens)
+        function = evaluate_clt if isinstance(self.dictionary, CrossLayerTranscoder) else evaluate
+        result = function(self.model, self.dictionary, tokens)
         if output is not None:
             source = provenance(model_digest=model_digest(self.model), data_digest=digest(tokens))
             result.save(output, source)

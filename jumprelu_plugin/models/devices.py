@@ -1,4 +1,4 @@
-"""Whether a device is there, asked before anything is loaded on it."""
+"""A check that a device exists, for use before anything is loaded on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import torch
 
 
 def require_device(name: str) -> None:
-    """Raise ValueError where PyTorch cannot compute on a device of this name."""
+    """Check that PyTorch can compute on a device of this name.
+
+    Raises:
+        ValueError: it cannot.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

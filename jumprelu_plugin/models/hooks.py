@@ -78,16 +78,16 @@ def hook_point(model: Any, name: str) -> HookPoint:
             " HookedSAETransformer, TransformerBridge or SAETransformerBridge."
         )
     path = canonical_name(model, name)
-    found = _at_path(model, path)
-    if not isinstance(found, HookPoint):
-        if hasattr(found, "hook_sae_output"):
+    point = _at_path(model, path)
+    if not isinstance(point, HookPoint):
+        if hasattr(point, "hook_sae_output"):
             raise ValueError(
                 f"An SAE is spliced into the model at {name!r}, in place of the hook point. Call"
                 " model.reset_saes() first."
             )
         raise ValueError(f"The model has no hook {name!r}. {_suggestion(model, name)}")
-    _repair(model, name, path, found)
-    return found
+    _repair(model, name, path, point)
+    return point
 
 
 @contextmanager
@@ -203,13 +203,13 @@ def _repair(model: Any, name: str, path: str, point: HookPoint) -> None:
 
 
 def _at_path(model: Any, path: str) -> Any:
-    found = model
+    module = model
     for part in path.split("."):
         try:
-            found = found[int(part)] if part.isdigit() else getattr(found, part)
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
         except (AttributeError, IndexError, TypeError):
             return None
-    return found
+    return module
 
 
 def _suggestion(model: Any, name: str) -> str:

@@ -1,9 +1,9 @@
-"""Where a forward pass starts: how many positions of its sequence are already in the KV cache.
+"""The number of positions of a sequence that are in the KV cache when a forward pass starts.
 
-The cache reaches a block under another name in each family: as `past_key_values` (Llama, Mistral,
-Qwen2, OPT, Gemma), as `layer_past` (GPT-NeoX, GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen, MPT), by
-position alone (GPT-2), or as `past_kv_cache_entry` (HookedTransformer). So a cache is known by what
-it can do, and a name only tells of a cache that cannot be read.
+The name of a block's cache argument depends on the family: `past_key_values` (Llama, Mistral,
+Qwen2, OPT, Gemma), `layer_past` (GPT-NeoX, GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen, MPT),
+`past_kv_cache_entry` (HookedTransformer), or none (GPT-2, where it is positional). A cache is
+therefore recognized by its methods. An argument named like a cache without them is an error.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ _NO_CACHE = ("use_cache", "cache_position")
 def cache_length_tracked(model: Any, set_length: Callable[[int], None]) -> Iterator[None]:
     """Within the block, call `set_length` in each forward pass, before the first block runs.
 
-    It is given the number of positions in the KV cache, 0 without one.
-
     Args:
         model: a HookedTransformer or a bridge, with `blocks`.
+        set_length: takes the number of positions in the KV cache, 0 without a cache.
 
     Raises:
-        ValueError: in a forward pass, if there is a cache that does not tell its length, such as
-            the state of a Mamba.
+        ValueError: in a forward pass, if the length of a cache cannot be read, as for the state of
+            a Mamba.
     """
 
     def at_model(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -44,9 +43,8 @@ def cache_length_tracked(model: Any, set_length: Callable[[int], None]) -> Itera
     def after_model(module: nn.Module, args: Any, output: Any) -> None:
         set_length(0)
 
-    # The model is asked too, for a family whose blocks do not receive the cache. The blocks are
-    # asked because HookedTransformer.generate, for one, calls `forward`, which runs no hooks of
-    # the model's own.
+    # The model's hook is for families whose blocks do not receive the cache, the first block's for
+    # HookedTransformer.generate, which calls `forward` and so does not run the model's hooks.
     whole = getattr(model, "original_model", model)
     with ExitStack() as stack:
         for handle in (
@@ -60,7 +58,7 @@ def cache_length_tracked(model: Any, set_length: Callable[[int], None]) -> Itera
 
 
 def _named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; positional ones by the signature of what is called."""
+    """The arguments of a call by name; positional ones are named by the signature."""
     called = getattr(module, "original_component", None) or module
     parameters = inspect.signature(called.forward).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -78,8 +76,8 @@ def _cached_positions(arguments: Mapping[str, Any]) -> int | None:
         length = _length(value)
         if length is None:
             raise ValueError(
-                f"The model runs with a cache ({name}, {type(value).__name__}) that does not tell"
-                " how many positions it holds, so absolute positions cannot be followed. Generate"
+                f"The model runs with a cache ({name}, {type(value).__name__}) whose"
+                " length cannot be read, so absolute positions are not known. Generate"
                 " without a cache (use_past_kv_cache=False, or use_cache=False in transformers),"
                 " or use positions=None or 'last'."
             )

@@ -144,7 +144,7 @@ def bible_documents(package_folder: Path) -> Iterator[Document]:
     edges = [starts[chapter * 1000 + 1] for chapter in chapters] + [len(text)]
     for chapter, start, end in zip(chapters, edges[:-1], edges[1:], strict=True):
         heading = f"{titles[chapter // 1000 - 1]} {chapter % 1000}"
-        # Square brackets mark words that the translators added; the brackets are no prose.
+        # Square brackets mark words that the translators added; the words stay.
         body = clean_text(text[start:end].replace("[", "").replace("]", ""))
         yield Document(f"king-james-bible/{heading}", f"{heading}\n\n{body}")
 

@@ -73,7 +73,7 @@ def test_a_cache_that_does_not_tell_its_length_is_refused(prompt, tmp_path):
     mamba = load_model(model_folder("mamba", tmp_path), "TransformerBridge")
     with (
         steer(mamba, sae, Add(7, 5.0, positions=[7, 8])),
-        pytest.raises(ValueError, match="does not tell.*positions=None or 'last'"),
+        pytest.raises(ValueError, match="length cannot be read.*positions=None or 'last'"),
     ):
         mamba.generate(prompt, **OPTIONS)
     with steer(mamba, sae, Add(7, 40.0)):
