@@ -78,12 +78,27 @@ STEP = {
     "training_tokens": 3 * 601,
     "step_kernel": "dense",
 }
-CALIBRATION = {"d_sae": 32749, "train_batch_size_tokens": 1201, "training_tokens": 2 * 1201,
-               "step_kernel": "sparse"}  # fmt: skip
-ENTRIES = {"d_sae": 1009, "train_batch_size_tokens": 2003, "training_tokens": 3 * 2003, "target_l0": 150.0,
-           "step_kernel": "sparse"}  # fmt: skip
-DRAWING = {"d_sae": 59, "train_batch_size_tokens": 41, "training_tokens": 5 * 41, "n_batches_in_buffer": 40_000,
-           "store_batch_size_prompts": 2999, "step_kernel": "sparse"}  # fmt: skip
+CALIBRATION = {
+    "d_sae": 32749,
+    "train_batch_size_tokens": 1201,
+    "training_tokens": 2 * 1201,
+    "step_kernel": "sparse",
+}
+ENTRIES = {
+    "d_sae": 1009,
+    "train_batch_size_tokens": 2003,
+    "training_tokens": 3 * 2003,
+    "target_l0": 150.0,
+    "step_kernel": "sparse",
+}
+DRAWING = {
+    "d_sae": 59,
+    "train_batch_size_tokens": 41,
+    "training_tokens": 5 * 41,
+    "n_batches_in_buffer": 40_000,
+    "store_batch_size_prompts": 2999,
+    "step_kernel": "sparse",
+}
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
