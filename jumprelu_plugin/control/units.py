@@ -60,17 +60,20 @@ def units_of(name: str, d_in: int) -> Units:
 
 
 class ScaledParameter(nn.Module):
-    """A parametrization: the optimizer sees `value / factor`, everyone else `value`."""
+    """A parametrization: the optimizer sees `(value - offset) / factor`, everyone else `value`."""
+
+    offset: Tensor
 
     def __init__(self, factor: float):
         super().__init__()
         self.factor = factor
+        self.register_buffer("offset", torch.zeros(()), persistent=False)
 
     def forward(self, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return stored * self.factor
+        return stored * self.factor + self.offset
 
     def right_inverse(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return value / self.factor
+        return (value - self.offset) / self.factor
 
 
 class LogParameter(nn.Module):
@@ -100,6 +103,21 @@ def stored(module: nn.Module, name: str) -> Tensor:
     if parametrized(module, name) is None:
         return getattr(module, name)
     return cast(Any, module).parametrizations[name].original
+
+
+@torch.no_grad()
+def set_units(
+    module: nn.Module, name: str, factor: float, offset: Float[Tensor, "..."] | None = None
+) -> None:
+    """Change what a parametrized parameter is stored in units of, in place; its value stays."""
+    how = parametrized(module, name)
+    assert how is not None
+    value = getattr(module, name).detach().clone()
+    how.factor = factor
+    if offset is not None:
+        assert isinstance(how, ScaledParameter)
+        how.offset = offset.to(value)
+    set_value(module, name, value)
 
 
 @torch.no_grad()

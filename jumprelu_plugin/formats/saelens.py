@@ -12,7 +12,7 @@ import torch
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import flat_input, require_folded
-from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.saes.parameters import PairScale, Parameters
 
 LOADER = Loader("SAE.load_from_disk", "sae_lens", "sae-lens", "pip install sae-lens")
 
@@ -102,10 +102,11 @@ def compare_sae(parameters: Parameters, sae: Any, loader: str) -> Check:
         return compare_dictionary(parameters, sae.encode, sae.forward, loader)
 
 
-def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> tuple[float, float] | None:
+def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> PairScale | None:
     """The scales of input and output of a checkpoint from the middle of a training, or None.
 
-    SAELens saves one number for an SAE. A transcoder's checkpoint has two.
+    SAELens saves one number for an SAE. A transcoder's checkpoint has two, and may have the centers
+    that were subtracted.
 
     Raises:
         ValueError: `fold_scale` is False and there are scales, or they cannot be folded.
@@ -118,9 +119,9 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> tuple[float,
     scale = scaler.get("scaling_factor")
     if scale is None:
         return None
-    scales = tuple(map(float, scale if isinstance(scale, list) else [scale]))
+    scales = scale if isinstance(scale, list) else [scale]
     sides = 2 if hasattr(sae.cfg, "d_out") else 1
-    if len(scales) != sides:
+    if len(scales) not in ((1,) if sides == 1 else (2, 4)):
         raise ValueError(
             f"{folder} is a checkpoint of {type(sae).__name__}, which has {sides} scale(s), and "
             f"{_SCALER} holds {scale}. {advice}"
@@ -131,4 +132,4 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> tuple[float,
             f"({_SCALER}), while other tools do not scale inputs. {advice}, or pass --fold_scale "
             "to fold the scale into the weights"
         )
-    return scales[0], scales[-1]
+    return PairScale(scales[0], scales[0]) if sides == 1 else PairScale(*scales)

@@ -51,9 +51,14 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             dictionary's. None means 0.5, less where L0 is more than 1/64 of the dictionary; or, if
             `matryoshka_widths` are given, their number, which makes the error the published mean.
             0 leaves the prefixes out.
-        outlier_norm_ratio: the squared error of a token longer than this many times the batch's
-            median norm counts as if it were that long (`step.losses.outlier_token_weights`). None
-            means 10 for an L0-controlled SAE, and no limit otherwise. 0 is no limit.
+        outlier_norm_ratio: the squared error of a token further from the data's center than this
+            many times the batch's median distance counts as if it were that far
+            (`step.losses.outlier_token_weights`). None means 10 for an L0-controlled SAE, and no
+            limit otherwise. 0 is no limit.
+        standardize_activations: train in units of the data's own center and spread, measured on the
+            first batch (`control.standardization`), so that training on a·x + v is the same
+            training. θ₀ and ε, where given, are in units of the spread then. What is saved reads
+            the activations as they are. None means True where L0-controlled.
         aux_loss_coefficient: α of the auxiliary loss (arXiv 2406.04093): dead latents reconstruct
             what the others leave (`step.losses.AuxiliaryLoss`). Published with 1/32. None leaves it
             out.
@@ -96,6 +101,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     matryoshka_widths: list[int] | None = None
     matryoshka_loss_weight: float | None = None
     outlier_norm_ratio: float | None = None
+    standardize_activations: bool | None = None
     aux_loss_coefficient: float | None = None
     pre_act_loss_latents: Literal["dead", "all"] = "dead"
     initialization: Literal["saelens", "anthropic"] = "saelens"

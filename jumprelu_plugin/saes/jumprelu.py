@@ -8,6 +8,7 @@ steps to its `control.DictionaryControl`, and is saved as a stock `jumprelu` fol
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jumprelu_plugin.control.calibration import raise_to_fire
+from jumprelu_plugin.control.calibration import raise_to_fire, soft_whitening
 from jumprelu_plugin.control.decoder_norm import keep_gradient_tangential, normalize_rows_
 from jumprelu_plugin.control.dictionary_control import (
     DictionaryControl,
@@ -23,6 +24,7 @@ from jumprelu_plugin.control.dictionary_control import (
 )
 from jumprelu_plugin.control.finite import require_finite
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
+from jumprelu_plugin.control.standardization import measure
 from jumprelu_plugin.control.units import set_value, units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
 from jumprelu_plugin.saes.losses import decoder_target, loss_terms, sparsity_of, token_weights
@@ -52,7 +54,6 @@ class JumpReLUTrainingSAE(StoredParameters):
         control: what is kept between two steps.
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
-        units: factors from the config's units to those of training.
 
     Raises:
         ValueError: on construction, if the config cannot train; on a step, if the activations or
@@ -61,6 +62,9 @@ class JumpReLUTrainingSAE(StoredParameters):
 
     cfg: JumpReLUTrainingSAEConfig  # type: ignore[assignment]
     rules = SAE_RULES
+    # Or whoever scales its rows does.
+    standardizes_itself: ClassVar[bool] = True
+    whitening: Tensor | None = None
 
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
         cfg = as_plugin_config(cfg)
@@ -79,9 +83,12 @@ class JumpReLUTrainingSAE(StoredParameters):
         cfg.add_training_info_to_metadata()
         self.sparsity = sparsity_of(cfg, self.resolved)
         self.path_choice = PathChoice(cfg.step_kernel)
+        standardizes = self.standardizes_itself and self.resolved.standardize_activations
         known = self.resolved.jumprelu_init_threshold and self.resolved.jumprelu_bandwidth
-        self.calibrated = bool(known) and cfg.initialization == "saelens"
-        self.store_in_units(self.units.activation, log_threshold=cfg.log_threshold)
+        self.calibrated = bool(known) and cfg.initialization == "saelens" and not standardizes
+        self.store_in_units(
+            self.units.activation, standardizes=standardizes, log_threshold=cfg.log_threshold
+        )
 
     @property
     def bandwidth(self) -> float | None:
@@ -142,7 +149,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         offset = self.decoder_offset(x, b_dec)
-        weights = token_weights(self.resolved, target)
+        weights = token_weights(resolved, target, self._target_center())
         prefix_errors = None
         if widths := resolved.matryoshka_widths:
             wanted, scale = decoder_target(self, target)
@@ -190,7 +197,8 @@ class JumpReLUTrainingSAE(StoredParameters):
                 residual = (target - x_hat).detach().flatten(1)
                 if weights is not None:
                     residual *= weights.sqrt()[:, None]
-                control.keep_for_resampling(x, residual)
+                read = x - b_dec if self.cfg.apply_b_dec_to_input else x
+                control.keep_for_resampling(read, residual)
         return TrainStepOutput(
             sae_in=target,
             sae_out=x_hat,
@@ -273,9 +281,15 @@ class JumpReLUTrainingSAE(StoredParameters):
         sample = _full_precision(self.normalized_input(source))
         if not torch.isfinite(sample).all():
             self._require_finite(sample.sum() * torch.nan, source, 0)
-        if (weights := token_weights(self.resolved, sample)) is not None:
+        if self.standardizes_itself and self.resolved.standardize_activations:
+            self._standardize(sample)
+        if (weights := token_weights(self.resolved, sample, self._center())) is not None:
             # One outlier in the batch would widen every latent's spread, and with it ε.
             sample = sample[weights == 1]
+        if self.standardization is not None:
+            self.whitening = soft_whitening(sample - sample.mean(0))
+        if self._starts_whitened():
+            self._whiten_start(sample)
         if self.cfg.apply_b_dec_to_input:
             if not self.has_loaded_weights:
                 set_value(self, "b_dec", sample.mean(0))
@@ -287,6 +301,42 @@ class JumpReLUTrainingSAE(StoredParameters):
             set_value(self, "b_enc", self.b_enc + raised)
             z = z + raised
         self.control.calibrate(self, z, keep_thresholds=self.has_loaded_weights)
+
+    def _starts_whitened(self) -> bool:
+        return (
+            self.standardization is not None
+            and not self.has_loaded_weights
+            and self.cfg.initialization == "saelens"
+        )
+
+    def _whiten_start(self, sample: Float[Tensor, "inliers d_in"]) -> None:
+        """Turn the random directions it starts from away from what dominates the data."""
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        rows = self.W_dec.data @ self.whitening.to(self.W_dec)
+        normalize_rows_(rows)
+        self.W_dec.data.copy_(norms * rows)
+        self.W_enc.data.copy_((self.W_enc.norm(dim=0)[:, None] * rows).t())
+
+    def _standardize(self, sample: Float[Tensor, "batch d_in"]) -> None:
+        """Work in units of the sample's center and spread, with what the config gives in them."""
+        found = measure(sample)
+        self.standardize(found)
+        given = self.resolved
+        if given.jumprelu_bandwidth:
+            self.control.bandwidth = found.scale * given.jumprelu_bandwidth
+        if given.jumprelu_init_threshold and not self.has_loaded_weights:
+            threshold = found.scale * given.jumprelu_init_threshold
+            set_value(self, "threshold", torch.full_like(self.threshold, threshold))
+
+    def _center(self) -> Float[Tensor, " d_in"] | None:
+        """Where the normalized input has its center, if that is measured."""
+        found = self.standardization
+        return None if found is None else found.center.to(self.device)
+
+    def _target_center(self) -> Float[Tensor, " d_out"] | None:
+        """The same for the target, which SAELens normalizes for the encoder alone."""
+        per_token = self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
+        return None if per_token else self._center()
 
     def _before_update(self) -> None:
         self.path_choice.finish(self.control.batch_l0 / self.cfg.d_sae)
@@ -300,7 +350,11 @@ class JumpReLUTrainingSAE(StoredParameters):
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " d_in"]]:
         """Encoders of resampled latents, and the input that gives them z = 0."""
         center = torch.zeros_like(x[0]) if self.cfg.apply_b_dec_to_input else x.mean(0)
-        return residual[tokens], center
+        encoders = residual[tokens]
+        if self.whitening is not None:
+            whitening = self.whitening.to(encoders)
+            encoders = encoders @ whitening @ whitening
+        return encoders, center
 
     # ---------------------------------------------------------------- inference
 

@@ -32,11 +32,13 @@ def sparsity_of(cfg: Any, resolved: ResolvedConfig) -> Any:
 
 
 def token_weights(
-    resolved: ResolvedConfig, target: Float[Tensor, "batch ..."]
+    resolved: ResolvedConfig,
+    target: Float[Tensor, "batch ..."],
+    center: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, " batch"] | None:
     """The weight of each token's squared error; None where outlier tokens are not limited."""
     ratio = resolved.outlier_norm_ratio
-    return None if ratio == math.inf else outlier_token_weights(target, ratio)
+    return None if ratio == math.inf else outlier_token_weights(target, ratio, center)
 
 
 def loss_terms(
@@ -64,10 +66,13 @@ def loss_terms(
         # Weights that sum to 1: λ keeps the meaning that it has without prefixes.
         whole = 1 / (1 + resolved.matryoshka_loss_weight)
         share = whole * resolved.matryoshka_loss_weight / len(prefix_errors)
+        # In proportion to the errors: a prefix whose error is many times the whole dictionary's
+        # would own the gradient that much.
+        scale = (losses["mse_loss"] / prefix_errors).detach().clamp_max(1.0)
         losses["mse_loss"] = whole * losses["mse_loss"]
-        widths = resolved.matryoshka_widths
-        for width, error in zip(widths, prefix_errors.unbind(), strict=True):
-            losses[f"matryoshka_mse_loss_{width}"] = share * error
+        terms = (share * scale * prefix_errors).unbind()
+        for width, term in zip(resolved.matryoshka_widths, terms, strict=True):
+            losses[f"matryoshka_mse_loss_{width}"] = term
     if resolved.pre_act_loss_coefficient:
         pre_act = PreActivationLoss(pre_act_latents)(step)
         losses["pre_act_loss"] = resolved.pre_act_loss_coefficient * pre_act

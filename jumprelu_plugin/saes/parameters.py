@@ -14,9 +14,9 @@ It reads and writes no files and knows no hook names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -150,11 +150,18 @@ class Parameters:
             W_dec=(self.W_dec.double() / factor[:, None]).to(self.W_dec.dtype),
         )
 
-    def fold_scales(self, input_scale: float, output_scale: float | None = None) -> Parameters:
-        """For parameters trained on `input_scale`·x and `output_scale`·y: the same, on x and y.
+    def fold_scales(
+        self,
+        input_scale: float,
+        output_scale: float | None = None,
+        input_center: Sequence[float] = (),
+        output_center: Sequence[float] = (),
+    ) -> Parameters:
+        """For parameters trained on `input_scale`·(x - `input_center`) and the same of y: the same
+        function on x and y.
 
-        `output_scale` is the input's for an SAE (None). Raises ValueError for a scale that is not a
-        positive finite number.
+        `output_scale` is the input's for an SAE (None); without centers they are 0. Raises
+        ValueError for a scale that is not a positive finite number.
         """
         output_scale = input_scale if output_scale is None else output_scale
         for scale in (input_scale, output_scale):
@@ -166,12 +173,24 @@ class Parameters:
                 f"{input_scale} and {output_scale}"
             )
         skip = None if self.W_skip is None else self.W_skip * (input_scale / output_scale)
-        return self._with(
+        folded = self._with(
             W_enc=self.W_enc * input_scale,
             W_dec=self.W_dec / output_scale,
             b_dec=self.b_dec / output_scale,
             W_skip=skip,
         )
+        return folded._moved(input_center, output_center) if len(input_center) else folded
+
+    def _moved(self, center_in: Sequence[float], center_out: Sequence[float]) -> Parameters:
+        """For parameters on x - `center_in` and y - `center_out`: the same, on x and y."""
+        if self.subtracts_b_dec:
+            raise ValueError("b_dec is subtracted from the input: it holds the center itself")
+        shift_in, shift_out = _double(center_in, self.b_enc), _double(center_out, self.b_dec)
+        b_enc = self.b_enc.double() - shift_in @ self.W_enc.double()
+        b_dec = self.b_dec.double() + shift_out
+        if self.W_skip is not None:
+            b_dec = b_dec - self.W_skip.double() @ shift_in
+        return self._with(b_enc=b_enc.to(self.b_enc.dtype), b_dec=b_dec.to(self.b_dec.dtype))
 
     def fold_input_gain(self, gain: Float[Tensor, " d_in"]) -> Parameters:
         """For parameters trained on x: the same function of x·gain (a norm's gain, no zeros)."""
@@ -188,18 +207,47 @@ class Parameters:
         return dataclasses.replace(self, **changes)
 
 
-@torch.no_grad()
-def fold_scales_(transcoder: Any, scale_in: float, scale_out: float) -> None:
-    """In place: from weights that map scale_in·x to scale_out·y, weights that map x to y.
+class PairScale(NamedTuple):
+    """What a transcoder's rows are in training: [s_in·(x - c_in) ‖ s_out·(y - c_out)].
 
-    W_enc·s_in, W_dec/s_out, b_dec/s_out, W_skip·s_in/s_out; b_enc and θ stay. Takes a training
-    transcoder stored plainly or one of SAELens' inference classes.
+    Attributes:
+        scale_in, scale_out: s.
+        center_in, center_out: c, [d_in] and [d_out]; empty where the origin is the center.
+    """
+
+    scale_in: float
+    scale_out: float
+    center_in: tuple[float, ...] = ()
+    center_out: tuple[float, ...] = ()
+
+
+@torch.no_grad()
+def fold_scales_(
+    transcoder: Any,
+    scale_in: float,
+    scale_out: float,
+    center_in: Sequence[float] = (),
+    center_out: Sequence[float] = (),
+) -> None:
+    """In place: from weights that map scale_in·(x - center_in) to scale_out·(y - center_out),
+    weights that map x to y.
+
+    W_enc·s_in, W_dec/s_out, b_dec/s_out, W_skip·s_in/s_out; θ stays, and so does b_enc without
+    centers. Takes a training transcoder stored plainly or one of SAELens' inference classes.
     """
     transcoder.W_enc.data *= scale_in
     transcoder.W_dec.data /= scale_out
     transcoder.b_dec.data /= scale_out
     if hasattr(transcoder, "W_skip"):
         transcoder.W_skip.data *= scale_in / scale_out
+    if not len(center_in):
+        return
+    shift = _double(center_in, transcoder.b_enc)
+    transcoder.b_enc.data -= (shift @ transcoder.W_enc.double()).to(transcoder.b_enc)
+    if len(center_out):
+        transcoder.b_dec.data += _double(center_out, transcoder.b_dec).to(transcoder.b_dec)
+    if hasattr(transcoder, "W_skip"):
+        transcoder.b_dec.data -= (transcoder.W_skip.double() @ shift).to(transcoder.b_dec)
 
 
 def dead_parameters(d_in: int, d_sae: int, d_out: int, *, skip: bool = False) -> Parameters:
@@ -212,6 +260,10 @@ def dead_parameters(d_in: int, d_sae: int, d_out: int, *, skip: bool = False) ->
         threshold=torch.full((d_sae,), 1e9),
         W_skip=torch.zeros(d_out, d_in) if skip else None,
     )
+
+
+def _double(values: Sequence[float], like: Tensor) -> Float[Tensor, " n"]:
+    return torch.as_tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _plain(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
+from jumprelu_plugin.control.standardization import OUTLIER_NORM_RATIO
 from jumprelu_plugin.control.units import units_of
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ MATRYOSHKA_LOSS_WEIGHT = 0.5
 DENSITY_OF_FULL_WEIGHT = 1 / 64
 # The prefixes are these parts of the latents. Longer ones cost more and find less.
 PREFIX_PARTS = (32, 16, 8)
-# Times the median norm. Massive activations have a hundred. With less, they are reconstructed badly
-# where L0 is low (docs/ablations.md).
-OUTLIER_NORM_RATIO = 10.0
 # Times the mean density. A limit below the first is raised to it, since it costs the more the
 # nearer it is; one below the second is left out, since it would hold most latents down.
 ROOM_FOR_DENSITY, LEAST_ROOM = 2.0, 1.5
@@ -62,7 +60,9 @@ class ResolvedConfig(ControlSettings):
         density_penalty_scale: ω₀; infinity: no penalty.
         matryoshka_widths: of the prefixes, without the whole dictionary.
         matryoshka_loss_weight: of the mean of their errors, beside the whole dictionary's.
-        outlier_norm_ratio: times the median norm; infinity: no limit.
+        outlier_norm_ratio: times the median distance from the center; infinity: no limit.
+        standardize_activations: whether training works in units of the data's own center and
+            spread (`control.standardization`).
         pre_act_loss_coefficient, aux_loss_coefficient: 0: no such loss.
     """
 
@@ -72,6 +72,7 @@ class ResolvedConfig(ControlSettings):
     matryoshka_widths: tuple[int, ...]
     matryoshka_loss_weight: float
     outlier_norm_ratio: float
+    standardize_activations: bool
     pre_act_loss_coefficient: float
     aux_loss_coefficient: float
 
@@ -110,6 +111,7 @@ def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
         matryoshka_widths=widths,
         matryoshka_loss_weight=_prefix_weight(cfg, widths),
         outlier_norm_ratio=_outlier_norm_ratio(cfg),
+        standardize_activations=_or(cfg.standardize_activations, controlled),
         pre_act_loss_coefficient=_or(cfg.pre_act_loss_coefficient, 0.0),
         aux_loss_coefficient=_or(cfg.aux_loss_coefficient, 0.0),
     )

@@ -1,8 +1,8 @@
 """How a training SAE keeps, copies, saves and loads its parameters.
 
 The optimizer may see a parameter in other units than everyone else: log θ in place of θ, or biases
-in units of E‖x‖² = 1 (`control.units`). What is folded, saved or handed on is always the plain
-parameter. W_enc lies by latent in memory.
+in units of E‖x‖² = 1 or of the data's own spread (`control.units`). What is folded, saved or handed
+on is always the plain parameter. W_enc lies by latent in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from typing_extensions import Self, override
 
 from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
-from jumprelu_plugin.control.units import LogParameter, ScaledParameter, parametrized, stored
+from jumprelu_plugin.control.standardization import Standardization
+from jumprelu_plugin.control.units import (
+    LogParameter,
+    ScaledParameter,
+    Units,
+    parametrized,
+    set_units,
+    stored,
+)
 from jumprelu_plugin.saes import checkpoint
 
 _NAMES = ("threshold", "b_enc", "b_dec")
@@ -33,9 +41,14 @@ class StoredParameters(StockTrainingSAE):
         calibrated: whether everything that the config leaves to the data is set.
         has_loaded_weights: whether its weights came from a file, and are not to be initialized.
         optimizer_hooks: around the steps of its optimizer; None before the first step.
+        units: factors from the config's units to those of the activations.
+        standardization: center and spread of the data, where training works in units of them; None
+            before calibration.
     """
 
     control: DictionaryControl
+    units: Units
+    standardization: Standardization | None = None
     calibrated = False
     has_loaded_weights = False
     optimizer_hooks: OptimizerHooks | None = None
@@ -48,15 +61,29 @@ class StoredParameters(StockTrainingSAE):
         new._setup_activation_normalization()
         return new
 
-    def store_in_units(self, scale: float, *, log_threshold: bool) -> None:
-        """Let the optimizer see θ and the biases divided by `scale`, or log θ."""
+    def store_in_units(self, scale: float, *, standardizes: bool, log_threshold: bool) -> None:
+        """Let the optimizer see θ and the biases divided by `scale`, or log θ.
+
+        Args:
+            standardizes: whether `standardize` will be called.
+        """
+        scaled = standardizes or scale != 1.0
         if log_threshold:
             parametrize.register_parametrization(self, "threshold", LogParameter(scale))
-        elif scale != 1.0:
+        elif scaled:
             parametrize.register_parametrization(self, "threshold", ScaledParameter(scale))
-        if scale != 1.0:
+        if scaled:
             for name in ("b_enc", "b_dec"):
                 parametrize.register_parametrization(self, name, ScaledParameter(scale))
+
+    def standardize(self, found: Standardization) -> None:
+        """From now on train in units of this center and spread; no parameter's value changes."""
+        self.standardization = found
+        scale = found.scale
+        self.units = Units(self.units.activation * scale, self.units.loss * scale**2)
+        set_units(self, "threshold", self.units.activation)
+        set_units(self, "b_enc", self.units.activation)
+        set_units(self, "b_dec", self.units.activation, found.center)
 
     def store_plainly(self) -> None:
         """Replace parametrized parameters by plain ones: for folding, when training is over."""
@@ -74,7 +101,8 @@ class StoredParameters(StockTrainingSAE):
     def load_stored_parameters(self, tensors: dict[str, Tensor]) -> None:
         """Set parameters from what `stored_parameters` gave."""
         for name in self.parametrized_names():
-            stored(self, name).data.copy_(tensors[name])
+            if name in tensors:  # a checkpoint of an older version may hold none
+                stored(self, name).data.copy_(tensors[name])
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -89,8 +117,18 @@ class StoredParameters(StockTrainingSAE):
 
     @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Make the weights take and give raw activations.
+
+        SAELens leaves a latent's activation in the scaled units, which a long mean makes smaller.
+        What was trained in the data's own units keeps its unit rows instead: a latent's activation
+        is then the norm of what it writes.
+        """
         self.store_plainly()
-        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.standardization is None:
+            return super().fold_activation_norm_scaling_factor(scaling_factor)
+        for name in _NAMES:
+            getattr(self, name).data /= scaling_factor
+        self.cfg.normalize_activations = "none"
 
     @override
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
@@ -130,14 +168,17 @@ class StoredParameters(StockTrainingSAE):
         if self.optimizer_hooks is not None:  # the optimizer's step may have been interrupted
             self.optimizer_hooks.restore_layout()
         saved = super().save_model(path)
-        checkpoint.write(Path(path), self.stored_parameters(), self.control)
+        checkpoint.write(Path(path), self.stored_parameters(), self.control, self.standardization)
         return saved
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         super().load_weights_from_checkpoint(checkpoint_path)
-        tensors = checkpoint.read(Path(checkpoint_path), self.control)
-        if tensors is not None:
+        found = checkpoint.read(Path(checkpoint_path), self.control)
+        if found is not None:
+            tensors, standardization = found
+            if standardization is not None:
+                self.standardize(standardization)
             self.load_stored_parameters(tensors)
         self.calibrated = self.control.bandwidth is not None
 

@@ -24,7 +24,7 @@ from jumprelu_plugin.control.decoder_norm import normalize_rows_
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.units import set_value
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
-from jumprelu_plugin.saes.parameters import fold_scales_
+from jumprelu_plugin.saes.parameters import PairScale, fold_scales_
 from jumprelu_plugin.saes.storage import by_latent
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUTrainingSkipTranscoderConfig,
@@ -48,6 +48,8 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
     cfg: JumpReLUTrainingTranscoderConfig  # type: ignore[assignment]
 
     rules = TRANSCODER_RULES
+    # `training.activations.scaler.PairScaler` does it, for both sides.
+    standardizes_itself = False
 
     @override
     def initialize_weights(self) -> None:
@@ -123,17 +125,16 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
 
     @override
     def fold_activation_norm_scaling_factor(
-        self, scaling_factor: float | tuple[float, float]
+        self, scaling_factor: float | tuple[float, float] | PairScale
     ) -> None:
         """Make the weights take and give raw activations.
 
         Args:
             scaling_factor: what inputs and targets were multiplied by in training: one number for
-                both, or one for each.
+                both, or one for each, with the centers that were subtracted before.
         """
         self.store_plainly()
-        scale_in, scale_out = _pair(scaling_factor)
-        fold_scales_(self, scale_in, scale_out)
+        fold_scales_(self, *_pair(scaling_factor))
         self.cfg.normalize_activations = "none"
 
     @override
@@ -173,8 +174,7 @@ class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
         return super().forward(x) + x.to(self.dtype) @ self.W_skip.t()
 
 
-def _pair(scaling_factor: float | tuple[float, float]) -> tuple[float, float]:
+def _pair(scaling_factor: float | tuple[float, float] | PairScale) -> PairScale:
     if isinstance(scaling_factor, tuple | list):
-        scale_in, scale_out = scaling_factor
-        return scale_in, scale_out
-    return scaling_factor, scaling_factor
+        return PairScale(*scaling_factor)
+    return PairScale(scaling_factor, scaling_factor)

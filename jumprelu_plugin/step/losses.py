@@ -87,17 +87,24 @@ def reconstruction(
 
 @torch.no_grad()
 def outlier_token_weights(
-    target: Float[Tensor, "batch d_out"], outlier_norm_ratio: float
+    target: Float[Tensor, "batch d_out"],
+    outlier_norm_ratio: float,
+    center: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """The weight of each token's squared error: 1, and (limit/‖x‖)² if ‖x‖ exceeds the limit.
+    """The weight of each token's squared error: 1, and (limit/‖x - c‖)² if ‖x - c‖ exceeds the
+    limit.
 
-    The limit is `outlier_norm_ratio` times the batch's median norm, so an outlier's relative error
-    counts as if its norm were the limit. All weights are 1 if the median norm is 0.
+    The limit is `outlier_norm_ratio` times the batch's median of ‖x - c‖, so an outlier's relative
+    error counts as if it were that far from the center. All weights are 1 if the median is 0.
 
     In language models a few tokens have norms a hundred times the others' ("massive activations",
     arXiv 2402.17762). Unweighted, one such token in a thousand dominates a batch's gradient.
+
+    Args:
+        center: c, where distances are measured from; None: the origin.
     """
-    norm = target.flatten(1).norm(dim=1)
+    flat = target.flatten(1)
+    norm = (flat if center is None else flat - center).norm(dim=1)
     limit = outlier_norm_ratio * norm.median()
     weights = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0).square()
     return torch.where(limit > 0, weights, torch.ones_like(weights))

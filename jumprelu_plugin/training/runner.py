@@ -39,7 +39,7 @@ from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
-from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.activations.scaler import pair_scaler
 from jumprelu_plugin.training.activations.store import resumable
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
@@ -146,7 +146,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         """Memory, first step and findings of this run, from one batch; nothing is changed."""
         scaler = None
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
-            scaler = PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+            scaler = pair_scaler(self.sae)
         return run_preflight(
             self.cfg, self.sae, self.activations_store, scaler=scaler, repairs=self._repairs
         )
@@ -181,7 +181,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     def activation_scaler(self) -> ActivationScaler:
         """The scaler the training starts with; it estimates its scale if it has none."""
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
-            return PairScaler(self.sae.cfg.d_in, self.sae.cfg.width_out)
+            return pair_scaler(self.sae)
         return ActivationScaler()
 
     @override

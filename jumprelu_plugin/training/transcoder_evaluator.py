@@ -15,7 +15,7 @@ from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAE
 
 from jumprelu_plugin.evaluation import evaluate
-from jumprelu_plugin.saes.parameters import fold_scales_
+from jumprelu_plugin.saes.parameters import PairScale, fold_scales_
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
@@ -45,11 +45,11 @@ class TranscoderEvaluator:
 
 
 @torch.no_grad()
-def folded_copy(sae: JumpReLUTrainingTranscoder, scales: tuple[float, float] | None) -> SAE[Any]:
+def folded_copy(sae: JumpReLUTrainingTranscoder, scales: PairScale | None) -> SAE[Any]:
     """The transcoder as it would be saved now, as SAELens' inference class.
 
     Args:
-        scales: (s_in, s_out) of the rows it was trained on; None where they were not scaled.
+        scales: of the rows it was trained on; None where they were not scaled.
     """
     kind, config = get_sae_class(sae.cfg.architecture())
     fields = sae.cfg.get_inference_sae_cfg_dict()

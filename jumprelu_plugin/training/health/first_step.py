@@ -140,7 +140,7 @@ def first_step(
         penalty_dominates = (pull > DOMINANCE * other).float().mean().item()
         error_dominates = (other > DOMINANCE * pull).float().mean().item()
     median = theta.median().item()
-    reach = threshold_reach(sae, median, bandwidth, lr_sum, steps)
+    reach = threshold_reach(trial, median, bandwidth, lr_sum, steps)
     log = isinstance(parametrized(sae, "threshold"), LogParameter)
     factor = 1.0 + reach.up / median if log else 1.0
     highest = theta * factor if log else theta + reach.up
@@ -158,7 +158,7 @@ def first_step(
         occupancy=inside.mean().item(),
         median_occupancy=inside.median().item(),
         entries=_mean_active(z, theta - 0.5 * bandwidth),
-        variance=variance / sae.units.loss,
+        variance=variance / trial.units.loss,
         penalty_dominates=penalty_dominates,
         error_dominates=error_dominates,
         rounding=rounding,

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jumprelu_plugin.control.decoder_norm import normalize_rows_
-from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.saes.parameters import PairScale, Parameters, fold_scales_
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
 from jumprelu_plugin.transcoders.clt.running_outputs import RunningOutputs
 
@@ -124,24 +124,29 @@ class CrossLayerTranscoder(nn.Module):
             )
 
     @torch.no_grad()
-    def fold_scales_(self, scales: Sequence[tuple[float, float]]) -> None:
-        """In place: from weights on s_in·x and s_out·y, weights on x and y.
+    def fold_scales_(self, scales: Sequence[tuple[float, float] | PairScale]) -> None:
+        """In place: from weights on s_in·(x - c_in) and s_out·(y - c_out), weights on x and y.
 
         Args:
-            scales: (s_in, s_out) of each layer. An encoder is multiplied by its own layer's s_in;
-                each decoder is divided by the s_out of the layer it writes to; θ and b_enc stay.
+            scales: of each layer, (s_in, s_out) or with centers. An encoder is multiplied by its
+                own layer's s_in; each decoder is divided by the s_out of the layer it writes to; θ
+                stays, and so does b_enc without centers.
 
         Raises:
             ValueError: not one pair a layer, or a scale that is not a positive finite number.
         """
         if len(scales) != self.cfg.n_layers:
             raise ValueError(f"{len(scales)} pairs of scales for {self.cfg.n_layers} layers")
-        for scale in (number for pair in scales for number in pair):
+        for scale in (number for pair in scales for number in pair[:2]):
             if not 0 < scale < float("inf"):
                 raise ValueError(f"an activation scale is {scale}; expected a positive number")
-        outputs = torch.tensor([s_out for _, s_out in scales], dtype=torch.float64)
-        for index, source in enumerate(self.sources):
+        pairs = [PairScale(*pair) for pair in scales]
+        outputs = torch.tensor([pair.scale_out for pair in pairs], dtype=torch.float64)
+        for index, (source, pair) in enumerate(zip(self.sources, pairs, strict=True)):
             per_column = outputs[index:].repeat_interleave(self.cfg.d_out)
-            source.W_enc.data *= scales[index][0]
+            own = PairScale(pair.scale_in, 1.0, pair.center_in, ())
+            fold_scales_(source, *own)
             source.W_dec.data /= per_column.to(source.W_dec)
-            source.b_dec.data /= scales[index][1]
+            source.b_dec.data /= pair.scale_out
+            if len(pair.center_out):
+                source.b_dec.data += torch.tensor(pair.center_out).to(source.b_dec)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder, write_json
+from jumprelu_plugin.saes.parameters import PairScale
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.health.reporting import report
@@ -82,7 +83,9 @@ class Trainer:
         self.checkpoints, self.metrics_path = checkpoints, metrics_path
         self.training_step = CLTTrainingStep(model, cfg)
         shape = model.cfg
-        self.scalers = [PairScaler(shape.d_in, shape.d_out) for _ in shape.layers]
+        self.scalers = [
+            PairScaler(shape.d_in, shape.d_out, centers=cfg.controls_l0) for _ in shape.layers
+        ]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
         self.scheduler = get_lr_scheduler(
             "constant",
@@ -238,7 +241,7 @@ class Trainer:
         state = json.loads((checkpoint / _STATE).read_text())
         self.step = state["step"]
         for scaler, factors in zip(self.scalers, state["scales"], strict=True):
-            scaler.scaling_factor = tuple(factors)
+            scaler.scaling_factor = PairScale(*factors)
         self.training_step.load_state(state["training_step"], tensors)
         self.store.load_from_checkpoint(checkpoint)
 

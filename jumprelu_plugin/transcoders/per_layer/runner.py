@@ -28,7 +28,7 @@ from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
-from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.activations.scaler import pair_scaler
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
@@ -50,8 +50,7 @@ class LayerwiseTrainer(MultiSAETrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name, trainer in self.trainers.items():
-            cfg: Any = self.saes[name].cfg
-            trainer.activation_scaler = PairScaler(cfg.d_in, cfg.width_out)
+            trainer.activation_scaler = pair_scaler(self.saes[name])
 
     @override
     def fit(self) -> dict[str, Any]:
