@@ -245,6 +245,8 @@ class DictionaryControl:
             normalize_rows_(dictionary.W_dec.data)
         if self.l0 is not None and self._l0_slope is not None:
             assert self.bandwidth is not None
+            if optimizer is not None:
+                self.l0.follow(max(group["lr"] for group in optimizer.param_groups))
             shift = self.l0.shift(self.batch_l0, self._l0_slope, self.bandwidth)
             # At most halved, so that a logarithm stays finite.
             moved = torch.maximum(dictionary.threshold + shift, 0.5 * dictionary.threshold)

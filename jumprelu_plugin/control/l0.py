@@ -10,8 +10,8 @@ density of pre-activations at the thresholds. Newton's step on that,
     s = (L0 - L0*) / Σ_i p_i(θ_i),
 
 is taken partly after each update of the parameters. What training keeps undoing of it is summed and
-applied in advance (a PI controller, overdamped where the estimate is exact), so L0 stays on target
-whatever the learning rate does.
+applied in advance (a PI controller, overdamped where the estimate is exact). It is in proportion to
+the learning rate, so that L0 stays on target while that decays.
 
 **The multiplier.** λ is the Lagrange multiplier of the constraint. At the solution, shifting all
 thresholds together changes nothing to first order:
@@ -54,6 +54,7 @@ class L0Controller:
         smoothing: weight of the newest batch in the running means that give λ.
         others, penalty: those means, of Σ_i ∂/∂θ_i of the loss without its penalty and of the
             penalty.
+        lr: the learning rate that `drift` belongs to; 0: none yet.
         steps: batches seen.
     """
 
@@ -66,6 +67,7 @@ class L0Controller:
     others: Scalar = field(default_factory=lambda: torch.zeros(()))
     penalty: Scalar = field(default_factory=lambda: torch.zeros(()))
     drift: Scalar = field(default_factory=lambda: torch.zeros(()))
+    lr: float = 0.0
     steps: int = 0
 
     @property
@@ -104,6 +106,12 @@ class L0Controller:
         self.drift = drift.clamp(-furthest, furthest)
         return shift.clamp(-furthest, furthest)
 
+    def follow(self, lr: float) -> None:
+        """Scale `drift` with the learning rate: training undoes a step's shift in proportion."""
+        if self.lr > 0 and lr < self.lr:
+            self.drift = self.drift * (lr / self.lr)
+        self.lr = lr
+
     def update_multiplier(self, others: Scalar, penalty: Scalar) -> None:
         """Take in one batch's sums, from which λ follows.
 
@@ -119,10 +127,10 @@ class L0Controller:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, in JSON's types."""
         values = {name: float(getattr(self, name)) for name in ("others", "penalty", "drift")}
-        return {**values, "steps": self.steps}
+        return {**values, "lr": self.lr, "steps": self.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
         for name in ("others", "penalty", "drift"):
             setattr(self, name, torch.tensor(state[name]))
-        self.steps = state["steps"]
+        self.lr, self.steps = state.get("lr", 0.0), state["steps"]

@@ -54,6 +54,8 @@ THRESHOLD_SHARE = 0.75
 DENSEST_START = 2.0
 # Of all latents: with twice the mean density, these fire a tenth of L0.
 LARGEST_DRAW = 0.05
+# Latents that may always be drawn.
+SMALL_DRAW = 16
 # New encoders are shortened no further: a shorter one would not learn.
 SHORTEST = 0.05
 
@@ -147,14 +149,14 @@ def draw(
     stayed below its threshold needs no second latent.
 
     No more latents are drawn than the batch has tokens with an error, no token twice, and at most
-    one latent in twenty, so that their firings hardly move L0. `seed` alone decides, on every
-    device: a resumed run draws what the uninterrupted one draws.
+    one latent in twenty (or 16), so that their firings hardly move L0. `seed` alone decides, on
+    every device: a resumed run draws what the uninterrupted one draws.
     """
     random = torch.Generator().manual_seed(seed)
     latents = dead.nonzero().flatten()
     error = residual.square().sum(1).cpu()
     wrong = int((error > 0).sum())
-    count = min(len(latents), wrong, max(1, int(LARGEST_DRAW * len(dead))))
+    count = min(len(latents), wrong, max(SMALL_DRAW, int(LARGEST_DRAW * len(dead))))
     chosen = torch.randperm(len(latents), generator=random)[:count]
     if not count:
         return latents[:0], latents[:0]

@@ -132,4 +132,4 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> PairScale | 
             f"({_SCALER}), while other tools do not scale inputs. {advice}, or pass --fold_scale "
             "to fold the scale into the weights"
         )
-    return PairScale(scales[0], scales[0]) if sides == 1 else PairScale(*scales)
+    return PairScale(scales[0], scales[0]) if sides == 1 else PairScale.of(scales)

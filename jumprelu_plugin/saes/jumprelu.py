@@ -64,7 +64,6 @@ class JumpReLUTrainingSAE(StoredParameters):
     rules = SAE_RULES
     # Or whoever scales its rows does.
     standardizes_itself: ClassVar[bool] = True
-    whitening: Tensor | None = None
 
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
         cfg = as_plugin_config(cfg)
@@ -288,8 +287,8 @@ class JumpReLUTrainingSAE(StoredParameters):
             sample = sample[weights == 1]
         if self.standardization is not None:
             self.whitening = soft_whitening(sample - sample.mean(0))
-        if self._starts_whitened():
-            self._whiten_start(sample)
+            if self.cfg.initialization == "saelens" and not self.has_loaded_weights:
+                self._whiten_start(self.whitening)
         if self.cfg.apply_b_dec_to_input:
             if not self.has_loaded_weights:
                 set_value(self, "b_dec", sample.mean(0))
@@ -302,17 +301,10 @@ class JumpReLUTrainingSAE(StoredParameters):
             z = z + raised
         self.control.calibrate(self, z, keep_thresholds=self.has_loaded_weights)
 
-    def _starts_whitened(self) -> bool:
-        return (
-            self.standardization is not None
-            and not self.has_loaded_weights
-            and self.cfg.initialization == "saelens"
-        )
-
-    def _whiten_start(self, sample: Float[Tensor, "inliers d_in"]) -> None:
+    def _whiten_start(self, whitening: Float[Tensor, "d_in d_in"]) -> None:
         """Turn the random directions it starts from away from what dominates the data."""
         norms = self.W_dec.norm(dim=1, keepdim=True)
-        rows = self.W_dec.data @ self.whitening.to(self.W_dec)
+        rows = self.W_dec.data @ whitening.to(self.W_dec)
         normalize_rows_(rows)
         self.W_dec.data.copy_(norms * rows)
         self.W_enc.data.copy_((self.W_enc.norm(dim=0)[:, None] * rows).t())

@@ -220,6 +220,12 @@ class PairScale(NamedTuple):
     center_in: tuple[float, ...] = ()
     center_out: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> PairScale:
+        """From a sequence as JSON gives it, with centers or without."""
+        scale_in, scale_out, *centers = values
+        return cls(scale_in, scale_out, *map(tuple, centers))
+
 
 @torch.no_grad()
 def fold_scales_(

@@ -44,11 +44,14 @@ class StoredParameters(StockTrainingSAE):
         units: factors from the config's units to those of the activations.
         standardization: center and spread of the data, where training works in units of them; None
             before calibration.
+        whitening: what shortens the data's longest directions (`control.calibration`), where
+            training works in units of the data.
     """
 
     control: DictionaryControl
     units: Units
     standardization: Standardization | None = None
+    whitening: Float[Tensor, "d_in d_in"] | None = None
     calibrated = False
     has_loaded_weights = False
     optimizer_hooks: OptimizerHooks | None = None
@@ -168,7 +171,10 @@ class StoredParameters(StockTrainingSAE):
         if self.optimizer_hooks is not None:  # the optimizer's step may have been interrupted
             self.optimizer_hooks.restore_layout()
         saved = super().save_model(path)
-        checkpoint.write(Path(path), self.stored_parameters(), self.control, self.standardization)
+        tensors = self.stored_parameters()
+        if self.whitening is not None:
+            tensors["whitening"] = self.whitening
+        checkpoint.write(Path(path), tensors, self.control, self.standardization)
         return saved
 
     @override
@@ -180,6 +186,7 @@ class StoredParameters(StockTrainingSAE):
             if standardization is not None:
                 self.standardize(standardization)
             self.load_stored_parameters(tensors)
+            self.whitening = tensors.get("whitening")
         self.calibrated = self.control.bandwidth is not None
 
 

@@ -176,5 +176,5 @@ class JumpReLUTrainingSkipTranscoder(JumpReLUTrainingTranscoder):
 
 def _pair(scaling_factor: float | tuple[float, float] | PairScale) -> PairScale:
     if isinstance(scaling_factor, tuple | list):
-        return PairScale(*scaling_factor)
+        return PairScale.of(scaling_factor)
     return PairScale(scaling_factor, scaling_factor)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jumprelu_plugin.control.density import RATE, DensityMultipliers
+from jumprelu_plugin.control.density import LARGEST, RATE, DensityMultipliers
 
 pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_multipliers_follow_the_latent_densities(sparse: bool) -> None:
-    """Up with what is above the ceiling, at most by the rate; down, and not below 0, otherwise."""
+    """Up with what is above the limit, at most by the rate and to the largest; down, and not below
+    0, otherwise."""
     acts = torch.zeros(50, 3)
     acts[:12, 1] = acts[:45, 2] = 1.7  # 0, 24 and 90 % of the tokens
-    prices = DensityMultipliers(3, 0.2)
+    limit = DensityMultipliers(3, 0.2)
     for _ in range(7):
-        prices.update(acts.to_sparse() if sparse else acts)
-    torch.testing.assert_close(prices.multipliers, 7 * RATE * torch.tensor([0.0, 0.2, 1.0]))
+        limit.update(acts.to_sparse() if sparse else acts)
+    assert LARGEST < 7 * RATE
+    found = limit.multipliers
+    torch.testing.assert_close(found, torch.tensor([0.0, 7 * 0.2 * RATE, LARGEST]))
     acts[2:, 1:] = 0
-    prices.update(acts.to_sparse() if sparse else acts)
-    torch.testing.assert_close(prices.multipliers, RATE * torch.tensor([0.0, 1.4 - 0.8, 7.0 - 0.8]))
+    limit.update(acts.to_sparse() if sparse else acts)
+    expected = torch.tensor([0.0, (1.4 - 0.8) * RATE, LARGEST - 0.8 * RATE])
+    torch.testing.assert_close(limit.multipliers, expected)
     resumed = DensityMultipliers(3, 0.2)
-    resumed.load(prices.tensors())
-    assert torch.equal(resumed.multipliers, prices.multipliers)
+    resumed.load(limit.tensors())
+    assert torch.equal(resumed.multipliers, limit.multipliers)

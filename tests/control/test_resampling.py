@@ -136,7 +136,7 @@ def test_resampled_latents_are_new_and_the_others_are_not() -> None:
         assert inputs is x and left is residual and len(tokens) == 2
         return left[tokens], torch.zeros(19)
 
-    resample_dead_(sae, record, 17, x, residual, aim, optimizer, seed=3)
+    resample_dead_(sae, record, 17, x, residual, aim, optimizer, seed=3, mean_density=5 / 83)
     moved = (sae.W_dec.detach() != before).any(1).nonzero().flatten().tolist()
     assert moved == [5, 71] and record.checked == 301
     assert record.silent[[5, 9, 71]].tolist() == [0, 29, 0]

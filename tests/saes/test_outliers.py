@@ -65,15 +65,18 @@ def test_an_outlier_weighs_less_in_every_prefix(path: Literal["sparse", "dense"]
     out = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0}, None, 0, False))
     limit = sae.cfg.resolve().outlier_norm_ratio
     assert limit < math.inf
-    acts, worth = out.feature_acts.to_dense(), outlier_token_weights(x, limit)
-    assert float(worth.min()) < 0.01
-    for m, name, share in (
-        (23, "matryoshka_mse_loss_23", 0.35),
-        (97, "matryoshka_mse_loss_97", 0.35),
-        (LATENTS, "mse_loss", 1.0),
-    ):
+    assert sae.standardization is not None
+    center, scale = sae.standardization.center, sae.standardization.scale
+    acts, weights = out.feature_acts.to_dense(), outlier_token_weights(x, limit, center)
+    assert float(weights.min()) < 0.01
+    errors = {}
+    for m in (23, 97, LATENTS):
         squares = (acts[:, :m] @ sae.W_dec[:m] + sae.b_dec - x).square().sum(1)
-        torch.testing.assert_close(out.losses[name], share / 1.7 * (worth @ squares) / len(x))
+        errors[m] = weights @ squares / len(x) / scale**2
+    torch.testing.assert_close(out.losses["mse_loss"], errors[LATENTS] / 1.7)
+    for m in (23, 97):  # in proportion to the errors, and never more than without that
+        share = 0.35 / 1.7 * min(1.0, float(errors[LATENTS] / errors[m]))
+        torch.testing.assert_close(out.losses[f"matryoshka_mse_loss_{m}"], share * errors[m])
 
 
 def test_an_outlier_in_the_first_batch_does_not_widen_the_bandwidth() -> None:

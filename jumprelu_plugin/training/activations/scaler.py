@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from jumprelu_plugin.control.standardization import OUTLIER_NORM_RATIO, measure
 from jumprelu_plugin.saes.parameters import PairScale
-from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.step.losses import outlier_token_weights
 
 
@@ -111,19 +110,23 @@ class PairScaler(ActivationScaler):
                     f"{side.variance()}: there is no scale to divide by. Check the hook, and that "
                     "the model runs in a dtype that can hold its activations"
                 )
-        scales = (math.sqrt(self.d_in / side.variance()) for side in self._sides)
-        self.scaling_factor = PairScale(*scales, *(side.center() for side in self._sides))
+        source, target = self._sides
+        self.scaling_factor = PairScale(
+            math.sqrt(self.d_in / source.variance()),
+            math.sqrt(self.d_in / target.variance()),
+            source.center(),
+            target.center(),
+        )
 
     @override
     def load(self, file_path: str | Path) -> None:
         super().load(file_path)
         if self.scaling_factor is not None:
-            scale_in, scale_out, *centers = self.scaling_factor
-            self.scaling_factor = PairScale(scale_in, scale_out, *map(tuple, centers))
+            self.scaling_factor = PairScale.of(self.scaling_factor)
 
 
-def pair_scaler(transcoder: JumpReLUTrainingTranscoder) -> PairScaler:
-    """The scaler that this transcoder's rows are trained with."""
+def pair_scaler(transcoder: Any) -> PairScaler:
+    """The scaler that the rows of a training transcoder are trained with."""
     centers = transcoder.resolved.standardize_activations
     return PairScaler(transcoder.cfg.d_in, transcoder.cfg.width_out, centers=centers)
 
@@ -144,8 +147,9 @@ class _Side:
 
     def observe(self, values: Float[Tensor, "batch width"]) -> None:
         if self._origin is None:
-            finite = bool(torch.isfinite(values).all())
-            self._origin = measure(values).center if finite else torch.zeros_like(values[0])
+            # What has no spread is refused at the end, with the side's name.
+            spreads = bool(torch.isfinite(values).all()) and bool((values != values[:1]).any())
+            self._origin = measure(values).center if spreads else torch.zeros_like(values[0])
         self._origin, self._sum = self._origin.to(values.device), self._sum.to(values.device)
         deviations = values - self._origin
         weights = outlier_token_weights(deviations, OUTLIER_NORM_RATIO)

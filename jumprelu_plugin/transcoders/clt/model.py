@@ -140,7 +140,7 @@ class CrossLayerTranscoder(nn.Module):
         for scale in (number for pair in scales for number in pair[:2]):
             if not 0 < scale < float("inf"):
                 raise ValueError(f"an activation scale is {scale}; expected a positive number")
-        pairs = [PairScale(*pair) for pair in scales]
+        pairs = [PairScale.of(pair) for pair in scales]
         outputs = torch.tensor([pair.scale_out for pair in pairs], dtype=torch.float64)
         for index, (source, pair) in enumerate(zip(self.sources, pairs, strict=True)):
             per_column = outputs[index:].repeat_interleave(self.cfg.d_out)

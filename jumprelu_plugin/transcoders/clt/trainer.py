@@ -241,7 +241,7 @@ class Trainer:
         state = json.loads((checkpoint / _STATE).read_text())
         self.step = state["step"]
         for scaler, factors in zip(self.scalers, state["scales"], strict=True):
-            scaler.scaling_factor = PairScale(*factors)
+            scaler.scaling_factor = PairScale.of(factors)
         self.training_step.load_state(state["training_step"], tensors)
         self.store.load_from_checkpoint(checkpoint)
 
