@@ -40,6 +40,7 @@ DOCUMENTS = (
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
     RESULTS / f"{name}.jsonl" for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
 )
+GEMMA = RESULTS / "compare_gemma_3.jsonl"
 SPARSIFY = RESULTS / "transcoders_vs_sparsify.json"
 
 # The row of the README, its architecture in the quality benchmark, its trainer in the speed one.
@@ -111,6 +112,26 @@ def compared() -> str:
             )
     header = ("target L0", "", "L0", "FVU", "delta LM loss", "dead", "dense")
     return f"{table(header, rows, names=2)}\n\n{_setting(records)}; {commits(records)}."
+
+
+def gemma() -> str:
+    """Every architecture at each site of Gemma 3, one run a line."""
+    records = read(GEMMA)
+    rows = [
+        (
+            f"`{r['site'].removeprefix('blocks.')}`",
+            r["architecture"],
+            f"{r['lr']:g}",
+            f"{r['l0']:.2f}",
+            f"{r['fvu']:.4f}",
+            f"{r['delta_lm_loss']:.3f}",
+            f"{r['dead_share']:.1%}",
+            f"{r['share_above_10_percent']:.2%}",
+        )
+        for r in sorted(records, key=lambda r: (r["site"], r["fvu"]))
+    ]
+    header = ("site", "", "lr", "L0", "FVU", "delta LM loss", "dead", "dense")
+    return f"{table(header, rows, names=2)}\n\n{commits(records).capitalize()}."
 
 
 def known_features() -> str:
@@ -194,6 +215,7 @@ def against_sparsify() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "compared": compared,
+    "gemma": gemma,
     "known_features": known_features,
     "targets": targets,
     "l0_sweep": l0_sweep,

@@ -89,8 +89,8 @@ def first_step_findings(
 def _window_findings(sae: Any, found: FirstStep, cfg: Any) -> list[Finding]:
     in_a_step = found.occupancy * cfg.train_batch_size_tokens
     in_the_run = found.occupancy * cfg.training_tokens
-    window = f"the window of width {found.bandwidth / sae.units.activation:.3g}"
-    wide = f"jumprelu_bandwidth={found.spread / sae.units.activation:.2g} (the spread of the "
+    window = f"the window of width {found.bandwidth / found.unit:.3g}"
+    wide = f"jumprelu_bandwidth={found.spread / found.unit:.2g} (the spread of the "
     advice = f"set {wide}pre-activations), or leave it out in our config"
     # The controller's steps end at the window's edge, so a narrow one holds it back too.
     if in_the_run < FEWEST_TOKENS:

@@ -33,9 +33,10 @@ DOMINANCE = 10.0
 
 @dataclass(frozen=True)
 class FirstStep:
-    """A first step, measured. θ, ε and z are in the units the SAE trains in.
+    """A first step, measured. θ, ε and z are in the units of the activations.
 
     Attributes:
+        unit: what one of the config's units of θ and ε is in them.
         tokens: looked at.
         spread: standard deviation of z over tokens and latents.
         threshold: median θ.
@@ -54,6 +55,7 @@ class FirstStep:
         rounding: root mean square of what rounding the input to the SAE's dtype does to z.
     """
 
+    unit: float
     tokens: int
     spread: float
     threshold: float
@@ -147,6 +149,7 @@ def first_step(
     lowest = theta / factor if log else (theta - reach.up).clamp_min(0.0)
     target = sae.cfg.target_l0
     return FirstStep(
+        unit=trial.units.activation,
         tokens=len(rows),
         spread=z.std().item(),
         threshold=median,
