@@ -285,6 +285,8 @@ def _training_sae(
         # Latent i must stay the same latent at every L0.
         resample_dead_latents=False,
         matryoshka_loss_weight=0.0,
+        # Its activations are scaled already, and what is not trained is to stay as it is.
+        standardize_activations=False,
         device=settings.device,
     )
     sae = JumpReLUTrainingSAE(cfg)

@@ -16,7 +16,6 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jumprelu_plugin.control.calibration import raise_to_fire, soft_whitening
 from jumprelu_plugin.control.decoder_norm import keep_gradient_tangential, normalize_rows_
 from jumprelu_plugin.control.dictionary_control import (
     DictionaryControl,
@@ -24,9 +23,9 @@ from jumprelu_plugin.control.dictionary_control import (
 )
 from jumprelu_plugin.control.finite import require_finite
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
-from jumprelu_plugin.control.standardization import measure
-from jumprelu_plugin.control.units import set_value, units_of
+from jumprelu_plugin.control.units import units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
+from jumprelu_plugin.saes.first_batch import full_precision, start_from, target_center
 from jumprelu_plugin.saes.losses import decoder_target, loss_terms, sparsity_of, token_weights
 from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
@@ -36,11 +35,6 @@ from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.sparse import encode_sparse
-
-# Anthropic, Circuits Updates January 2025: each latent starts by firing on 10,000/d_sae of tokens.
-ANTHROPIC_START_L0 = 10_000
-# Of the first batch, that is enough to place a bias.
-_BIAS_SAMPLE = 4096
 
 
 class JumpReLUTrainingSAE(StoredParameters):
@@ -136,8 +130,8 @@ class JumpReLUTrainingSAE(StoredParameters):
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
         resolved, control = self.resolved, self.control
         sae_in, target = self.input_and_target(step_input.sae_in)
-        x, target = _full_precision(self.normalized_input(sae_in)), _full_precision(target)
-        W_dec, b_dec = _full_precision(self.W_dec), _full_precision(self.b_dec)
+        x, target = full_precision(self.normalized_input(sae_in)), full_precision(target)
+        W_dec, b_dec = full_precision(self.W_dec), full_precision(self.b_dec)
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = self.threshold.view(-1)
         bandwidth, to_input = control.bandwidth, self.cfg.jumprelu_ste_to_input
@@ -148,7 +142,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         offset = self.decoder_offset(x, b_dec)
-        weights = token_weights(resolved, target, self._target_center())
+        weights = token_weights(resolved, target, target_center(self))
         prefix_errors = None
         if widths := resolved.matryoshka_widths:
             wanted, scale = decoder_target(self, target)
@@ -215,7 +209,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         threshold: Tensor,
         bandwidth: float,
     ) -> Entries:
-        W_enc, b_enc = _full_precision(self.W_enc), _full_precision(self.b_enc)
+        W_enc, b_enc = full_precision(self.W_enc), full_precision(self.b_enc)
         b_pre = b_dec if self.cfg.apply_b_dec_to_input else None
         path = self.path_choice.start(x.device, (len(x), W_enc.shape[0], W_enc.shape[1]))
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
@@ -277,58 +271,10 @@ class JumpReLUTrainingSAE(StoredParameters):
     def calibrate(self, rows: Float[Tensor, "batch width"]) -> None:
         """Set biases, thresholds and bandwidth from a batch, where they are not given or loaded."""
         source, _ = self.input_and_target(rows)
-        sample = _full_precision(self.normalized_input(source))
+        sample = full_precision(self.normalized_input(source))
         if not torch.isfinite(sample).all():
             self._require_finite(sample.sum() * torch.nan, source, 0)
-        if self.standardizes_itself and self.resolved.standardize_activations:
-            self._standardize(sample)
-        if (weights := token_weights(self.resolved, sample, self._center())) is not None:
-            # One outlier in the batch would widen every latent's spread, and with it ε.
-            sample = sample[weights == 1]
-        if self.standardization is not None:
-            self.whitening = soft_whitening(sample - sample.mean(0))
-            if self.cfg.initialization == "saelens" and not self.has_loaded_weights:
-                self._whiten_start(self.whitening)
-        if self.cfg.apply_b_dec_to_input:
-            if not self.has_loaded_weights:
-                set_value(self, "b_dec", sample.mean(0))
-            sample = sample - self.b_dec
-        z = sample @ _full_precision(self.W_enc) + self.b_enc
-        if self.cfg.initialization == "anthropic" and not self.has_loaded_weights:
-            share = ANTHROPIC_START_L0 / self.cfg.d_sae
-            raised = raise_to_fire(z[:_BIAS_SAMPLE], self.threshold, share)
-            set_value(self, "b_enc", self.b_enc + raised)
-            z = z + raised
-        self.control.calibrate(self, z, keep_thresholds=self.has_loaded_weights)
-
-    def _whiten_start(self, whitening: Float[Tensor, "d_in d_in"]) -> None:
-        """Turn the random directions it starts from away from what dominates the data."""
-        norms = self.W_dec.norm(dim=1, keepdim=True)
-        rows = self.W_dec.data @ whitening.to(self.W_dec)
-        normalize_rows_(rows)
-        self.W_dec.data.copy_(norms * rows)
-        self.W_enc.data.copy_((self.W_enc.norm(dim=0)[:, None] * rows).t())
-
-    def _standardize(self, sample: Float[Tensor, "batch d_in"]) -> None:
-        """Work in units of the sample's center and spread, with what the config gives in them."""
-        found = measure(sample)
-        self.standardize(found)
-        given = self.resolved
-        if given.jumprelu_bandwidth:
-            self.control.bandwidth = found.scale * given.jumprelu_bandwidth
-        if given.jumprelu_init_threshold and not self.has_loaded_weights:
-            threshold = found.scale * given.jumprelu_init_threshold
-            set_value(self, "threshold", torch.full_like(self.threshold, threshold))
-
-    def _center(self) -> Float[Tensor, " d_in"] | None:
-        """Where the normalized input has its center, if that is measured."""
-        found = self.standardization
-        return None if found is None else found.center.to(self.device)
-
-    def _target_center(self) -> Float[Tensor, " d_out"] | None:
-        """The same for the target, which SAELens normalizes for the encoder alone."""
-        per_token = self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
-        return None if per_token else self._center()
+        start_from(self, sample)
 
     def _before_update(self) -> None:
         self.path_choice.finish(self.control.batch_l0 / self.cfg.d_sae)
@@ -358,8 +304,3 @@ class JumpReLUTrainingSAE(StoredParameters):
             active = hidden_pre > self.threshold.to(hidden_pre.dtype)
             return self.hook_sae_acts_post(hidden_pre * active), hidden_pre
         return super().encode_with_hidden_pre(x)
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    """Half-precision tensors as float32; float32 and float64 as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

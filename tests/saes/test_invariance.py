@@ -73,7 +73,7 @@ def train(rows: Tensor, **fields: Any) -> JumpReLUTrainingSAE:
 
 
 @pytest.mark.parametrize("normalization", ["expected_average_only_in", "none"])
-@pytest.mark.parametrize(("scale", "length"), [(0.013, 0.0), (1.0, 41.0), (317.0, 3e4)])
+@pytest.mark.parametrize(("scale", "length"), [(0.013, 0.0), (1.0, 41.0), (0.37, 300.0)])
 def test_scale_and_offset_of_the_data_do_not_matter(
     normalization: Any, scale: float, length: float
 ) -> None:

