@@ -44,8 +44,9 @@ TARGETS = (10, 20, 40, 80, 160)
 COMPARED = (PLUGIN_RECIPE, BATCHTOPK, "topk", GATED, STOCK)
 COMPARED_L0 = (20, 40, 80)
 BATCH, LEARNING_RATE = 1024, DEFAULT.runner["lr"]
-# The best of three on a tuning site, where it is not the recipe's (docs/results.md).
-LEARNING_RATES = {(GEMMA3, BATCHTOPK): 2e-3, (GEMMA3, "topk"): 2e-3}
+# The best of three on a tuning site, where it is not the recipe's: on Gemma 3's layer 7 FVU was
+# 0.0398, 0.0336 and 0.0342 at 1e-3, 2e-3 and 4e-3.
+LEARNING_RATES = {(GEMMA3, BATCHTOPK): 2e-3}
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
 app = typer.Typer(add_completion=False, help=__doc__)
 console = terminal()

@@ -4,11 +4,11 @@ That latent i fires on at most a share c of the tokens is a constraint, as the t
 (`control.l0`). Its multiplier μ_i ≥ 0 is what a firing of latent i costs beside the 1 that every
 firing costs. Each batch's latent density f_i moves it by dual ascent,
 
-    μ_i ← max(0, μ_i + r · min(1, f_i/c - 1)),
+    μ_i ← min(2, max(0, μ_i + r · min(1, f_i/c - 1))),
 
-so that it ends where the latent just keeps to the limit: most multipliers stay 0, some rise to 1 or
-2, a few to 10. One penalty for all latents above the limit is either too low for those few or too
-high for the others (docs/ablations.md).
+so that it ends where the latent just keeps to the limit, or at 2: most multipliers stay 0, and a
+latent that still fires too often at three times the cost may. One penalty for all latents above the
+limit is either too low for a few or too high for the others (docs/ablations.md).
 """
 
 from __future__ import annotations

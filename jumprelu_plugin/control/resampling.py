@@ -3,7 +3,9 @@
 A latent that never fires gets no gradient from the reconstruction, and none from the estimators
 once its pre-activations stay below its window. It is given a new direction: the residual of a token
 that the dictionary reconstructs badly, drawn in proportion to the squared error (as in Anthropic,
-"Towards Monosemanticity", 2023, appendix on neuron resampling). Its encoder points the same way.
+"Towards Monosemanticity", 2023, appendix on neuron resampling). Its encoder reads what that token
+has and others have not: an SAE's the same direction, softly whitened (`control.calibration`), a
+transcoder's its input less the mean.
 
 How it starts decides whether it survives (docs/ablations.md has the measurements). An encoder as
 long as the living latents' gives activations that overshoot the residual; a threshold as high as

@@ -45,6 +45,9 @@ class Standardization:
 def measure(rows: Float[Tensor, "tokens width"]) -> Standardization:
     """Center and spread of a batch; of a·x + v they are a·center + v and a·scale.
 
+    Args:
+        rows: in float32 or float64.
+
     Raises:
         ValueError: the rows are not finite, or all the same.
     """
@@ -53,14 +56,13 @@ def measure(rows: Float[Tensor, "tokens width"]) -> Standardization:
             "activations are NaN or infinite; check the hook, and that the model runs in a dtype "
             "that can hold its activations"
         )
-    values = rows.double() if rows.dtype == torch.float64 else rows.float()
-    center = values.median(0).values
+    center = rows.median(0).values
     for _ in range(_ROUNDS):
-        inlier = outlier_token_weights(values, OUTLIER_NORM_RATIO, center) == 1
-        center = values[inlier].mean(0)
-    centered = values - center
+        inlier = outlier_token_weights(rows, OUTLIER_NORM_RATIO, center) == 1
+        center = rows[inlier].mean(0)
+    centered = rows - center
     weights = outlier_token_weights(centered, OUTLIER_NORM_RATIO)
-    square = weights @ centered.square().mean(1) / len(values)
+    square = weights @ centered.square().mean(1) / len(rows)
     if not square > 0:
         raise ValueError("the first batch's activations are all the same: nothing to learn from")
     return Standardization(center, float(square.sqrt()))

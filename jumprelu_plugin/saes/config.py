@@ -49,9 +49,10 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             each m here (arXiv 2503.17547); the whole dictionary need not be listed. None means
             1/32, 1/16 and 1/8 of it where L0-controlled, and the whole dictionary alone otherwise.
         matryoshka_loss_weight: weight of the mean of the prefixes' errors beside the whole
-            dictionary's. None means 0.5, less where L0 is more than 1/64 of the dictionary; or, if
-            `matryoshka_widths` are given, their number, which makes the error the published mean.
-            0 leaves the prefixes out.
+            dictionary's, each first multiplied by the whole's error over its own where that is
+            below 1 (`saes.losses.loss_terms`). None means 0.5, less where L0 is more than 1/64 of
+            the dictionary; or, if `matryoshka_widths` are given, their number, which is the
+            published mean but for that factor. 0 leaves the prefixes out.
         outlier_norm_ratio: the squared error of a token further from the data's center than this
             many times the batch's median distance counts as if it were that far
             (`step.losses.outlier_token_weights`). None means 10 for an L0-controlled SAE, and no
