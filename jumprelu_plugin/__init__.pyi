@@ -33,6 +33,10 @@ from .saes.transcoder_config import (
 from .saes.transcoder_config import (
     JumpReLUTrainingTranscoderConfig as JumpReLUTrainingTranscoderConfig,
 )
+from .training.activations.cache.reader import ActivationCache as ActivationCache
+from .training.activations.cache.settings import CacheSettings as CacheSettings
+from .training.activations.cache.settings import cache_activations as cache_activations
+from .training.activations.cache.writer import write_activation_cache as write_activation_cache
 from .training.runner import JumpReLUTrainingRunner as JumpReLUTrainingRunner
 from .transcoders.clt.evaluation import evaluate_clt as evaluate_clt
 from .transcoders.clt.folder import load_clt as load_clt

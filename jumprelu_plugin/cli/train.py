@@ -27,12 +27,20 @@ SaveBuffer = Annotated[
         help="whether checkpoints hold the mixing buffer, for an exact resume. Default: yes.",
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="folder of an activation cache to read, from `jumprelu cache-activations`.",
+    ),
+]
 
 
 @app.command(context_settings=SAELENS_FLAGS)
 def train(
     context: typer.Context,
     recipe: RecipeName = None,
+    activations: Activations = None,
     save_buffer: SaveBuffer = True,
     check_first: Annotated[
         bool,
@@ -50,18 +58,23 @@ def train(
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context, recipe)
-    JumpReLUTrainingRunner(cfg, save_buffer=save_buffer, check_first=check_first).run()
+    JumpReLUTrainingRunner(
+        cfg, save_buffer=save_buffer, check_first=check_first, activations=activations
+    ).run()
 
 
 @app.command(context_settings=SAELENS_FLAGS)
-def check(context: typer.Context, recipe: RecipeName = None) -> None:
+def check(
+    context: typer.Context, recipe: RecipeName = None, activations: Activations = None
+) -> None:
     """Check a run before it starts: memory, windows, what it can reach. Flags as for train.
 
     Exits with 2 if the run would be refused. Writes nothing.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
-    report = JumpReLUTrainingRunner(_run_config(context, recipe)).preflight()
+    cfg = _run_config(context, recipe)
+    report = JumpReLUTrainingRunner(cfg, activations=activations).preflight()
     console.print(report.table())
     if report.of("refused"):
         raise typer.Exit(2)

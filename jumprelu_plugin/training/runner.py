@@ -9,7 +9,8 @@ addition to `LanguageModelSAETrainingRunner` it
   - shows and records metrics, and saves a checkpoint when it is interrupted (`trainer.py`);
   - resumes exactly where it stopped (`activations/store.py`);
   - writes the output folder whole or not at all;
-  - trains transcoders, reading both hooks in one forward pass (`activations/pairs.py`).
+  - trains transcoders, reading both hooks in one forward pass (`activations/pairs.py`);
+  - reads activations from disk where a cache is given (`activations/cache/`).
 A script that keeps SAELens' own runner trains the same SAE.
 """
 
@@ -37,6 +38,11 @@ from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import whole_files
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
+from jumprelu_plugin.training.activations.cache.store import (
+    cached,
+    open_cache_for,
+    require_same_model,
+)
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import pair_scaler
@@ -72,11 +78,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             (`activations/store.py` gives the size).
         check_first: whether `run` checks the run before it starts (`health.preflight`), warns, and
             refuses what cannot work.
+        activations: folder of an activation cache to train on, in place of the model's forward
+            passes (`activations/cache/`). The model is still loaded, for checks and evaluations.
 
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
-            checkpoint to resume is of another SAE or the end of a run; on `run`, if the check finds
+            checkpoint to resume is of another SAE or the end of a run, or the cache is of another
+            model, text or hook; on `run`, if the check finds
             that it cannot work.
         OSError: the model cannot be loaded, or there is no such checkpoint.
     """
@@ -90,12 +99,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         metrics_path: str | Path | None = None,
         save_buffer: bool = True,
         check_first: bool = True,
+        activations: str | Path | None = None,
     ):
         cfg, self._repairs = repaired(cfg) if check_first else (cfg, [])
         self._check_first = check_first
         require_what_a_run_needs(cfg)
         refuse_used_output_folder(cfg.output_path)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
+        cache = None if activations is None else open_cache_for(activations, cfg)
         if cfg.from_pretrained_path is not None and override_sae is None:
             override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
         override_dataset = one_split(override_dataset)
@@ -103,6 +114,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         overrides_nothing = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        if cache is not None:
+            require_same_model(cache, model)
         refuse_long_context(model, cfg.context_size)
         if override_dataset is None:
             override_dataset = self._own_text(cfg, model)
@@ -112,9 +125,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
                 super().__init__(cfg, override_dataset, model, override_sae)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
-        self.activations_store = resumable(self.activations_store, cfg, save_buffer)
+        if cache is None:
+            self.activations_store = resumable(self.activations_store, cfg, save_buffer)
+        else:
+            self.activations_store = cached(self.activations_store, cfg, cache)
         self.evaluator.activations_store = self.activations_store
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
+            if cache is not None:
+                raise ValueError("a transcoder reads two hooks at once: train it without a cache")
             self._read_pairs(self.sae.cfg)
         if metrics_path is None and cfg.output_path is not None:
             metrics_path = Path(cfg.output_path, METRICS_FILENAME)

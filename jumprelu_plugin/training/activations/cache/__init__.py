@@ -1,0 +1,1 @@
+"""Activations on disk: written once for several hooks, read by any number of trainings."""
