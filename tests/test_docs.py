@@ -116,9 +116,12 @@ def test_commands_are_taken(path: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     for name, *arguments in commands(path):
         assert name in known
+        command = known[name]
+        while hasattr(command, "commands"):  # a group, such as study
+            command = command.commands[arguments.pop(0)]
         if "--help" in arguments:
             continue
-        context = known[name].make_context(name, list(arguments))
+        context = command.make_context(name, list(arguments))
         if name == "train":
             cfg = parse_flags(["--architecture", "jumprelu", *context.args])
             assert cfg.sae.architecture().startswith("jumprelu") and cfg.sae.target_l0

@@ -48,6 +48,7 @@ ROOMS = {
     "analysis": "Steering and dashboard",
     "formats": "Formats",
     "circuits": "Circuits",
+    "studies": "Studies",
     "models": "Models and text",
     "registration": "Registration",
 }
@@ -122,7 +123,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 def command_line_page() -> str:
     """Every command: what it does, its arguments and options."""
     group: Any = get_command(app)
-    names = list(group.commands)
+    commands = leaf_commands(group)
+    names = list(commands)
     parts = [
         "# Command line",
         NOTE,
@@ -130,13 +132,13 @@ def command_line_page() -> str:
         table(
             ("command", ""),
             [
-                (f"[`{name}`](#{name})", sentence(group.commands[name].help).split("\n")[0])
+                (f"[`{name}`](#{name.replace(' ', '-')})", sentence(commands[name].help).split("\n")[0])
                 for name in names
             ],
         ),
     ]
     for name in names:
-        command = group.commands[name]
+        command = commands[name]
         context = command.context_class(command, info_name=name)
         usage = " ".join([name, *command.collect_usage_pieces(context)])
         parts += [f"## {name}", sentence(command.help), f"```text\njumprelu {usage}\n```"]
@@ -146,6 +148,17 @@ def command_line_page() -> str:
         if name == "train":
             parts += run_flags()
     return page(parts)
+
+
+def leaf_commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    """The commands by their full names; those of a group are `group command`."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= leaf_commands(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
 
 
 def run_flags() -> list[str]:

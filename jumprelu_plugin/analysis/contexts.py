@@ -70,7 +70,7 @@ def collect_contexts(
         ValueError: the SAE has no hook name.
     """
     text, length = top.tokens.flatten(), top.tokens.shape[1]
-    positions = _distinct_positions(top, count, before, after)
+    positions = distinct_positions(top.position, top.activation > 0, length, before, after, count)
     offsets = torch.arange(-before, after + 1)
     columns = (positions % length).unsqueeze(-1) + offsets
     inside = (columns >= 0) & (columns < length) & (positions >= 0).unsqueeze(-1)
@@ -93,17 +93,28 @@ def collect_contexts(
     return LatentContexts(text[flat], activation, inside, before, histogram.view(d_sae, bins))
 
 
-def _distinct_positions(
-    top: TopActivations, count: int, before: int, after: int
-) -> Int[Tensor, "d_sae count"]:
-    """Flat positions of the highest activations outside each other's windows; -1 for none."""
-    length = top.tokens.shape[1]
-    position, fires = top.position, top.activation > 0
-    kept = torch.zeros_like(fires)
+def distinct_positions(
+    position: Int[Tensor, "latent candidate"],
+    allowed: Bool[Tensor, "latent candidate"],
+    length: int,
+    before: int,
+    after: int,
+    count: int,
+) -> Int[Tensor, "latent count"]:
+    """The first `count` allowed candidates outside the windows of those kept earlier; -1 for none.
+
+    Args:
+        position: flat positions in the text, the preferred ones first.
+        allowed: the candidates that may be kept.
+        length: tokens in a sequence.
+        before, after: tokens in a window before and after its position.
+        count: the most positions of a latent.
+    """
+    kept = torch.zeros_like(allowed)
     for rank in range(position.shape[1]):
         gap = position[:, rank : rank + 1] - position[:, :rank]
         same_row = (position[:, rank : rank + 1] // length) == (position[:, :rank] // length)
         covered = (kept[:, :rank] & same_row & (gap >= -before) & (gap <= after)).any(1)
-        kept[:, rank] = fires[:, rank] & ~covered
+        kept[:, rank] = allowed[:, rank] & ~covered
     order = torch.argsort(kept.int(), dim=1, descending=True, stable=True)[:, :count]
     return torch.where(kept.gather(1, order), position.gather(1, order), -1)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from jumprelu_plugin.cli import analyse, demo, export, studies, train, transcoders
+from jumprelu_plugin.cli import analyse, demo, export, studies, study, train, transcoders
 
 
 class UserError(typer.BadParameter):
@@ -50,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, evaluate and use JumpReLU sparse autoencoders with SAELens.",
 )
-for group in (demo, train, transcoders, analyse, studies, export):
+for group in (demo, train, transcoders, analyse, studies, study, export):
     app.add_typer(group.app)
 
 

@@ -1,0 +1,1 @@
+"""What both interpretability studies begin with: SAEs, some of their latents, and text."""

@@ -1,0 +1,100 @@
+"""A rating set shows nothing of the SAEs, holds what the latents do, and is dealt as asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.studies.rating.questions import make_rating_study, read_study
+from jumprelu_plugin.studies.rating.settings import RatingStudySettings
+from tests.studies.rating.studies import save_sae
+
+SETTINGS = RatingStudySettings(latents=10, contexts=4, sequences=13, raters="anna,ben,chris")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("study")
+    first, second = save_sae(folder / "secret-a", 1), save_sae(folder / "secret-b", 2)
+    return make_rating_study(
+        [f"gated={first}", f"topk={second}"], folder / "set", settings=SETTINGS, context_size=32
+    )
+
+
+def read_key(made: tuple[Path, Path]) -> dict[str, Any]:
+    return json.loads(made[1].read_text())
+
+
+def test_the_set_tells_nothing_of_the_sae(made: tuple[Path, Path]) -> None:
+    text = "".join(p.read_text() for p in made[0].rglob("*") if p.is_file())
+    for secret in ("gated", "topk", "secret", "density", "stratum", "latent", "tiny-gemma"):
+        assert secret not in text
+    assert made[1].parent == made[0].parent and made[1].name == "set.key.json"
+    assert list(read_study(made[0])["items"]) == sorted(read_study(made[0])["items"])
+
+
+def test_contexts_show_shares_of_the_latents_largest(made: tuple[Path, Path]) -> None:
+    study, key = read_study(made[0]), read_key(made)
+    assert set(study["items"]) == set(key["items"]) and len(key["items"]) == 20
+    assert {each["label"] for each in key["items"].values()} == {"gated", "topk"}
+    assert all(each["latent"] != 5 and each["density"] > 0 for each in key["items"].values())
+    assert {each["stratum"] for each in key["items"].values()} == {0, 1, 2, 3}
+    for item in study["items"].values():
+        assert 1 <= len(item["contexts"]) <= 4
+        assert max(max(context["shares"]) for context in item["contexts"]) == 1.0
+        for context in item["contexts"]:
+            assert len(context["pieces"]) == len(context["shares"])
+            assert max(context["shares"]) >= 0 and "<bos>" not in context["pieces"]
+
+
+def test_raters_share_the_overlap_and_divide_the_rest(made: tuple[Path, Path]) -> None:
+    deal = read_study(made[0])["raters"]
+    assert list(deal) == ["anna", "ben", "chris"]
+    sets = [set(items) for items in deal.values()]
+    assert len(set.intersection(*sets)) == 6  # 0.3 of 20
+    assert set.union(*sets) == set(read_study(made[0])["items"])
+    assert sorted(map(len, sets)) == [10, 11, 11]
+    assert len({tuple(i for i in items if i in set.intersection(*sets))
+                for items in deal.values()}) > 1  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--raters", "a b"], "raters is 'a b'"),
+        (["--raters", "0"], "raters is '0'"),
+        (["--overlap", "1.5"], "overlap is 1.5"),
+        (["--contexts", "1"], "contexts is 1"),
+        (["--key_path", "set/key.json"], "which raters are given"),
+    ],
+)
+def test_wrong_settings_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["study", "make", "x", "--output_path", "set", *arguments])
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_saes_are_refused(tmp_path: Path) -> None:
+    good = save_sae(tmp_path / "good", 1)
+    other = save_sae(tmp_path / "other", 1, model="another-model")
+    narrow = save_sae(tmp_path / "narrow", 1, d_in=31)
+    broken = save_sae(tmp_path / "broken", 1)
+    (broken / "cfg.json").write_text('{"d_in": 2')
+    for folders, message in (
+        ([good, other], "reads the model 'another-model'"),
+        ([narrow], "of another model"),
+        ([good, tmp_path / "none"], "holds no SAE"),
+        ([broken], "is not whole"),
+        ([], "no SAE was given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_rating_study(folders, tmp_path / "set")
+    assert not (tmp_path / "set").exists() and not list(tmp_path.glob("*.key.json"))
