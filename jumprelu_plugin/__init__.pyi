@@ -33,13 +33,13 @@ from .saes.transcoder_config import (
 from .saes.transcoder_config import (
     JumpReLUTrainingTranscoderConfig as JumpReLUTrainingTranscoderConfig,
 )
+from .studies.rating.questions import make_rating_study as make_rating_study
+from .studies.rating.report import write_rating_report as write_rating_report
+from .studies.rating.settings import RatingStudySettings as RatingStudySettings
 from .training.activations.cache.reader import ActivationCache as ActivationCache
 from .training.activations.cache.settings import CacheSettings as CacheSettings
 from .training.activations.cache.settings import cache_activations as cache_activations
 from .training.activations.cache.writer import write_activation_cache as write_activation_cache
-from .studies.rating.questions import make_rating_study as make_rating_study
-from .studies.rating.report import write_rating_report as write_rating_report
-from .studies.rating.settings import RatingStudySettings as RatingStudySettings
 from .training.runner import JumpReLUTrainingRunner as JumpReLUTrainingRunner
 from .transcoders.clt.evaluation import evaluate_clt as evaluate_clt
 from .transcoders.clt.folder import load_clt as load_clt

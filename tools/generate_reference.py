@@ -132,7 +132,10 @@ def command_line_page() -> str:
         table(
             ("command", ""),
             [
-                (f"[`{name}`](#{name.replace(' ', '-')})", sentence(commands[name].help).split("\n")[0])
+                (
+                    f"[`{name}`](#{name.replace(' ', '-')})",
+                    sentence(commands[name].help).split("\n")[0],
+                )
                 for name in names
             ],
         ),

@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from jumprelu_plugin.models.extras import require_extra
+from jumprelu_plugin.studies.html_page import Table
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,26 @@ def compare_groups(groups: Mapping[str, Group]) -> list[Comparison]:
     ]
 
 
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """One row for every two groups."""
+    rows = []
+    for each in comparisons:
+        low, high = each.odds_ratio_interval
+        rows.append(
+            [
+                f"{each.first} − {each.second}",
+                f"{each.difference:+.3f}",
+                f"{_number(each.odds_ratio)} [{_number(low)}, {_number(high)}]",
+                f"{each.p_odds:.3g}",
+                f"{each.p_rank:.3g}",
+                "" if each.p_paired is None else f"{each.p_paired:.3g} ({each.pairs} pairs)",
+            ]
+        )
+    header = ["", "difference of means", "odds ratio", "p (Fisher)", "p (Mann-Whitney)",
+              "p (Wilcoxon, paired by density)"]  # fmt: skip
+    return Table(header, rows)
+
+
 def _compare(first: Group, second: Group) -> dict[str, Any]:
     stats = require_extra("scipy.stats", "studies")
     contingency = require_extra("scipy.stats.contingency", "studies")
@@ -117,3 +138,7 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jumprelu_plugin.records import provenance, whole_folder, write_json
-from jumprelu_plugin.studies.comparison import Comparison, compare_groups
+from jumprelu_plugin.studies.comparison import Comparison, compare_groups, comparison_table
 from jumprelu_plugin.studies.html_page import Section, Table, write_page
 from jumprelu_plugin.studies.rating.agreement import (
     Agreement,
@@ -156,30 +156,6 @@ def agreement_text(agreement: Agreement) -> str:
         f"{agreement.alpha_ordinal:.2f} ordinal, {agreement.alpha_nominal:.2f} nominal. 1 is full "
         "agreement, 0 what chance gives."
     )
-
-
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """One row for every two groups."""
-    rows = []
-    for each in comparisons:
-        low, high = each.odds_ratio_interval
-        rows.append(
-            [
-                f"{each.first} − {each.second}",
-                f"{each.difference:+.3f}",
-                f"{_number(each.odds_ratio)} [{_number(low)}, {_number(high)}]",
-                f"{each.p_odds:.3g}",
-                f"{each.p_rank:.3g}",
-                "" if each.p_paired is None else f"{each.p_paired:.3g} ({each.pairs} pairs)",
-            ]
-        )
-    header = ["", "difference of means", "odds ratio", "p (Fisher)", "p (Mann-Whitney)",
-              "p (Wilcoxon, paired by density)"]  # fmt: skip
-    return Table(header, rows)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
 
 
 def _rated(items: dict[str, Any], answers: dict[str, Answers]) -> list[dict[str, Any]]:
