@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jumprelu_plugin.analysis.activations import latent_activations
+from jumprelu_plugin.analysis.activations import latent_activations, left_out
 from jumprelu_plugin.analysis.top_activations import TopActivations
 
 
@@ -64,7 +64,8 @@ def collect_contexts(
         before, after: tokens in a window before and after the top activation's.
         bins: bins of the histogram.
         batch_size: sequences in a batch.
-        special_token_ids: tokens whose activations are not counted.
+        special_token_ids: tokens whose activations are not counted, as in
+            `collect_top_activations`.
 
     Raises:
         ValueError: the SAE has no hook name.
@@ -76,14 +77,14 @@ def collect_contexts(
     inside = (columns >= 0) & (columns < length) & (positions >= 0).unsqueeze(-1)
     flat = torch.where(inside, positions.unsqueeze(-1) + offsets, 0)
 
-    is_special = torch.isin(text, torch.tensor(special_token_ids or [], dtype=text.dtype))
+    ignored = left_out(sae, top.tokens, special_token_ids or ())
     largest = top.activation[:, 0].clamp_min(1e-30)
     d_sae = len(largest)
     activation = torch.zeros(flat.shape)
     histogram = torch.zeros(d_sae * bins, dtype=torch.long)
     latents = torch.arange(d_sae)[:, None, None].expand_as(flat)
     for start, acts in latent_activations(model, sae, top.tokens, batch_size):
-        acts[is_special[start : start + len(acts)]] = 0.0
+        acts[ignored[start : start + len(acts)]] = 0.0
         in_batch = inside & (flat >= start) & (flat < start + len(acts))
         activation[in_batch] = acts[flat[in_batch] - start, latents[in_batch]]
         rows, active = acts.nonzero(as_tuple=True)

@@ -25,8 +25,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, require_folded, sae_sites
+from jumprelu_plugin.models.firing import require_firing
+from jumprelu_plugin.models.hooks import (
+    attached,
+    flat_heads,
+    flat_input,
+    require_folded,
+    sae_sites,
+    with_heads,
+)
 from jumprelu_plugin.models.kv_cache import cache_length_tracked
+from jumprelu_plugin.models.trained_on import sae_heads
 
 Positions = int | slice | Sequence[int] | Literal["last"] | None
 
@@ -141,13 +150,16 @@ def steer(
     Raises:
         TypeError: an intervention is of another type.
         ValueError: there are no interventions, a latent is out of range, the SAE has no hook name,
-            the model has no such hook, or the SAE's inputs are scaled outside its weights. In a
+            the model has no such hook or the hook does not fire (where other functions are attached
+            already, only the flags of hooks are checked), or the SAE's inputs are scaled outside
+            its weights. In a
             forward pass: the activation's width differs from the SAE's, a batch row does not
             exist, or absolute positions meet a cache that does not tell its length.
     """
     plan = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     hook_in, hook_out = sae_sites(sae)
     _check_plan(plan, sae)
+    require_firing(model, hook_in, hook_out)
     steering = _Steering(sae, plan, hook_in, hook_out)
     with ExitStack() as stack:
         if any(isinstance(each.positions, slice | tuple) for each in plan):
@@ -180,6 +192,7 @@ class _Steering:
 
     def __init__(self, sae: Any, plan: list[Intervention], hook_in: str, hook_out: str) -> None:
         self.sae, self.plan, self.hook_in, self.hook_out = sae, plan, hook_in, hook_out
+        self.head_in, self.head_out = sae_heads(sae)
         self.same_hook = hook_in == hook_out
         self.reads = any(each.reads for each in plan)
         self.latents = sorted({each.latent for each in plan})
@@ -190,7 +203,7 @@ class _Steering:
 
     def read(self, activation: Tensor) -> None:
         """Store the activations of `latents`, [batch, position, latent]."""
-        x = flat_heads(activation)
+        x = flat_heads(activation, self.head_in)
         self._check_width(x, self.sae.cfg.d_in, self.hook_in)
         with flat_input(self.sae):
             acts = self.sae.encode(x.to(self.sae.W_dec.device))
@@ -201,14 +214,14 @@ class _Steering:
         """The activation plus the interventions' change."""
         if self.same_hook and self.reads:
             self.read(activation)
-        x = flat_heads(activation)
+        x = flat_heads(activation, self.head_out)
         rows = self.sae.W_dec[self.latents]
         self._check_width(x, rows.shape[-1], self.hook_out)
         dtype = torch.promote_types(x.dtype, torch.float32)
         change = self._change(x.shape[0], x.shape[1], x.device, dtype)
         steered = x.to(dtype) + change @ rows.to(x.device, dtype)
         self._activations = None
-        return steered.to(activation.dtype).reshape(activation.shape)
+        return with_heads(activation, steered.to(activation.dtype), self.head_out)
 
     def warn_of_unused(self) -> None:
         """Warn of interventions that applied to no position although the model ran."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jumprelu_plugin.analysis.activations import latent_activations
+from jumprelu_plugin.analysis.activations import latent_activations, left_out
 from jumprelu_plugin.models.hooks import require_folded
 
 # Top activations kept for each latent.
@@ -75,28 +75,27 @@ def collect_top_activations(
         sae: the dictionary; its metadata names the hook.
         tokens: the text.
         batch_size: sequences in a batch.
-        special_token_ids: tokens whose activations are not counted.
+        special_token_ids: tokens whose activations are not counted, beside those that the SAE was
+            not trained on (`activations.left_out`).
 
     Raises:
-        ValueError: the SAE has no hook name, or expects scaled inputs.
+        ValueError: the SAE has no hook name, its hook does not fire, or it expects scaled inputs.
     """
     require_folded(sae)
-    is_special = torch.isin(
-        tokens.flatten(), torch.tensor(special_token_ids or [], dtype=tokens.dtype)
-    )
+    ignored = left_out(sae, tokens, special_token_ids or ())
     d_sae = sae.cfg.d_sae
     activation = torch.zeros(d_sae, TOP)
     position = torch.zeros(d_sae, TOP, dtype=torch.long)
     firings = torch.zeros(d_sae, dtype=torch.float64)
     for start, acts in latent_activations(model, sae, tokens, batch_size):
-        acts[is_special[start : start + len(acts)]] = 0.0
+        acts[ignored[start : start + len(acts)]] = 0.0
         firings += (acts > 0).sum(0)
         top = acts.topk(min(TOP, len(acts)), dim=0)
         merged = torch.cat([activation, top.values.T], dim=1)
         positions = torch.cat([position, top.indices.T + start], dim=1)
         activation, order = merged.topk(TOP, dim=1)
         position = positions.gather(1, order)
-    n_counted = int((~is_special).sum())
+    n_counted = int((~ignored).sum())
     return TopActivations(tokens, activation, position, (firings / max(n_counted, 1)).float())
 
 

@@ -14,14 +14,14 @@ import typer
 from rich.markup import escape
 
 from jumprelu_plugin.cli.field_help import field_help
-from jumprelu_plugin.cli.values import whole_numbers
+from jumprelu_plugin.cli.values import names_and_values, whole_numbers
 
 
 def with_dataclass_options(command: Callable[..., None]) -> Callable[..., None]:
     """A typer command from a function that takes dataclasses: each becomes an option a field.
 
     Fields may be str, int, float, bool, a Literal of strings, a tuple of ints (a list on the
-    command line), or one of these or None.
+    command line), a dict (JSON on the command line), or one of these or None.
 
     Raises:
         KeyError: a field is not documented in its class's docstring.
@@ -72,6 +72,10 @@ class _Option:
     def is_list(self) -> bool:
         return get_origin(self.kind) is tuple
 
+    @property
+    def is_dict(self) -> bool:
+        return get_origin(self.kind) is dict
+
     def parameter(self) -> inspect.Parameter:
         """What typer makes the option from."""
         flags = f"{self.flag}/--no_{self.field.name}" if self.kind is bool else self.flag
@@ -80,11 +84,10 @@ class _Option:
         if get_origin(self.kind) is Literal:
             annotation = Enum(self.field.name, {v: v for v in get_args(self.kind)}, type=str)
             default = None if default is None else annotation(default)
-        elif self.is_list:
-            annotation = str
-        info = typer.Option(
-            flags, help=escape(self.help), metavar="0,1,3|0-5" if self.is_list else None
-        )
+        metavar = None
+        if self.is_list or self.is_dict:
+            annotation, metavar = str, "0,1,3|0-5" if self.is_list else '{"name": value}'
+        info = typer.Option(flags, help=escape(self.help), metavar=metavar)
         return inspect.Parameter(
             self.field.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -96,6 +99,8 @@ class _Option:
         """The field's value from what typer read."""
         if isinstance(value, Enum):
             return value.value
+        if self.is_dict and value is not None:
+            return names_and_values(self.flag, value)
         return whole_numbers(self.flag, value) if self.is_list and value is not None else value
 
 

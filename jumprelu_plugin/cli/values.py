@@ -1,8 +1,10 @@
-"""How a list is written on the command line, the same in every command: 0,1,3 or 0-5."""
+"""How lists (0,1,3 or 0-5) and dictionaries (JSON) are written, the same in every command."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -33,3 +35,18 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40") from None
+
+
+def names_and_values(flag: str, text: str) -> dict[str, Any]:
+    """The dictionary in JSON such as {"dtype": "bfloat16"}.
+
+    Raises:
+        ValueError: it is no such JSON; the message names the flag.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} is {text!r}; give JSON such as " + '{"dtype": "bfloat16"}')
+    return found

@@ -24,7 +24,9 @@ from jumprelu_plugin.evaluation.splicing import (
     reconstruct,
     replacement,
 )
+from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import attached, require_folded
+from jumprelu_plugin.models.trained_on import sae_heads, trained_positions
 
 
 @dataclass(frozen=True)
@@ -76,38 +78,41 @@ def delta_lm_loss(
     """Losses of `model` on `tokens` as it is, with `sae` spliced in, and with ablations.
 
     The SAE reads `hook_in` and its output replaces `hook_out` (default: the same hook; another one
-    for a transcoder). `observe(target, reconstruction, acts)` is called with the evaluated tokens
-    of each batch, for metrics. Four forward passes per batch; the model and the SAE are left as
-    they were found.
+    for a transcoder), at the head and the positions of its metadata. `observe(target,
+    reconstruction, acts)` is called with the evaluated tokens of each batch, for metrics. Four
+    forward passes per batch; the model and the SAE are left as they were found.
 
     Raises ValueError for tokens that are not a two-dimensional integer tensor of known ids, for
-    too few of them, for unknown hooks, for widths that do not match, and for activations,
-    reconstructions or losses that are not finite; RuntimeError when a hook does not fire exactly
-    once.
+    too few of them, for hooks that do not exist or do not fire, for widths that do not match, and
+    for activations, reconstructions or losses that are not finite; RuntimeError when a hook fires
+    more than once.
     """
     hook_out = hook_out or hook_in
     require_folded(sae)
-    text = ScoredText.of(model, tokens, special_token_ids)
+    require_firing(model, hook_in, hook_out)
+    head_in, head_out = sae_heads(sae)
+    heads = {hook_out: head_out, hook_in: head_in}
+    text = ScoredText.of(model, tokens, special_token_ids, [trained_positions(sae)])
     clean = spliced = zero_ablated = mean_ablated = 0.0
     total: Tensor | None = None
     with evaluation_mode(model, sae):
         for batch in text.batches(batch_size, "spliced", progress):
-            logits, seen = read_activations(model, batch.tokens, (hook_in, hook_out))
+            logits, seen = read_activations(model, batch.tokens, (hook_in, hook_out), heads)
             clean += batch.loss(logits)
             x, y = (
                 finite_activations(seen[hook], batch.evaluated, hook)
                 for hook in (hook_in, hook_out)
             )
             made = reconstruct(sae, x, y, hook_in, hook_out, observe)
-            spliced += batch.loss(_replaced_pass(model, batch, hook_out, made))
+            spliced += batch.loss(_replaced_pass(model, batch, hook_out, made, head_out))
             zeros = torch.zeros_like(y)
-            zero_ablated += batch.loss(_replaced_pass(model, batch, hook_out, zeros))
+            zero_ablated += batch.loss(_replaced_pass(model, batch, hook_out, zeros, head_out))
             part = y.double().sum(dim=0)
             total = part if total is None else total + part
         assert total is not None
         mean = total / int(text.evaluated.sum())
         for batch in text.batches(batch_size, "mean-ablated", progress):
-            mean_ablated += batch.loss(_replaced_pass(model, batch, hook_out, mean))
+            mean_ablated += batch.loss(_replaced_pass(model, batch, hook_out, mean, head_out))
     n_predictions = text.n_predictions
     losses = LanguageModelLoss(
         clean=clean / n_predictions,
@@ -125,8 +130,8 @@ def delta_lm_loss(
 
 
 def _replaced_pass(
-    model: Any, batch: ScoredText, hook: str, values: Tensor
+    model: Any, batch: ScoredText, hook: str, values: Tensor, head: int | None
 ) -> Float[Tensor, "rows positions vocabulary"]:
     """Logits with `values` in place of the activation at the evaluated positions."""
-    with attached(model, hook, replacement(batch.evaluated, values)):
+    with attached(model, hook, replacement(batch.evaluated, values, head)):
         return model(batch.tokens, return_type="logits")

@@ -123,7 +123,10 @@ def evaluate(
 
     `model` is a HookedTransformer, HookedSAETransformer, TransformerBridge or SAETransformerBridge
     (with or without compatibility mode). `special_token_ids` defaults to the tokenizer's BOS, EOS,
-    PAD, SEP and decoder-start; pass `()` to count every token. The hooks default to the SAE's own.
+    PAD, SEP and decoder-start, and what the SAE's metadata lists in `exclude_special_tokens`; pass
+    `()` to count every token. The hooks default to the SAE's own, and its metadata's
+    `hook_head_index` and `seqpos_slice` hold: one head is judged alone, and positions outside the
+    slice are left as they are.
     `batch_size` is in sequences; each batch takes four forward passes. The model is left exactly
     as it was found. Source of the measures: arXiv 2407.14435, section 4.
 
@@ -144,7 +147,7 @@ def evaluate(
         tokens,
         hook_in=hook_in,
         hook_out=hook_out,
-        special_token_ids=special_token_ids_of(model, special_token_ids),
+        special_token_ids=special_token_ids_of(model, special_token_ids, [sae]),
         batch_size=batch_size,
         observe=metrics.update,
         progress=progress,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -29,8 +29,13 @@ from jumprelu_plugin.evaluation.splicing import (
     replacement,
     special_token_ids_of,
 )
+from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import attached, flat_heads, require_folded, sae_sites
+from jumprelu_plugin.models.trained_on import sae_heads, trained_positions
 from jumprelu_plugin.records import write_json
+
+# Of the hook that is read and of the one that is written.
+Heads = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,10 @@ def evaluate_transcoders(
         [transcoder.cfg.d_sae for transcoder in transcoders],
         lambda: output,
         batch_size=batch_size,
-        special_token_ids=special_token_ids,
+        special_token_ids=special_token_ids_of(model, special_token_ids, transcoders),
         progress=progress,
+        heads=[sae_heads(transcoder) for transcoder in transcoders],
+        positions=[trained_positions(transcoder) for transcoder in transcoders],
     )
 
 
@@ -156,6 +163,8 @@ def spliced_set(
     batch_size: int,
     special_token_ids: Iterable[int] | None,
     progress: bool,
+    heads: Sequence[Heads] | None = None,
+    positions: Iterable[slice] = (),
 ) -> SplicedSet:
     """The losses and fidelities of whatever writes to the output hooks of `sites`.
 
@@ -163,17 +172,22 @@ def spliced_set(
         modules: what is evaluated, in evaluation mode meanwhile.
         sites, widths: (input hook, output hook) and latents, one each for every output.
         start_pass: gives what stands in, anew for each forward pass.
+        heads: the one head of each site's hooks that is read and written; None for all heads.
+        positions: slices of positions, in all of which a position is evaluated.
     """
-    text = ScoredText.of(model, tokens, special_token_ids_of(model, special_token_ids))
+    require_firing(model, *(hook for site in sites for hook in site))
+    ids = special_token_ids_of(model, special_token_ids)
+    text = ScoredText.of(model, tokens, ids, positions)
+    places = _places(sites, heads)
     metrics = [StreamingMetrics() for _ in sites]
     clean = spliced = ablated = 0.0
     with evaluation_mode(model, *modules):
         for batch in text.batches(batch_size, "clean and spliced", progress):
-            clean += batch.loss(_observed_pass(model, batch, sites, start_pass(), metrics))
-            spliced += batch.loss(_spliced_pass(model, batch, sites, start_pass()))
+            clean += batch.loss(_observed_pass(model, batch, places, start_pass(), metrics))
+            spliced += batch.loss(_spliced_pass(model, batch, places, start_pass()))
         means = [found.mean for found in metrics]
         for batch in text.batches(batch_size, "mean-ablated", progress):
-            ablated += batch.loss(_ablated_pass(model, batch, sites, means))
+            ablated += batch.loss(_ablated_pass(model, batch, places, means))
     n_predictions = text.n_predictions
     return SplicedSet(
         n_predictions=n_predictions,
@@ -189,23 +203,42 @@ def spliced_set(
     )
 
 
+class _Place(NamedTuple):
+    """The hooks and the heads that one dictionary of the set reads and writes."""
+
+    hook_in: str
+    hook_out: str
+    head_in: int | None
+    head_out: int | None
+
+
+def _places(sites: Sequence[tuple[str, str]], heads: Sequence[Heads] | None) -> list[_Place]:
+    heads = [(None, None)] * len(sites) if heads is None else heads
+    return [_Place(*site, *pair) for site, pair in zip(sites, heads, strict=True)]
+
+
 def _observed_pass(
     model: Any,
     batch: ScoredText,
-    sites: Sequence[tuple[str, str]],
+    places: Sequence[_Place],
     output: Outputs,
     metrics: Sequence[StreamingMetrics],
 ) -> Float[Tensor, "rows positions vocabulary"]:
     """Logits of the unchanged model; the errors at each output go into its metrics."""
-    logits, seen = read_activations(model, batch.tokens, {hook for site in sites for hook in site})
-    for index, site in enumerate(sites):
-        x, y = (finite_activations(seen[hook], batch.evaluated, hook) for hook in site)
+    heads = {place.hook_out: place.head_out for place in places}
+    heads |= {place.hook_in: place.head_in for place in places}
+    logits, seen = read_activations(model, batch.tokens, heads, heads)
+    for index, place in enumerate(places):
+        x, y = (
+            finite_activations(seen[hook], batch.evaluated, hook)
+            for hook in (place.hook_in, place.hook_out)
+        )
         output(index, x, y, metrics[index].update)
     return logits
 
 
 def _spliced_pass(
-    model: Any, batch: ScoredText, sites: Sequence[tuple[str, str]], output: Outputs
+    model: Any, batch: ScoredText, places: Sequence[_Place], output: Outputs
 ) -> Float[Tensor, "rows positions vocabulary"]:
     seen: dict[str, Tensor] = {}
 
@@ -215,29 +248,31 @@ def _spliced_pass(
 
         return read
 
-    def stand_in(index: int, hook_in: str) -> Callable[[Tensor], Tensor]:
+    def stand_in(index: int, place: _Place) -> Callable[[Tensor], Tensor]:
         def made(target: Tensor) -> Tensor:
-            x = finite_activations(flat_heads(seen[hook_in]), batch.evaluated, hook_in)
+            read = flat_heads(seen[place.hook_in], place.head_in)
+            x = finite_activations(read, batch.evaluated, place.hook_in)
             return output(index, x, target, None)
 
-        return replacement(batch.evaluated, made)
+        return replacement(batch.evaluated, made, place.head_out)
 
     with ExitStack() as stack:
-        for index, (hook_in, hook_out) in enumerate(sites):
-            stack.enter_context(attached(model, hook_in, keep(hook_in)))
-            stack.enter_context(attached(model, hook_out, stand_in(index, hook_in)))
+        for index, place in enumerate(places):
+            stack.enter_context(attached(model, place.hook_in, keep(place.hook_in)))
+            stack.enter_context(attached(model, place.hook_out, stand_in(index, place)))
         return model(batch.tokens, return_type="logits")
 
 
 def _ablated_pass(
     model: Any,
     batch: ScoredText,
-    sites: Sequence[tuple[str, str]],
+    places: Sequence[_Place],
     means: Sequence[Float[Tensor, " d_out"]],
 ) -> Float[Tensor, "rows positions vocabulary"]:
     with ExitStack() as stack:
-        for (_, hook_out), mean in zip(sites, means, strict=True):
-            stack.enter_context(attached(model, hook_out, replacement(batch.evaluated, mean)))
+        for place, mean in zip(places, means, strict=True):
+            ablate = replacement(batch.evaluated, mean, place.head_out)
+            stack.enter_context(attached(model, place.hook_out, ablate))
         return model(batch.tokens, return_type="logits")
 
 

@@ -1,8 +1,9 @@
 """The tools of evaluations that splice into a model: which tokens count, and hooks.
 
 Which tokens count. A position is *evaluated* when its token is not special (BOS, EOS, PAD, ...).
-At evaluated positions an output is replaced; at special ones it stays as the model made it, and
-they are in no metric. The prediction made at position t counts when t and t + 1 are both evaluated:
+Nor is a position outside the slice that the dictionary was trained on (`seqpos_slice`) evaluated.
+At evaluated positions an output is replaced; at others it stays as the model made it, and they are
+in no metric. The prediction made at position t counts when t and t + 1 are both evaluated:
 from a special position nothing was replaced, and a special target (padding, the start of the next
 document) is not language.
 
@@ -11,7 +12,7 @@ No attention mask is passed: pad on the right, or pack, so that causality hides 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input
+from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, with_heads
+from jumprelu_plugin.models.trained_on import excluded_tokens
 
 # Latents are dense on this many tokens at once: 2 GB in float32 at a width of 131,072.
 _TOKENS_PER_ENCODE = 4096
@@ -40,7 +42,7 @@ class ScoredText:
 
     Attributes:
         tokens: [sequences, positions].
-        evaluated: where a token is not special.
+        evaluated: where a token is not special, inside the slice of positions.
         counted: predictions, [sequences, positions - 1]: both tokens are evaluated.
     """
 
@@ -49,14 +51,20 @@ class ScoredText:
     counted: Bool[Tensor, "sequences positions-1"]
 
     @classmethod
-    def of(cls, model: Any, tokens: Tensor, special_token_ids: Sequence[int]) -> ScoredText:
-        """The text on the model's device.
+    def of(
+        cls,
+        model: Any,
+        tokens: Tensor,
+        special_token_ids: Sequence[int],
+        positions: Iterable[slice] = (),
+    ) -> ScoredText:
+        """The text on the model's device, evaluated inside all of the slices of positions.
 
         Raises ValueError for tokens that are not a two-dimensional integer tensor of ids the model
         knows, and where no prediction counts.
         """
         tokens = _checked(model, tokens).to(model.cfg.device)
-        evaluated = evaluated_positions(tokens, special_token_ids)
+        evaluated = evaluated_positions(tokens, special_token_ids, positions)
         text = cls(tokens, evaluated, evaluated[:, :-1] & evaluated[:, 1:])
         n_tokens, n_predictions = int(text.evaluated.sum()), text.n_predictions
         if n_predictions < 1:
@@ -94,15 +102,27 @@ class ScoredText:
 
 
 def evaluated_positions(
-    tokens: Int[Tensor, "sequences positions"], special_token_ids: Sequence[int]
+    tokens: Int[Tensor, "sequences positions"],
+    special_token_ids: Sequence[int],
+    positions: Iterable[slice] = (),
 ) -> Bool[Tensor, "sequences positions"]:
-    """True where the token is not special."""
+    """True where the token is not special and its position is inside all of the slices."""
     special = torch.tensor(sorted(special_token_ids), dtype=tokens.dtype, device=tokens.device)
-    return ~torch.isin(tokens, special)
+    evaluated = ~torch.isin(tokens, special)
+    for part in positions:
+        inside = torch.zeros_like(evaluated)
+        inside[:, part] = True
+        evaluated &= inside
+    return evaluated
 
 
-def special_token_ids_of(model: Any, given: Iterable[int] | None) -> list[int]:
-    """The given ids, or those of the model's tokenizer (BOS, EOS, PAD, SEP, decoder-start), sorted.
+def special_token_ids_of(
+    model: Any, given: Iterable[int] | None, dictionaries: Iterable[Any] = ()
+) -> list[int]:
+    """The given ids, else those of the model's tokenizer (BOS, EOS, PAD, SEP, decoder-start).
+
+    To the tokenizer's come the ids that a dictionary's metadata lists in `exclude_special_tokens`:
+    it was not trained on them. Sorted.
 
     Raises ValueError for a model without a tokenizer when none are given.
     """
@@ -113,7 +133,10 @@ def special_token_ids_of(model: Any, given: Iterable[int] | None) -> list[int]:
             "The model has no tokenizer, so its special tokens are unknown. Pass"
             " special_token_ids, or () to count every token."
         )
-    return sorted(get_special_token_ids(model.tokenizer))
+    found = set(get_special_token_ids(model.tokenizer))
+    for dictionary in dictionaries:
+        found |= excluded_tokens(dictionary)
+    return sorted(found)
 
 
 @contextmanager
@@ -130,9 +153,14 @@ def evaluation_mode(*modules: torch.nn.Module) -> Iterator[None]:
 
 
 def read_activations(
-    model: Any, tokens: Int[Tensor, "rows positions"], hooks: Iterable[str]
+    model: Any,
+    tokens: Int[Tensor, "rows positions"],
+    hooks: Iterable[str],
+    heads: Mapping[str, int | None] | None = None,
 ) -> tuple[Float[Tensor, "rows positions vocabulary"], dict[str, Float[Tensor, "rows pos d"]]]:
     """Logits of the unchanged model, and the activations at each hook, heads flattened.
+
+    Where `heads` has a hook's head, that head's alone.
 
     Raises RuntimeError when a hook does not fire exactly once.
     """
@@ -147,7 +175,8 @@ def read_activations(
                 f"The hook {hook!r} fired {len(activations)} times in one forward pass of"
                 f" {type(model).__name__}; an evaluation needs a hook that fires once."
             )
-    return logits, {hook: flat_heads(activations[0]) for hook, activations in seen.items()}
+    heads = heads or {}
+    return logits, {hook: flat_heads(x[0], heads.get(hook)) for hook, x in seen.items()}
 
 
 def finite_activations(
@@ -170,19 +199,21 @@ def finite_activations(
 def replacement(
     where: Bool[Tensor, "rows positions"],
     values: Tensor | Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]],
+    head: int | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """A function for a hook: the activation with `values` at the positions `where`.
 
     Args:
         values: [tokens, d] or [d], or a function that gives them from what stood there.
+        head: the only head that changes; None for all.
     """
 
     def replace(activation: Tensor) -> Tensor:
-        changed = flat_heads(activation).clone()
+        changed = flat_heads(activation, head).clone()
         here = where.to(changed.device)
         new = values(changed[here]) if callable(values) else values
         changed[here] = new.to(changed)
-        return changed.reshape(activation.shape)
+        return with_heads(activation, changed, head)
 
     return replace
 

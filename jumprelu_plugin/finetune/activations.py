@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jumprelu_plugin.evaluation.metrics import Metrics, StreamingMetrics
 from jumprelu_plugin.evaluation.splicing import evaluated_positions
+from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input
 
 _TOKENS_PER_ENCODE = 4096
@@ -23,6 +24,8 @@ def harvest_activations(
     tokens: Int[Tensor, "sequences positions"],
     *,
     special_token_ids: Iterable[int] = (),
+    positions: slice = slice(None),
+    head: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Float[Tensor, "tokens d"]:
@@ -30,22 +33,25 @@ def harvest_activations(
 
     Args:
         model: a hooked model.
-        hook: name of the hook; head axes are flattened.
+        hook: name of the hook; head axes are flattened, unless `head` names one.
         tokens: the text.
         special_token_ids: tokens to leave out.
+        positions: the positions to keep.
+        head: the only head to keep; None for all.
         batch_size: sequences in a batch.
         seed: seed of the random order.
 
     Raises:
-        ValueError: the model has no such hook, or all tokens are special.
+        ValueError: the model has no such hook, the hook does not fire, or all tokens are special.
     """
+    require_firing(model, hook)
     parts: list[Tensor] = []
     special = sorted(set(special_token_ids))
     for text in tokens.to(model.cfg.device).split(batch_size):
-        kept = evaluated_positions(text, special)
+        kept = evaluated_positions(text, special, [positions])
 
         def store(activation: Tensor, kept: Tensor = kept) -> None:
-            parts.append(flat_heads(activation)[kept.to(activation.device)].cpu())
+            parts.append(flat_heads(activation, head)[kept.to(activation.device)].cpu())
 
         with attached(model, hook, store):
             model(text, return_type=None)

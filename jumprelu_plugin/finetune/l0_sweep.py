@@ -69,6 +69,8 @@ def run_l0_sweep(
     settings: RefitSettings | None = None,
     model: Any = None,
     tokens: Int[Tensor, "sequences positions"] | None = None,
+    hook_name: str | None = None,
+    model_name: str | None = None,
     log: Callable[[str], None] = logger.info,
 ) -> list[SweepPoint]:
     """Refit the SAE in `source` to every L0 of `targets`; return the points by ascending L0.
@@ -86,6 +88,7 @@ def run_l0_sweep(
         held_out: raw activations to evaluate on.
         settings: settings of each training.
         model, tokens: if both are given, the delta LM loss is measured on these tokens.
+        hook_name, model_name: override the names in the source's files, or replace missing ones.
         log: called with one line before each point.
 
     Raises:
@@ -96,7 +99,7 @@ def run_l0_sweep(
     settings, output = settings or RefitSettings(), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; give another folder")
-    dictionary = read_pretrained(source)
+    dictionary = read_pretrained(source, hook_name=hook_name, model_name=model_name)
     for name, given in (("activations", activations), ("held_out", held_out)):
         _check_activations(name, given, dictionary.parameters.d_in)
     points: list[SweepPoint] = []

@@ -45,15 +45,9 @@ def read_pretrained(
         raise FileNotFoundError(
             f"there is no {source}; give the folder of a saved SAE, or Gemma Scope's params.npz"
         )
-    folder = source.parent if source.is_file() else source
-    if source.is_file() and source.name not in ("params.npz", "params.safetensors", "cfg.json"):
-        raise ValueError(
-            f"{source} is not a dictionary's file: give the folder of a saved SAE, or Gemma "
-            "Scope's params.npz under that name"
-        )
     # A checkpoint from the middle of a training has its input scale in a separate file.
     dictionary = load_dictionary(
-        folder, fold_scale=True, hook_name=hook_name, model_name=model_name
+        source, fold_scale=True, hook_name=hook_name, model_name=model_name
     )
     if dictionary.is_transcoder:
         raise ValueError(

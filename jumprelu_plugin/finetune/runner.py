@@ -34,7 +34,8 @@ from jumprelu_plugin.finetune.pretrained import (
     restore_decoder_norms_,
 )
 from jumprelu_plugin.formats.dictionary import Dictionary
-from jumprelu_plugin.models.hooks import hook_widths
+from jumprelu_plugin.models.firing import hook_widths
+from jumprelu_plugin.models.options import recorded_keywords
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.runner import (
@@ -49,7 +50,16 @@ from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 MEASURED_BATCHES = 4
 NORMALIZATIONS = ("none", "expected_average_only_in")
 # Entries of a dictionary's metadata that are flags of a training, too.
-RECORDED_OF_TEXT = ("dataset_path", "context_size", "prepend_bos")
+RECORDED_OF_TEXT = (
+    "dataset_path",
+    "context_size",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "seqpos_slice",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+)
+RECORDED_OF_HOOK = ("hook_head_index",)
 RECORDED_OF_MODEL = ("model_class_name", "model_from_pretrained_kwargs")
 
 
@@ -199,7 +209,8 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
     """What the dictionary's files say, as flags of `jumprelu train`.
 
     Its widths, hook and model, and what its metadata records of the model and the text: the
-    model's class and keyword arguments, dataset, context size and BOS.
+    model's class and keyword arguments, the hook's head, the dataset, and how sequences are made
+    and which of their tokens are read.
 
     Args:
         source: the SAE's folder, or Gemma Scope's params.npz.
@@ -223,13 +234,23 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
         if value is None and f"--{name}" not in names:
             raise ValueError(f"the files of {source} do not name it: give --{name}")
     recorded = RECORDED_OF_TEXT + (() if "--model_name" in names else RECORDED_OF_MODEL)
-    values |= {name: dictionary.metadata.get(name) for name in recorded}
+    recorded += () if "--hook_name" in names else RECORDED_OF_HOOK
+    metadata = dictionary.metadata
+    metadata = {**metadata, "model_from_pretrained_kwargs": recorded_keywords(metadata)}
+    values |= {name: metadata.get(name) for name in recorded}
     return [
         text
         for name, value in values.items()
         if value is not None and value != {}
-        for text in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+        for text in (f"--{name}", _flag_text(value))
     ]
+
+
+def _flag_text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sae_lens import logger
 
@@ -12,7 +13,9 @@ from jumprelu_plugin.finetune.activations import harvest_activations
 from jumprelu_plugin.finetune.l0_sweep import SweepPoint, run_l0_sweep
 from jumprelu_plugin.finetune.refit import RefitSettings
 from jumprelu_plugin.formats.saved import load_saved
+from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.options import ModelOptions
+from jumprelu_plugin.models.trained_on import excluded_tokens, sae_heads, trained_positions
 
 
 def run_saved_l0_sweep(
@@ -46,16 +49,23 @@ def run_saved_l0_sweep(
     settings = replace(settings or RefitSettings(), device=options.device)
     saved = load_saved(folder, options, context_size=context_size)
     fit, test = saved.sequences(held_out, train=sequences, seed=settings.seed)
-    hook = saved.dictionary.cfg.metadata.hook_name
-    special = saved.model.tokenizer.all_special_ids
+    read: dict[str, Any] = {
+        "special_token_ids": {
+            *saved.model.tokenizer.all_special_ids,
+            *excluded_tokens(saved.dictionary),
+        },
+        "positions": trained_positions(saved.dictionary),
+        "head": sae_heads(saved.dictionary)[0],
+    }
+    hook, _ = sae_sites(saved.dictionary)
     return run_l0_sweep(
         folder,
         targets,
         output,
-        activations=harvest_activations(
-            saved.model, hook, fit, special_token_ids=special, seed=settings.seed
-        ),
-        held_out=harvest_activations(saved.model, hook, test, special_token_ids=special),
+        activations=harvest_activations(saved.model, hook, fit, seed=settings.seed, **read),
+        held_out=harvest_activations(saved.model, hook, test, **read),
+        hook_name=hook,
+        model_name=saved.dictionary.cfg.metadata.model_name or saved.choice.model_name,
         settings=settings,
         model=saved.model,
         tokens=test,

@@ -56,6 +56,11 @@ class Dictionary:
         return self.parameters.W_skip is not None
 
     @property
+    def head(self) -> int | None:
+        """The only head that it reads; None for all."""
+        return self.metadata.get("hook_head_index")
+
+    @property
     def architecture(self) -> str:
         """SAELens' name of its architecture."""
         if not self.is_transcoder:
@@ -96,7 +101,7 @@ class Dictionary:
         }
         if self.is_transcoder:
             config["d_out"] = parameters.d_out
-        elif (self.hook_name or "").endswith("hook_z"):
+        elif (self.hook_name or "").endswith("hook_z") and self.head is None:
             config["reshape_activations"] = "hook_z"
         sae = sae_class(config_class.from_dict(config))
         sae.load_state_dict(dict(parameters.tensors()))

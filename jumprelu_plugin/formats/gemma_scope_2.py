@@ -39,6 +39,14 @@ _PLACES = {
 }
 # By hook: the folder name from which SAELens' loader reads the hook.
 _FOLDERS = {"hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out"}
+# By the kind in the folder's name: the places it reads and writes, as SAELens' loader infers them.
+_KINDS = {
+    "transcoder": (_PLACES["mlp.hook_in"], _PLACES["hook_mlp_out"]),
+    "clt": (_PLACES["mlp.hook_in"], _PLACES["hook_mlp_out"]),
+    "resid_post": (_PLACES["hook_resid_post"], None),
+    "attn_out": (_PLACES["attn.hook_z"], None),
+    "mlp_out": (_PLACES["hook_mlp_out"], None),
+}
 
 
 def is_format(folder: Path) -> bool:
@@ -46,14 +54,25 @@ def is_format(folder: Path) -> bool:
     return (folder / FILENAME).is_file()
 
 
-def read(folder: Path) -> Dictionary:
+def read(
+    folder: Path, *, hook_name: str | None = None, hook_name_out: str | None = None
+) -> Dictionary:
     """Read a Gemma Scope 2 SAE or transcoder.
 
+    Without a config.json, hooks and model are those of the folder's name in the release, such as
+    `gemma-scope-2-1b-pt/resid_post/layer_7_width_16k_l0_small`, as in SAELens' loader.
+
+    Args:
+        folder: the folder of params.safetensors.
+        hook_name, hook_name_out: override what the config names.
+
     Raises:
-        ValueError: the files have wrong keys or shapes, or the config names another architecture.
+        ValueError: the files have wrong keys or shapes, the config names another architecture or a
+            place in the model that has no hook, or there is no config and the folder's name does
+            not tell the hooks.
     """
     path = folder / FILENAME
-    config = _config(folder)
+    config = _config(folder) if hook_name is None or (folder / CONFIG).is_file() else {}
     try:
         tensors = {key: value.float() for key, value in load_file(path).items()}
     except SafetensorError as error:
@@ -70,9 +89,9 @@ def read(folder: Path) -> Dictionary:
         parameters = Parameters.named(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    hook_in = _hook(config.get("hf_hook_point_in"))
-    hook_out = _hook(config.get("hf_hook_point_out")) or hook_in
-    return Dictionary(parameters, hook_in, hook_out, config.get("model_name"))
+    hook_in = hook_name or _hook(config, "hf_hook_point_in", "--hook_name")
+    hook_out = hook_name_out or _hook(config, "hf_hook_point_out", "--hook_name_out") or hook_in
+    return Dictionary(parameters, hook_in, hook_out, _model_name(config.get("model_name")))
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -138,13 +157,43 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} has {FILENAME} and no {CONFIG}, which names its hooks")
+        return _config_of_name(folder)
     config = json.loads(path.read_text())
     if config.get("architecture") != "jump_relu":
         raise ValueError(
             f"{path} says architecture {config.get('architecture')!r}; expected 'jump_relu'"
         )
     return config
+
+
+def _config_of_name(folder: Path) -> dict[str, Any]:
+    """What the config of a release's folder would say, by the folder's place in the release."""
+    name = "/".join(folder.resolve().parts[-2:])
+    layer = re.search(r"layer_(\d+)", name)
+    kind = next((kind for kind in _KINDS if kind in name), None)
+    if layer is None or kind is None:
+        raise ValueError(
+            f"{folder} has {FILENAME} and no {CONFIG}, which names its hooks, and the folder's name"
+            " does not tell them: keep the names of the release's folders, such as "
+            f"resid_post/layer_7_width_16k_l0_small ({', '.join(_KINDS)}), or give --hook_name"
+        )
+    place_in, place_out = _KINDS[kind]
+    release = re.search(r"gemma-scope-2-([a-z0-9]+-(?:pt|it))", str(folder.resolve()))
+    return {
+        "model_name": release and f"gemma-3-{release[1]}",
+        "hf_hook_point_in": f"model.layers.{layer[1]}.{place_in}",
+        "hf_hook_point_out": place_out and f"model.layers.{layer[1]}.{place_out}",
+    }
+
+
+def _model_name(name: str | None) -> str | None:
+    """The hub name of a Gemma 3 as a release's config writes it; other names as they are."""
+    match = re.fullmatch(r"(?:google/)?gemma-v?3-([a-z0-9]+)(-pt|-it)?", name or "")
+    if match is None:
+        return name
+    # The hub has the pretrained 270m without the suffix.
+    suffix = "" if match[1] == "270m" and match[2] == "-pt" else match[2] or ""
+    return f"google/gemma-3-{match[1]}{suffix}"
 
 
 def _place(layer: int, hook: str) -> str:
@@ -162,11 +211,17 @@ def _place(layer: int, hook: str) -> str:
     return f"model.layers.{layer}.{_PLACES[hook]}"
 
 
-def _hook(place: str | None) -> str | None:
-    match = re.match(r"^model\.layers\.(\d+)\.(.+)$", place or "")
+def _hook(config: dict[str, Any], field: str, flag: str) -> str | None:
+    place = config.get(field)
+    if place is None:
+        return None
+    match = re.match(r"^model\.(?:language_model\.)?layers\.(\d+)\.(.+)$", str(place))
     names = {module: hook for hook, module in _PLACES.items()}
     if match is None or match[2] not in names:
-        return None
+        raise ValueError(
+            f"{CONFIG} names the place {place!r} as {field}, and no hook is known for it; known "
+            f"are {', '.join(names)} of model.layers.<layer>. Name the hook with {flag}"
+        )
     return f"blocks.{match[1]}.{names[match[2]]}"
 
 

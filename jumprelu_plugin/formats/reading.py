@@ -8,6 +8,32 @@ from pathlib import Path
 from jumprelu_plugin.formats import dictionary_learning, gemma_scope, gemma_scope_2, saelens
 from jumprelu_plugin.formats.dictionary import Dictionary
 
+# The files of the readable formats, by which a dictionary may be named too.
+_FILES = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    gemma_scope.FILENAME,
+    gemma_scope_2.FILENAME,
+    dictionary_learning.FILENAME,
+)
+
+
+def dictionary_folder(source: str | Path) -> Path:
+    """The folder of a dictionary, given as the folder itself or as one of its files.
+
+    Raises:
+        ValueError: it is a file of another name.
+    """
+    source = Path(source)
+    if not source.is_file():
+        return source
+    if source.name not in _FILES:
+        raise ValueError(
+            f"{source} is not a dictionary's file: give the folder of a saved dictionary, or the "
+            f"file under its own name, one of {', '.join(_FILES)}"
+        )
+    return source.parent
+
 
 def load_dictionary(
     folder: str | Path,
@@ -20,7 +46,7 @@ def load_dictionary(
     """Read the dictionary in a SAELens, Gemma Scope, Gemma Scope 2 or dictionary_learning folder.
 
     Args:
-        folder: the folder.
+        folder: the folder, or one of its files, such as Gemma Scope's params.npz.
         fold_scale: fold the input scale of a SAELens checkpoint into its parameters.
         hook_name, hook_name_out, model_name: override the names in the files, or replace missing
             ones.
@@ -28,13 +54,13 @@ def load_dictionary(
     Raises:
         ValueError: the folder is in none of these formats, or its files are invalid.
     """
-    folder = Path(folder)
+    folder = dictionary_folder(folder)
     if saelens.is_format(folder):
         dictionary = saelens.read(folder, fold_scale=fold_scale)
     elif gemma_scope.is_format(folder):
         dictionary = gemma_scope.read(folder, hook_name=hook_name, hook_name_out=hook_name_out)
     elif gemma_scope_2.is_format(folder):
-        dictionary = gemma_scope_2.read(folder)
+        dictionary = gemma_scope_2.read(folder, hook_name=hook_name, hook_name_out=hook_name_out)
     elif dictionary_learning.is_format(folder):
         dictionary = dictionary_learning.read(folder, hook_name=hook_name)
     else:

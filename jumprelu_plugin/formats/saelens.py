@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,8 @@ def read(folder: Path, *, fold_scale: bool = False) -> Dictionary:
         ValueError: SAELens cannot load the folder, the architecture is not JumpReLU, or inputs are
             normalized in a way that is not folded.
     """
-    from sae_lens import SAE
-
     try:
-        sae = SAE.load_from_disk(folder)
+        sae = load_inference_sae(folder)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no complete SAE: {error}") from error
     except Exception as error:  # SAELens, safetensors and torch raise different types
@@ -76,9 +75,19 @@ def write(dictionary: Dictionary, folder: Path) -> None:
 
 def check(dictionary: Dictionary, folder: Path) -> Check:
     """Compare with the SAE that `SAE.load_from_disk` loads from the folder."""
+    return compare_sae(dictionary.parameters, load_inference_sae(folder), str(LOADER))
+
+
+def load_inference_sae(folder: Path, device: str = "cpu") -> Any:
+    """What `SAE.load_from_disk` gives, without its advice on loading the model; raises as it does.
+
+    SAELens warns of recorded `model_from_pretrained_kwargs`. Here they are used.
+    """
     from sae_lens import SAE
 
-    return compare_sae(dictionary.parameters, SAE.load_from_disk(folder), str(LOADER))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        return SAE.load_from_disk(folder, device)
 
 
 def from_sae(sae: Any) -> Dictionary:

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from sae_lens import SAE
+from sae_lens import logger
 from torch import Tensor
 
 from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
+from jumprelu_plugin.formats.reading import dictionary_folder, load_dictionary
+from jumprelu_plugin.formats.saelens import load_inference_sae
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.models.firing import require_firing
+from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelChoice, ModelOptions
-from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.models.sequences import fitting_context, read_sequences
 from jumprelu_plugin.records import digest, provenance
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder, evaluate_clt, load_clt
 from jumprelu_plugin.transcoders.clt import folder as clt_folder
@@ -44,7 +48,7 @@ class SavedDictionary:
         return read_sequences(
             self.model,
             self.choice.dataset_path,
-            context_size=self.choice.context_size,
+            context_size=fitting_context(self.model, self.choice.context_size),
             held_out=held_out,
             train=train,
             prepend_bos=self.choice.prepend_bos,
@@ -84,14 +88,19 @@ def load_saved(
 ) -> SavedDictionary:
     """The dictionary in `folder` and its model, both on the options' device.
 
+    What the options change of what the dictionary's metadata records is logged as a warning.
+
     Args:
+        folder: a folder in any format of `load_dictionary`, or one of its files.
         options: the model and the text; what is left out is as the dictionary's metadata says.
         context_size: tokens in a sequence, in place of the metadata's.
         clt: whether a cross-layer transcoder will do too.
 
     Raises:
         ValueError: the device is not there, the folder holds no dictionary, nothing names its
-            model, and as `language_models.load_model` does.
+            model or its hook, the model lacks the hook or the hook does not fire, the context is
+            longer than the model takes, and as
+            `language_models.load_model` does.
         OSError: the model cannot be had.
     """
     folder, options = Path(folder), options or ModelOptions()
@@ -99,12 +108,45 @@ def load_saved(
     if clt and clt_folder.is_here(folder):
         dictionary: Any = load_clt(folder, options.device)
         metadata: Mapping[str, Any] = {"model_name": dictionary.cfg.model_name}
+        hooks = [hook for pair in dictionary.cfg.pairs for hook in (pair.hook_in, pair.hook_out)]
     else:
-        if not Path(folder, "cfg.json").is_file():
-            raise ValueError(f"{folder} holds no SAE: there is no cfg.json in it")
-        dictionary = SAE.load_from_disk(folder, options.device)
+        dictionary = _load_sae(folder, options)
         metadata = dictionary.cfg.metadata.to_dict()
+        hooks = _name_hooks(dictionary, folder, options)
     choice = options.resolve(metadata, folder)
     if context_size is not None:
         choice = replace(choice, context_size=context_size)
-    return SavedDictionary(folder, dictionary, choice.load(), choice)
+    model = choice.load()
+    choice = replace(choice, context_size=fitting_context(model, choice.context_size))
+    require_firing(model, *hooks)
+    for difference in choice.differences:
+        logger.warning(f"{folder}: {difference}, with which the dictionary was trained")
+    return SavedDictionary(folder, dictionary, model, choice)
+
+
+def _load_sae(source: Path, options: ModelOptions) -> Any:
+    """SAELens' inference object, from any readable format."""
+    folder = dictionary_folder(source)
+    if not (folder / "cfg.json").is_file():
+        dictionary = load_dictionary(
+            folder,
+            hook_name=options.hook_name,
+            hook_name_out=options.hook_name_out,
+            model_name=options.model_name,
+        )
+        return dictionary.as_sae().to(options.device)
+    return load_inference_sae(folder, options.device)
+
+
+def _name_hooks(dictionary: Any, folder: Path, options: ModelOptions) -> list[str]:
+    """The hooks that the options name, else the metadata; they are the metadata's afterwards."""
+    metadata = dictionary.cfg.metadata
+    for name in ("hook_name", "hook_name_out"):
+        if getattr(options, name) is not None:
+            metadata[name] = getattr(options, name)
+    if not metadata.hook_name:
+        raise ValueError(
+            f"the dictionary in {folder} does not name the hook that it reads; name it with "
+            "--hook_name, for example --hook_name blocks.12.hook_resid_post"
+        )
+    return list(dict.fromkeys(sae_sites(dictionary)))

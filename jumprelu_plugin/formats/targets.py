@@ -31,6 +31,8 @@ from jumprelu_plugin.transcoders.clt import folder as clt_folder
 
 # The options of `load_dictionary`, which most targets take.
 _LOAD_OPTIONS = ("fold_scale", "hook_name", "hook_name_out", "model_name")
+# The only target whose files can say that one head is read.
+_NAMES_HEAD = "saelens"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def export(
     if not unchecked:
         target.loader.require()
     dictionary, write_options = target.read(Path(source), **options)
+    _refuse_one_head(dictionary, target)
     with whole_folder(output, replaces=is_export, kind="export") as folder:
         target.write(dictionary, folder, **write_options)
         check = None
@@ -102,6 +105,18 @@ def export(
             check = target.check(dictionary, folder, **check_options)
         write_record(folder, to, check, source=str(source), options=dict(options))
     return check
+
+
+def _refuse_one_head(dictionary: Any, target: Target) -> None:
+    if (
+        isinstance(dictionary, Dictionary)
+        and dictionary.head is not None
+        and target.name != _NAMES_HEAD
+    ):
+        raise ValueError(
+            f"the dictionary reads head {dictionary.head} of {dictionary.hook_name} alone, and "
+            f"only --to {_NAMES_HEAD} can say so: another tool would give it all heads"
+        )
 
 
 def target_table() -> Table:

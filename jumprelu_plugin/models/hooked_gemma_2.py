@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 
+from jumprelu_plugin.models.loading_keywords import LoadingKeywords
+
 
 def build_hooked_gemma_2(
-    hooked_class: Any, plain: Any, model_name: str, folder: Path, device: str
+    hooked_class: Any,
+    plain: Any,
+    model_name: str,
+    folder: Path,
+    device: str,
+    keywords: LoadingKeywords,
 ) -> Any:
-    """An unprocessed `hooked_class` with the weights of `plain`, in their dtype.
+    """A `hooked_class` with the weights of `plain`, in their dtype.
 
     Args:
         hooked_class: HookedTransformer or a subclass.
@@ -23,30 +30,27 @@ def build_hooked_gemma_2(
         model_name: the value of `cfg.model_name`.
         folder: the folder it was loaded from, which becomes `cfg.tokenizer_name`.
         device: where the weights are stored.
+        keywords: the processing of the weights, and fields of the config in place of the model's.
     """
     from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
-    config = _hooked_config(plain.config, model_name, folder, device, plain.dtype)
+    config = _hooked_config(
+        plain.config, model_name, folder, device, plain.dtype, dict(keywords.config)
+    )
     hooked = hooked_class(config, tokenizer=plain.tokenizer)
     with torch.no_grad():
         weights = convert_gemma_weights(plain, config)
-    hooked.load_and_process_state_dict(
-        weights,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
+    hooked.load_and_process_state_dict(weights, **keywords.processing)
     return hooked.to(device, print_details=False)
 
 
 def _hooked_config(
-    config: Any, model_name: str, folder: Path, device: str, dtype: torch.dtype
+    config: Any, model_name: str, folder: Path, device: str, dtype: torch.dtype, given: dict
 ) -> Any:
-    """TransformerLens' fields for google/gemma-2-2b, with this model's sizes."""
+    """TransformerLens' fields for google/gemma-2-2b, with this model's sizes or those given."""
     from transformer_lens import HookedTransformerConfig
 
+    n_layers = given.pop("first_n_layers", config.num_hidden_layers)
     kinds = {"sliding_attention": "local", "full_attention": "global"}
     return HookedTransformerConfig(
         model_name=model_name,
@@ -59,8 +63,7 @@ def _hooked_config(
         n_heads=config.num_attention_heads,
         n_key_value_heads=config.num_key_value_heads,
         d_mlp=config.intermediate_size,
-        n_layers=config.num_hidden_layers,
-        n_ctx=config.max_position_embeddings,
+        n_layers=n_layers,
         d_vocab=config.vocab_size,
         eps=config.rms_norm_eps,
         act_fn=config.hidden_activation,
@@ -77,9 +80,9 @@ def _hooked_config(
         output_logits_soft_cap=config.final_logit_softcapping or -1.0,
         use_local_attn=True,
         window_size=config.sliding_window,
-        attn_types=[kinds[kind] for kind in config.layer_types],
+        attn_types=[kinds[kind] for kind in config.layer_types[:n_layers]],
         gated_mlp=True,
-        default_prepend_bos=True,
+        **{"n_ctx": config.max_position_embeddings, "default_prepend_bos": True, **given},
     )
 
 

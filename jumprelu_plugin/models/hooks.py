@@ -9,12 +9,11 @@ splicing and resetting an SAE has left a hook point with a wrong name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -78,7 +77,7 @@ def hook_point(model: Any, name: str) -> HookPoint:
             " HookedSAETransformer, TransformerBridge or SAETransformerBridge."
         )
     path = canonical_name(model, name)
-    point = _at_path(model, path)
+    point = _point(model, path)
     if not isinstance(point, HookPoint):
         if hasattr(point, "hook_sae_output"):
             raise ValueError(
@@ -113,7 +112,7 @@ def attached(
     handle = point.fwd_hooks[-1]
     try:
         yield point
-        replaced = _at_path(model, canonical_name(model, name)) is not point
+        replaced = _point(model, canonical_name(model, name)) is not point
         lost = replaced or handle not in point.fwd_hooks
     finally:
         handle.hook.remove()
@@ -127,39 +126,26 @@ def attached(
         )
 
 
-@torch.no_grad()
-def hook_widths(model: Any, hooks: Iterable[str], one_head: Iterable[str] = ()) -> dict[str, int]:
-    """Width of the activations at each hook, in the order in which they fire in a forward pass.
+def flat_heads(
+    activation: Float[Tensor, "batch position ..."], head: int | None = None
+) -> Float[Tensor, "batch pos d"]:
+    """What a dictionary reads: all heads side by side, or the head of this index alone.
 
-    Args:
-        hooks: their names, as the model's `hook_dict` has them.
-        one_head: those of which one head is read; elsewhere heads are flattened.
-
-    Raises:
-        ValueError: a hook does not fire.
-    """
-    hooks, one_head = list(dict.fromkeys(hooks)), set(one_head)
-    device = next(model.parameters()).device
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
-    cache = model.run_with_cache(tokens, names_filter=hooks, prepend_bos=False)[1]
-    fired = list(cache.keys())
-    for hook in hooks:
-        if hook not in fired:
-            raise ValueError(f"the hook {hook!r} exists but does not fire in a forward pass")
-    shapes = {hook: cache[hook].shape for hook in fired if hook in hooks}
-    return {
-        hook: shape[-1] if hook in one_head else shape[2:].numel() for hook, shape in shapes.items()
-    }
-
-
-def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor, "batch pos d"]:
-    """The activation with its head axes flattened: [batch, position, head · d_head] for `hook_z`.
-
-    Undo with `.reshape(activation.shape)`.
+    [batch, position, d] is left as it is, and [batch, position, head, d_head] becomes
+    [batch, position, head · d_head], or [batch, position, d_head] with `head`. `with_heads` is the
+    inverse.
 
     Raises:
-        ValueError: the activation has neither three nor four axes.
+        ValueError: the activation has neither three nor four axes, or not this head.
     """
+    if head is not None:
+        if activation.ndim != 4 or not 0 <= head < activation.shape[2]:
+            raise ValueError(
+                f"hook_head_index is {head}, and the activation has shape "
+                f"{tuple(activation.shape)}; expected [batch, position, head, d_head] with such a "
+                "head"
+            )
+        return activation[:, :, head]
     if activation.ndim == 4:
         return activation.flatten(start_dim=-2)
     if activation.ndim == 3:
@@ -168,6 +154,19 @@ def flat_heads(activation: Float[Tensor, "batch position ..."]) -> Float[Tensor,
         f"Expected an activation of shape [batch, position, d] or [batch, position, head, d_head],"
         f" got {tuple(activation.shape)}."
     )
+
+
+def with_heads(
+    activation: Float[Tensor, "batch position ..."],
+    changed: Float[Tensor, "batch pos d"],
+    head: int | None = None,
+) -> Float[Tensor, "batch position ..."]:
+    """The activation with `changed` in place of what `flat_heads` gave; other heads are kept."""
+    if head is None:
+        return changed.reshape(activation.shape)
+    whole = activation.clone()
+    whole[:, :, head] = changed
+    return whole
 
 
 @contextmanager
@@ -200,6 +199,13 @@ def _repair(model: Any, name: str, path: str, point: HookPoint) -> None:
     alias = None if owner is None else vars(owner).get(leaf)
     if isinstance(alias, HookPoint) and alias is not point:
         object.__setattr__(owner, leaf, point)
+
+
+def _point(model: Any, path: str) -> Any:
+    # The hooks of SAELens' HookedProxyLM have the names of modules, and are beside them.
+    if hasattr(model, "named_modules_dict"):
+        return model.hook_dict.get(path)
+    return _at_path(model, path)
 
 
 def _at_path(model: Any, path: str) -> Any:

@@ -1,9 +1,9 @@
 """Loads language models: the embedded Gemma 2, a local folder, or a Hugging Face hub name.
 
-All sources and classes give an unprocessed model (no folded norms, no centered weights) in
-evaluation mode, by default in float32. HookedTransformer reads a model's sizes from a table of
-names that holds no small Gemma 2, so for a local folder they are read from its config.json
-(`hooked_gemma_2.py`).
+By default, all sources and classes give an unprocessed model (no folded norms, no centered weights)
+in evaluation mode and in float32; `loading_keywords.py` has what can be asked for.
+HookedTransformer reads a model's sizes from a table of names that holds no small Gemma 2, so for a
+local folder they are read from its config.json (`hooked_gemma_2.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sae_lens.util import str_to_dtype
 from torch import nn
 
 from jumprelu_plugin.models.hooked_gemma_2 import build_hooked_gemma_2
+from jumprelu_plugin.models.loading_keywords import LoadingKeywords
 
 EMBEDDED_MODEL = "tiny-gemma-2"
 
@@ -30,12 +31,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class _Source:
-    """The model to load: its name, its folder (None for a hub name), and its device and dtype."""
+    """The model to load: its name, its folder (None for a hub name), and how it is loaded."""
 
     name: str
     folder: Path | None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    keywords: LoadingKeywords = field(default_factory=LoadingKeywords)
 
     @property
     def path(self) -> str | Path:
@@ -52,7 +54,7 @@ def load_model(
     model: str | Path = EMBEDDED_MODEL,
     model_class_name: str = "HookedSAETransformer",
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Load a causal language model, with its tokenizer as `.tokenizer`.
@@ -61,17 +63,18 @@ def load_model(
         model: `EMBEDDED_MODEL`, a local folder in Hugging Face layout (config.json, weights,
             tokenizer), or a hub name. Only a hub name uses the network.
         model_class_name: "HookedTransformer", "HookedSAETransformer" (from a folder: Gemma 2 only),
-            "TransformerBridge", "SAETransformerBridge" (both in compatibility mode without weight
-            processing, so that hooks have HookedTransformer's names), or "AutoModelForCausalLM"
-            (plain transformers, eager attention).
+            "TransformerBridge", "SAETransformerBridge" (both in compatibility mode, so that hooks
+            have HookedTransformer's names), or "AutoModelForCausalLM" (plain transformers, eager
+            attention; `load_hooked_model` gives it hooks).
         device: where the weights are stored.
-        dtype: of the weights, such as "float32" or "bfloat16".
-        from_pretrained_kwargs: further arguments for the loader of a hub name; not used for a local
-            folder.
+        dtype: of the weights, such as "float32" (the default) or "bfloat16".
+        from_pretrained_kwargs: what SAELens calls model_from_pretrained_kwargs: TransformerLens'
+            processing of weights (`fold_ln`, `center_writing_weights`, ...), flags of hooks
+            (`use_hook_mlp_in`, ...), and arguments of the class's own loader.
 
     Raises:
-        ValueError: the class or the dtype is unknown, or the class cannot represent the folder's
-            architecture.
+        ValueError: the class, the dtype or a keyword argument is unknown, or the class cannot
+            represent the folder's architecture.
         FileNotFoundError: the folder does not exist, or has no config.json or no tokenizer.
         OSError: the hub's weights cannot be loaded; the message explains gated licenses.
     """
@@ -79,12 +82,18 @@ def load_model(
         raise ValueError(
             f"Unknown model class {model_class_name!r}: expected one of {sorted(_LOADERS)}."
         )
-    source = _Source(str(model), local_folder(model), device, str_to_dtype(dtype))
-    if source.folder is not None:
-        _require_files(source.folder)
-        return _LOADERS[model_class_name](source).eval()
-    with hub_errors_explained(source.name):
-        return _LOADERS[model_class_name](source, **from_pretrained_kwargs).eval()
+    folder = local_folder(model)
+    if folder is not None:
+        _require_files(folder)
+    with nullcontext() if folder is not None else hub_errors_explained(str(model)):
+        keywords = LoadingKeywords.sorted(
+            from_pretrained_kwargs, model_class_name, str(model), folder
+        )
+        chosen = str_to_dtype(dtype or keywords.dtype or "float32")
+        source = _Source(str(model), folder, device, chosen, keywords)
+        loaded = _LOADERS[model_class_name](source).eval()
+    keywords.set_hook_flags(loaded)
+    return loaded
 
 
 @contextmanager
@@ -181,17 +190,15 @@ def _require_files(folder: Path) -> None:
 # --- Plain transformers -------------------------------------------------------------------------
 
 
-def _load_plain(source: _Source, **kwargs: Any) -> Any:
+def _load_plain(source: _Source) -> Any:
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        dtype=source.dtype,
-        attn_implementation="eager",  # Gemma 2's softcapping needs eager attention
-        local_files_only=source.folder is not None,
-        **kwargs,
-    )
-    plain.to(torch.device(source.device))  # pyright: ignore[reportArgumentType]
+    # Gemma 2's softcapping needs eager attention.
+    options = {"attn_implementation": "eager", **source.keywords.loader}
+    options.setdefault("local_files_only", source.folder is not None)
+    plain = AutoModelForCausalLM.from_pretrained(source.path, dtype=source.dtype, **options)
+    if options.get("device_map") is None:
+        plain.to(torch.device(source.device))  # pyright: ignore[reportArgumentType]
     plain.tokenizer = _tokenizer(source)
     return plain
 
@@ -205,22 +212,28 @@ def _tokenizer(source: _Source) -> Any:
 # --- HookedTransformer --------------------------------------------------------------------------
 
 
-def _load_hooked(source: _Source, **kwargs: Any) -> Any:
+def _load_hooked(source: _Source) -> Any:
     from transformer_lens import HookedTransformer
 
-    return _build_hooked(HookedTransformer, source, **kwargs)
+    return _build_hooked(HookedTransformer, source)
 
 
-def _load_hooked_sae(source: _Source, **kwargs: Any) -> Any:
+def _load_hooked_sae(source: _Source) -> Any:
     from sae_lens import HookedSAETransformer
 
-    return _build_hooked(HookedSAETransformer, source, **kwargs)
+    return _build_hooked(HookedSAETransformer, source)
 
 
-def _build_hooked(hooked_class: Any, source: _Source, **kwargs: Any) -> Any:
+def _build_hooked(hooked_class: Any, source: _Source) -> Any:
+    keywords = source.keywords
     if source.folder is None:
+        several = keywords.loader.get("n_devices", 1) > 1  # TransformerLens spreads it over them
         return hooked_class.from_pretrained_no_processing(
-            source.name, device=source.device, dtype=source.dtype, **kwargs
+            source.name,
+            device="cuda" if several else source.device,
+            dtype=source.dtype,
+            **keywords.processing,
+            **keywords.loader,
         )
     architecture = json.loads((source.folder / "config.json").read_text()).get("model_type")
     if architecture != "gemma2":
@@ -232,27 +245,27 @@ def _build_hooked(hooked_class: Any, source: _Source, **kwargs: Any) -> Any:
         )
     plain = _load_plain(replace(source, device="cpu"))
     return build_hooked_gemma_2(
-        hooked_class, plain, _model_name(source), source.folder, source.device
+        hooked_class, plain, _model_name(source), source.folder, source.device, keywords
     )
 
 
 # --- TransformerBridge --------------------------------------------------------------------------
 
 
-def _load_bridge(source: _Source, **kwargs: Any) -> Any:
+def _load_bridge(source: _Source) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return _boot_bridge(TransformerBridge, source, **kwargs)
+    return _boot_bridge(TransformerBridge, source)
 
 
-def _load_sae_bridge(source: _Source, **kwargs: Any) -> Any:
+def _load_sae_bridge(source: _Source) -> Any:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    return _boot_bridge(SAETransformerBridge, source, **kwargs)
+    return _boot_bridge(SAETransformerBridge, source)
 
 
-def _boot_bridge(bridge_class: Any, source: _Source, **kwargs: Any) -> Any:
-    plain = _load_plain(source, **kwargs)
+def _boot_bridge(bridge_class: Any, source: _Source) -> Any:
+    plain = _load_plain(source)
     # Without a tokenizer, the bridge would request one from the hub.
     bridge = bridge_class.boot_transformers(
         str(source.path),
@@ -261,7 +274,10 @@ def _boot_bridge(bridge_class: Any, source: _Source, **kwargs: Any) -> Any:
         device=source.device,
         dtype=source.dtype,
     )
-    bridge.enable_compatibility_mode(no_processing=True)
+    processing = source.keywords.processing
+    bridge.enable_compatibility_mode(no_processing=not any(processing.values()), **processing)
+    for name, value in source.keywords.config.items():
+        setattr(bridge.cfg, name, value)
     if source.folder is not None:
         bridge.cfg.model_name = _model_name(source)
         bridge.cfg.tokenizer_name = str(source.folder)
@@ -281,3 +297,4 @@ _LOADERS: dict[str, Callable[..., Any]] = {
     "SAETransformerBridge": _load_sae_bridge,
     "AutoModelForCausalLM": _load_plain,
 }
+MODEL_CLASSES = tuple(_LOADERS)

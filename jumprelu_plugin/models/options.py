@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-DEFAULT_CONTEXT_SIZE = 128
+from jumprelu_plugin.models.loading_keywords import HOOK_FLAGS, PROCESSING
+
+_DTYPE = ("dtype", "torch_dtype")
+# Never taken from metadata: the first runs a model's own code, the second may unpickle its weights.
+_UNSAFE = ("trust_remote_code", "weights_only")
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,17 @@ class ModelOptions:
 
     Attributes:
         model_name: tiny-gemma-2, a model folder, or a hub name. Default: the dictionary's own.
-        model_class_name: HookedTransformer, HookedSAETransformer, TransformerBridge or
-            SAETransformerBridge. Default: the dictionary's own, else HookedSAETransformer.
+        model_class_name: HookedTransformer, HookedSAETransformer, TransformerBridge,
+            SAETransformerBridge or AutoModelForCausalLM. Default: the dictionary's own, else
+            HookedSAETransformer.
         dataset_path: a text or pretokenized dataset, on the hub or in a folder. Default: the
             dictionary's own, else the text of the `demo` extra.
         device: cpu, cuda, cuda:1, mps.
         dtype: of the language model's weights. Default: as recorded, else float32.
+        hook_name: the hook that the dictionary reads. Default: the dictionary's own.
+        hook_name_out: the hook that a transcoder writes. Default: the dictionary's own.
+        model_from_pretrained_kwargs: keyword arguments of the model's loader, as JSON. Default: as
+            recorded; for another model or class, the recorded processing of weights alone.
     """
 
     model_name: str | None = None
@@ -32,6 +41,9 @@ class ModelOptions:
     dataset_path: str | None = None
     device: str = "cpu"
     dtype: str | None = None
+    hook_name: str | None = None
+    hook_name_out: str | None = None
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
 
     def resolve(self, metadata: Mapping[str, Any], source: object) -> ModelChoice:
         """Fill in missing options from a dictionary's metadata.
@@ -41,27 +53,66 @@ class ModelOptions:
             source: the dictionary's folder, for error messages.
 
         Raises:
-            ValueError: neither the user nor the metadata names a model.
+            ValueError: neither the user nor the metadata names a model, or the recorded keyword
+                arguments are none.
         """
         name = self.model_name or metadata.get("model_name")
         if not name:
             raise ValueError(
                 f"the dictionary in {source} does not name its model; name it with --model_name"
             )
-        kwargs = dict(metadata.get("model_from_pretrained_kwargs") or {})
-        if self.model_name or self.model_class_name:
-            kwargs = {}  # recorded for another model or class
-        recorded_dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        keywords, dtype = self._keywords(metadata)
         dataset = self.dataset_path
         return ModelChoice(
             model_name=name,
             model_class_name=_class_name(self.model_class_name, metadata),
             dataset_path=metadata.get("dataset_path") or "" if dataset is None else dataset,
-            context_size=metadata.get("context_size") or DEFAULT_CONTEXT_SIZE,
+            context_size=metadata.get("context_size"),
             prepend_bos=metadata.get("prepend_bos") is not False,
             device=self.device,
-            dtype=str(self.dtype or recorded_dtype or "float32"),
-            from_pretrained_kwargs=kwargs,
+            dtype=dtype,
+            from_pretrained_kwargs=keywords,
+            differences=self._differences(metadata, dtype),
+        )
+
+    def _keywords(self, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The loader's keyword arguments without a dtype, and the dtype."""
+        keywords, recorded = self.model_from_pretrained_kwargs, recorded_keywords(metadata)
+        if keywords is None and (self.model_name or self.model_class_name):
+            # A revision, say, is another model's. How weights are processed is what the dictionary
+            # was trained on, whichever copy of the model is given.
+            kept = (*PROCESSING, *HOOK_FLAGS, *_DTYPE)
+            keywords = {key: value for key, value in recorded.items() if key in kept}
+        keywords = dict(recorded if keywords is None else keywords)
+        dtypes = [keywords.pop(key) for key in _DTYPE if key in keywords]
+        return keywords, _dtype_name(self.dtype or next(iter(dtypes), None))
+
+    def _without_dtype(self) -> dict[str, Any] | None:
+        given = self.model_from_pretrained_kwargs
+        return given and {key: value for key, value in given.items() if key not in _DTYPE}
+
+    def _differences(self, metadata: Mapping[str, Any], dtype: str) -> tuple[str, ...]:
+        recorded = recorded_keywords(metadata)
+        dtypes = [recorded.pop(key) for key in _DTYPE if key in recorded]
+        pairs: list[tuple[str, Any, Any]] = [
+            ("model_name", self.model_name, metadata.get("model_name")),
+            (
+                "model_class_name",
+                self.model_class_name and _class_name(self.model_class_name, {}),
+                metadata.get("model_class_name") and _class_name(None, metadata),
+            ),
+            ("hook_name", self.hook_name, metadata.get("hook_name")),
+            ("hook_name_out", self.hook_name_out, metadata.get("hook_name_out")),
+        ]
+        if "model_from_pretrained_kwargs" in metadata:
+            pairs += [
+                ("dtype", dtype, _dtype_name(next(iter(dtypes), None))),
+                ("model_from_pretrained_kwargs", self._without_dtype(), recorded),
+            ]
+        return tuple(
+            f"{name} {given} in place of the recorded {value}"
+            for name, given, value in pairs
+            if given is not None and value is not None and given != value
         )
 
 
@@ -70,25 +121,27 @@ class ModelChoice:
     """`ModelOptions` in which every option has a value.
 
     Attributes:
-        context_size: tokens in a sequence.
+        context_size: tokens in a sequence; None where nothing records it.
         prepend_bos: whether sequences begin with the tokenizer's BOS token.
-        from_pretrained_kwargs: recorded keyword arguments for the loader of a hub model.
+        from_pretrained_kwargs: keyword arguments for `load_model`.
+        differences: in what the choice differs from the metadata, one phrase each.
     """
 
     model_name: str
     model_class_name: str
     dataset_path: str
-    context_size: int
+    context_size: int | None
     prepend_bos: bool
     device: str
     dtype: str
     from_pretrained_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    differences: tuple[str, ...] = ()
 
     def load(self) -> Any:
-        """Load the model; raises the errors of `language_models.load_model`."""
-        from jumprelu_plugin.models.language_models import load_model
+        """Load the model, with hooks; raises the errors of `language_models.load_model`."""
+        from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 
-        return load_model(
+        return load_hooked_model(
             self.model_name,
             self.model_class_name,
             self.device,
@@ -103,3 +156,22 @@ def _class_name(chosen: str | None, metadata: Mapping[str, Any]) -> str:
     if recorded == "HookedTransformer":
         recorded = None
     return chosen or recorded or "HookedSAETransformer"
+
+
+def recorded_keywords(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata's `model_from_pretrained_kwargs`, without those that could run a model's code.
+
+    Raises:
+        ValueError: they are no names and values.
+    """
+    found = metadata.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"the metadata's model_from_pretrained_kwargs are {found!r}; expected names and values"
+        )
+    # A dictionary's files do not decide whether code that they name is run.
+    return {key: value for key, value in found.items() if key not in _UNSAFE}
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype or "float32").removeprefix("torch.")

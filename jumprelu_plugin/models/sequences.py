@@ -11,6 +11,24 @@ from torch import Tensor
 from jumprelu_plugin.models.text import tokenized_dataset
 
 HELD_OUT_SPLITS = ("test", "validation")
+DEFAULT_CONTEXT_SIZE = 128
+
+
+def fitting_context(model: Any, context_size: int | None = None) -> int:
+    """The length of the sequences that a model is given: the given one, else 128 or what it takes.
+
+    Raises:
+        ValueError: the given one is longer than the model takes.
+    """
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if context_size is None:
+        return min(DEFAULT_CONTEXT_SIZE, longest or DEFAULT_CONTEXT_SIZE)
+    if longest is not None and context_size > longest:
+        raise ValueError(
+            f"context_size is {context_size}, but the model takes at most {longest} tokens: set "
+            f"context_size={longest} or less"
+        )
+    return context_size
 
 
 def read_sequences(

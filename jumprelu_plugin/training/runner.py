@@ -32,8 +32,14 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from jumprelu_plugin.models.hooks import hook_widths
-from jumprelu_plugin.models.language_models import hub_errors_explained, load_model, local_folder
+from jumprelu_plugin.models.firing import hook_widths
+from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
+from jumprelu_plugin.models.language_models import (
+    MODEL_CLASSES,
+    hub_errors_explained,
+    local_folder,
+)
+from jumprelu_plugin.models.sequences import fitting_context
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import whole_files
 from jumprelu_plugin.saes.transcoder import JumpReLUTrainingTranscoder
@@ -116,7 +122,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
         if cache is not None:
             require_same_model(cache, model)
-        refuse_long_context(model, cfg.context_size)
+        fitting_context(model, cfg.context_size)
         if override_dataset is None:
             override_dataset = self._own_text(cfg, model)
         torch.manual_seed(cfg.seed)
@@ -216,28 +222,21 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-    """The model a config names: embedded or a folder's through `models`, a hub's as in SAELens.
+    """The model a config names, with its `model_from_pretrained_kwargs`.
 
     A folder is loaded as HookedSAETransformer where `model_class_name` is left at SAELens' default.
+
+    Raises:
+        ValueError: there is no such model or class, or a keyword argument is none of its own.
     """
     name, kind, device = cfg.model_name, cfg.model_class_name, cfg.llm_device or cfg.device
-    if local_folder(name) is not None:
-        kind = "HookedSAETransformer" if kind == "HookedTransformer" else kind
-        return load_model(name, kind, device)
-    with hub_errors_explained(name):
-        return load_hub_model(
-            kind, name, device, cfg.model_from_pretrained_kwargs, hook_names=[cfg.hook_name]
-        )
-
-
-def refuse_long_context(model: Any, context_size: int) -> None:
-    """Raise ValueError for sequences longer than the model takes."""
-    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    if longest is not None and context_size > longest:
-        raise ValueError(
-            f"context_size is {context_size}, but the model takes at most {longest} tokens: set "
-            f"context_size={longest} or less"
-        )
+    keywords = cfg.model_from_pretrained_kwargs or {}
+    if kind not in MODEL_CLASSES:  # such as HookedMamba
+        with hub_errors_explained(name):
+            return load_hub_model(kind, name, device, keywords, hook_names=[cfg.hook_name])
+    if local_folder(name) is not None and kind == "HookedTransformer":
+        kind = "HookedSAETransformer"
+    return load_hooked_model(name, kind, device, **keywords)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jumprelu_plugin.models.hooks import hook_widths
+from jumprelu_plugin.models.firing import hook_widths
 from tests.tiny import D_HEAD, D_MODEL, HEADS, MLP, N_HEADS, RESIDUAL, tiny_models
 
 

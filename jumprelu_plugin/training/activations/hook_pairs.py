@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from jumprelu_plugin.models.hooks import hook_widths
+from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
 
 
