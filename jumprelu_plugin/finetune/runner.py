@@ -60,7 +60,6 @@ RECORDED_OF_TEXT = (
     "disable_concat_sequences",
 )
 RECORDED_OF_HOOK = ("hook_head_index",)
-RECORDED_OF_MODEL = ("model_class_name", "model_from_pretrained_kwargs")
 
 
 @dataclass(frozen=True)
@@ -233,10 +232,13 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
     for name, value in values.items():
         if value is None and f"--{name}" not in names:
             raise ValueError(f"the files of {source} do not name it: give --{name}")
-    recorded = RECORDED_OF_TEXT + (() if "--model_name" in names else RECORDED_OF_MODEL)
+    other_model = "--model_name" in names
+    recorded = (*RECORDED_OF_TEXT, "model_from_pretrained_kwargs")
+    recorded += () if other_model else ("model_class_name",)
     recorded += () if "--hook_name" in names else RECORDED_OF_HOOK
     metadata = dictionary.metadata
-    metadata = {**metadata, "model_from_pretrained_kwargs": recorded_keywords(metadata)}
+    keywords = recorded_keywords(metadata, other_model=other_model)
+    metadata = {**metadata, "model_from_pretrained_kwargs": keywords}
     values |= {name: metadata.get(name) for name in recorded}
     return [
         text

@@ -77,13 +77,11 @@ class ModelOptions:
 
     def _keywords(self, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """The loader's keyword arguments without a dtype, and the dtype."""
-        keywords, recorded = self.model_from_pretrained_kwargs, recorded_keywords(metadata)
-        if keywords is None and (self.model_name or self.model_class_name):
-            # A revision, say, is another model's. How weights are processed is what the dictionary
-            # was trained on, whichever copy of the model is given.
-            kept = (*PROCESSING, *HOOK_FLAGS, *_DTYPE)
-            keywords = {key: value for key, value in recorded.items() if key in kept}
-        keywords = dict(recorded if keywords is None else keywords)
+        keywords = self.model_from_pretrained_kwargs
+        if keywords is None:
+            other_model = bool(self.model_name or self.model_class_name)
+            keywords = recorded_keywords(metadata, other_model=other_model)
+        keywords = dict(keywords)
         dtypes = [keywords.pop(key) for key in _DTYPE if key in keywords]
         return keywords, _dtype_name(self.dtype or next(iter(dtypes), None))
 
@@ -158,8 +156,16 @@ def _class_name(chosen: str | None, metadata: Mapping[str, Any]) -> str:
     return chosen or recorded or "HookedSAETransformer"
 
 
-def recorded_keywords(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_keywords(
+    metadata: Mapping[str, Any], *, other_model: bool = False
+) -> dict[str, Any]:
     """The metadata's `model_from_pretrained_kwargs`, without those that could run a model's code.
+
+    Args:
+        metadata: a dictionary's metadata.
+        other_model: whether they are for another model or class than the recorded. Then a revision,
+            say, is left out. How weights are processed is kept: it is what the dictionary was
+            trained on, whichever copy of the model is given.
 
     Raises:
         ValueError: they are no names and values.
@@ -170,7 +176,11 @@ def recorded_keywords(metadata: Mapping[str, Any]) -> dict[str, Any]:
             f"the metadata's model_from_pretrained_kwargs are {found!r}; expected names and values"
         )
     # A dictionary's files do not decide whether code that they name is run.
-    return {key: value for key, value in found.items() if key not in _UNSAFE}
+    kept = {key: value for key, value in found.items() if key not in _UNSAFE}
+    if not other_model:
+        return kept
+    of_activations = (*PROCESSING, *HOOK_FLAGS, *_DTYPE)
+    return {key: value for key, value in kept.items() if key in of_activations}
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -68,6 +68,8 @@ def test_what_is_left_out_is_as_recorded() -> None:
     assert (choice.model_name, choice.model_class_name) == ("other", "HookedTransformer")
     assert (choice.dataset_path, choice.device, choice.dtype) == ("", "cuda", "float16")
     assert choice.from_pretrained_kwargs == {}  # they were recorded for another model
+    assert "dtype float16 in place of the recorded bfloat16" in choice.differences
+    assert "model_name other in place of the recorded m" in choice.differences
 
 
 def test_what_nothing_records_has_a_default() -> None:
@@ -75,7 +77,7 @@ def test_what_nothing_records_has_a_default() -> None:
         {"model_name": "m", "model_class_name": "HookedTransformer"}, "folder"
     )
     assert choice.model_class_name == "HookedSAETransformer"
-    assert (choice.dataset_path, choice.context_size, choice.prepend_bos) == ("", 128, True)
+    assert (choice.dataset_path, choice.context_size, choice.prepend_bos) == ("", None, True)
     assert choice.dtype == "float32"
     with pytest.raises(ValueError, match="in folder does not name its model.*--model_name"):
         ModelOptions().resolve({}, "folder")
@@ -115,7 +117,7 @@ def test_the_command_evaluates_on_what_the_metadata_names(tmp_path: Path) -> Non
 
 def test_only_where_asked_is_a_cross_layer_transcoder_taken(tmp_path: Path) -> None:
     (tmp_path / "cross_layer.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no SAE"):
+    with pytest.raises(ValueError, match="holds no dictionary"):
         load_saved(tmp_path)
     with pytest.raises(ValueError, match="cross_layer.json cannot be read"):
         load_saved(tmp_path, clt=True)
