@@ -156,9 +156,7 @@ def _class_name(chosen: str | None, metadata: Mapping[str, Any]) -> str:
     return chosen or recorded or "HookedSAETransformer"
 
 
-def recorded_keywords(
-    metadata: Mapping[str, Any], *, other_model: bool = False
-) -> dict[str, Any]:
+def recorded_keywords(metadata: Mapping[str, Any], *, other_model: bool = False) -> dict[str, Any]:
     """The metadata's `model_from_pretrained_kwargs`, without those that could run a model's code.
 
     Args:

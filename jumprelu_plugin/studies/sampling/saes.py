@@ -11,8 +11,10 @@ from sae_lens import SAE
 
 from jumprelu_plugin.formats.saved import SavedDictionary
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.models.hooks import hook_widths, sae_sites
+from jumprelu_plugin.models.firing import hook_widths
+from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.options import ModelChoice, ModelOptions
+from jumprelu_plugin.models.trained_on import sae_heads
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def load_study_saes(
         hook, _ = sae_sites(sae)
         if hook not in model.hook_dict:
             raise ValueError(f"{folder} reads {hook!r}, which {choices[0].model_name!r} lacks")
-        width = hook_widths(model, [hook])[hook]
+        one_head = [] if sae_heads(sae)[0] is None else [hook]
+        width = hook_widths(model, [hook], one_head)[hook]
         if width != sae.cfg.d_in:
             raise ValueError(
                 f"{folder} takes activations of width {sae.cfg.d_in}, and {hook!r} of the model "

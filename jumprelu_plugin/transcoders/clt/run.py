@@ -18,8 +18,9 @@ from sae_lens.util import get_special_token_ids
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
-from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
@@ -85,7 +86,7 @@ def train_clt(
     training = _training_config(settings)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
-        model = load_model(
+        model = load_hooked_model(
             settings.model_name, settings.model_class_name, settings.device, settings.dtype
         )
     cfg = _config(model, settings)

@@ -19,8 +19,9 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcoders
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
-from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import get_transcoder_recipe
@@ -83,7 +84,7 @@ def train_transcoders(
     output = Path(output)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
-        model = load_model(
+        model = load_hooked_model(
             settings.model_name, settings.model_class_name, settings.device, settings.dtype
         )
     pairs = _pairs(model, settings)
@@ -233,7 +234,10 @@ def _runner_config(
         hook_names={name: pair.hook_in for name, pair in pairs.items()},
         model_name=settings.model_name,
         model_class_name=_recorded_class_name(settings),
-        model_from_pretrained_kwargs={},  # loaded without processing
+        # Loaded without processing; a dtype of its own is what an evaluation loads it in, too.
+        model_from_pretrained_kwargs=(
+            {} if settings.dtype == "float32" else {"dtype": settings.dtype}
+        ),
         dataset_path=settings.dataset_path,
         context_size=settings.context_size,
         training_tokens=steps * batch,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
+from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
@@ -59,7 +60,7 @@ def cache_activations(
     """Load a model and a text and write the activations at several hooks.
 
     Raises:
-        ValueError, OSError: as `write_activation_cache`, `load_model` and `read_sequences` do.
+        ValueError, OSError: as `write_activation_cache`, `load_hooked_model` and `read_sequences` do.
     """
     require_device(settings.device)
     if settings.training_tokens < 1 or settings.context_size < 2:
@@ -67,7 +68,7 @@ def cache_activations(
             f"training_tokens is {settings.training_tokens} and context_size is "
             f"{settings.context_size}; expected at least 1 and 2"
         )
-    model = load_model(
+    model = load_hooked_model(
         settings.model_name, settings.model_class_name, settings.device, settings.dtype
     )
     tokens, _ = read_sequences(
