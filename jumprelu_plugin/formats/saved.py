@@ -107,7 +107,7 @@ def load_saved(
     require_device(options.device)
     if clt and clt_folder.is_here(folder):
         dictionary: Any = load_clt(folder, options.device)
-        metadata: Mapping[str, Any] = {"model_name": dictionary.cfg.model_name}
+        metadata: Mapping[str, Any] = dictionary.cfg.metadata
         hooks = [hook for pair in dictionary.cfg.pairs for hook in (pair.hook_in, pair.hook_out)]
     else:
         dictionary = _load_sae(folder, options)

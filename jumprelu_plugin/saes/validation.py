@@ -91,6 +91,42 @@ def a_target(example: float) -> Rule:
     )
 
 
+def unread_bandwidth_std() -> Rule:
+    """No spread is given for a bandwidth that is fixed."""
+    return Rule(
+        "jumprelu_bandwidth_std",
+        lambda cfg: (
+            cfg.jumprelu_bandwidth is None
+            or cfg.jumprelu_bandwidth_std == type(cfg).jumprelu_bandwidth_std
+        ),
+        "{field} is {value} and jumprelu_bandwidth is {cfg.jumprelu_bandwidth}: give one of them",
+    )
+
+
+def unread_tanh_scale() -> Rule:
+    """L0-controlled, no scale is given for a tanh that is not in the loss."""
+    return Rule(
+        "jumprelu_tanh_scale",
+        lambda cfg: (
+            not cfg.controls_l0
+            or cfg.jumprelu_sparsity_loss_mode == "tanh"
+            or cfg.jumprelu_tanh_scale == type(cfg).jumprelu_tanh_scale
+        ),
+        "{field} is {value}, and jumprelu_sparsity_loss_mode {cfg.jumprelu_sparsity_loss_mode!r} "
+        "has no tanh: set jumprelu_sparsity_loss_mode='tanh', or leave the scale out",
+    )
+
+
+def no_fixed_penalty_to_warm_up(remedy: str) -> Rule:
+    """L0-controlled, there is no coefficient that could rise."""
+    return Rule(
+        "l0_warm_up_steps",
+        lambda cfg: not (cfg.controls_l0 and cfg.l0_warm_up_steps),
+        "{field} is {value} and l0_coefficient is None: there is no fixed penalty to warm up. "
+        + remedy,
+    )
+
+
 def _number(field: str, accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
     def holds(cfg: Any) -> bool:
         value = getattr(cfg, field)
@@ -202,12 +238,9 @@ SAE_RULES = (
 # Fields of ours that would do nothing in the mode chosen. With a fixed coefficient SAELens' own
 # mean what they mean there: a mode does not read another mode's.
 EFFECT_RULES = (
-    Rule(
-        "l0_warm_up_steps",
-        lambda cfg: not (cfg.controls_l0 and cfg.l0_warm_up_steps),
-        "{field} is {value} and l0_coefficient is None: there is no fixed penalty to warm up. Give "
-        "target_l0_warm_up_steps with target_l0_start_ratio to come down to the target, or an "
-        "l0_coefficient",
+    no_fixed_penalty_to_warm_up(
+        "Give target_l0_warm_up_steps with target_l0_start_ratio to come down to the target, or an "
+        "l0_coefficient"
     ),
     Rule(
         "target_l0_warm_up_steps",
@@ -225,14 +258,8 @@ EFFECT_RULES = (
         "{field} is {value}, which needs target_l0_warm_up_steps (they are "
         "{cfg.target_l0_warm_up_steps}) and no l0_coefficient (it is {cfg.l0_coefficient})",
     ),
-    Rule(
-        "jumprelu_bandwidth_std",
-        lambda cfg: (
-            cfg.jumprelu_bandwidth is None
-            or cfg.jumprelu_bandwidth_std == type(cfg).jumprelu_bandwidth_std
-        ),
-        "{field} is {value} and jumprelu_bandwidth is {cfg.jumprelu_bandwidth}: give one of them",
-    ),
+    unread_bandwidth_std(),
+    unread_tanh_scale(),
     Rule(
         "pre_act_loss_latents",
         lambda cfg: cfg.pre_act_loss_latents == "dead" or cfg.pre_act_loss_coefficient is not None,

@@ -24,6 +24,12 @@ def require_what_a_run_needs(cfg: Any) -> None:
             f"lr_scheduler_name is {cfg.lr_scheduler_name!r}; it must be one of "
             f"{', '.join(SCHEDULERS)}"
         )
+    if cfg.n_restart_cycles != 1 and cfg.lr_scheduler_name.lower() != SCHEDULERS[-1]:
+        raise ValueError(
+            f"n_restart_cycles is {cfg.n_restart_cycles}, which the schedule "
+            f"{cfg.lr_scheduler_name!r} does not read: set lr_scheduler_name={SCHEDULERS[-1]!r}, "
+            "or leave it out"
+        )
     if cfg.logger.log_to_wandb:
         _require_wandb_login()
 

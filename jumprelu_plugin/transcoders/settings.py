@@ -117,3 +117,13 @@ class CLTSettings(LayerRunSettings):
     jumprelu_sparsity_loss_mode: Literal["step", "tanh"] = "step"
     jumprelu_tanh_scale: float = 4.0
     step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
+
+
+def refuse_two_penalties(settings: LayerRunSettings) -> None:
+    """Raise ValueError if both a target L0 and a fixed coefficient are set."""
+    target, coefficient = settings.target_l0, settings.l0_coefficient
+    if target is not None and coefficient is not None:
+        raise ValueError(
+            f"both target_l0={target:g} and l0_coefficient={coefficient:g} are set: a target has "
+            "its coefficient measured, so give one of them"
+        )

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
-from jumprelu_plugin.transcoders.clt import CLTConfig, CrossLayerTranscoder, run, save_clt
+from jumprelu_plugin.models.options import ModelOptions
+from jumprelu_plugin.transcoders.clt import CLTConfig, CrossLayerTranscoder, load_clt, run, save_clt
 from jumprelu_plugin.transcoders.clt.run import CLTSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,3 +54,16 @@ def test_evaluate_takes_its_folder(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(record.read_text())["result"]
     assert len(found["layers"]) == 6 and f"{found['delta_loss']:.4f}" in result.output
+
+
+def test_a_transcoder_is_judged_on_the_model_that_it_was_trained_on(tmp_path: Path) -> None:
+    recorded = {
+        "model_name": "m",
+        "model_class_name": "TransformerBridge",
+        "dtype": "bfloat16",
+        "dataset_path": "text",
+        "context_size": 17,
+    }
+    folder = save_clt(CrossLayerTranscoder(CLTConfig(5, 7, 11, (0, 1), **recorded)), tmp_path / "x")
+    choice = ModelOptions().resolve(load_clt(folder).cfg.metadata, folder)
+    assert {name: getattr(choice, name) for name in recorded} == recorded

@@ -209,6 +209,7 @@ def test_a_hub_name_says_what_to_do_about_the_license() -> None:
     ("fields", "words"),
     [
         ({"l0_warm_up_steps": 500}, "l0_warm_up_steps is 500 and l0_coefficient is None"),
+        ({"jumprelu_tanh_scale": 2.0}, "jumprelu_tanh_scale is 2.0.*has no tanh"),
         ({"target_l0_warm_up_steps": 9}, "target_l0_warm_up_steps is 9.*target_l0_start_ratio"),
         ({"target_l0_start_ratio": 2.0}, "target_l0_start_ratio is 2.0.*target_l0_warm_up_steps"),
         (

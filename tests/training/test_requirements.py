@@ -39,6 +39,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": "mps"}, ["device is 'mps'", "no MPS device", "cpu"]),
         ({"device": "gpu"}, ["device is 'gpu'", "cpu, cuda"]),
         ({"lr_scheduler_name": "cosine"}, ["'cosine'", "cosineannealing"]),
+        ({"n_restart_cycles": 3}, ["n_restart_cycles is 3", "cosineannealingwarmrestarts"]),
         ({"log_to_wandb": True}, ["wandb login", "WANDB_MODE=offline", "--log_to_wandb False"]),
     ],
 )

@@ -6,17 +6,20 @@ Where a field means what it means for an SAE it has SAELens' name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
 from jumprelu_plugin.saes.resolved import density_limit
 from jumprelu_plugin.saes.validation import (
     a_density,
     a_target,
+    no_fixed_penalty_to_warm_up,
     not_negative,
     one_of,
     positive,
     require,
+    unread_bandwidth_std,
+    unread_tanh_scale,
     yes_no_or_none,
 )
 from jumprelu_plugin.step.choose import STEP_PATHS
@@ -34,7 +37,8 @@ class CLTConfig:
         d_sae: latents of each layer.
         hook_in, hook_out: the pair at each layer; `{layer}` stands for its number.
         layers: which, consecutive and ascending.
-        model_name: the model it belongs to.
+        model_name, model_class_name, dtype: the model it belongs to, and as what it was loaded.
+        dataset_path, context_size: the text it was trained on, and the length of its sequences.
 
     Raises:
         ValueError: layers that are not consecutive, a hook without `{layer}`, or a width below 1.
@@ -47,6 +51,10 @@ class CLTConfig:
     hook_in: str = "blocks.{layer}.ln2.hook_normalized"
     hook_out: str = "blocks.{layer}.hook_mlp_out"
     model_name: str = ""
+    model_class_name: str = "HookedSAETransformer"
+    dtype: str = "float32"
+    dataset_path: str = ""
+    context_size: int | None = None
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
@@ -68,6 +76,17 @@ class CLTConfig:
         for name in ("d_in", "d_out", "d_sae"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What an evaluation needs of the training, under the names that SAELens records."""
+        return {
+            "model_name": self.model_name,
+            "model_class_name": self.model_class_name,
+            "model_from_pretrained_kwargs": {"dtype": self.dtype},
+            "dataset_path": self.dataset_path,
+            "context_size": self.context_size,
+        }
 
     @property
     def n_layers(self) -> int:
@@ -182,4 +201,7 @@ CLT_RULES = (
     yes_no_or_none("unit_norm_decoder"),
     yes_no_or_none("resample_dead_latents"),
     one_of("step_kernel", STEP_PATHS),
+    no_fixed_penalty_to_warm_up("Give an l0_coefficient in place of target_l0, or leave it out"),
+    unread_tanh_scale(),
+    unread_bandwidth_std(),
 )

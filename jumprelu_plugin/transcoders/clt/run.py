@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
     CLTSettings,
+    refuse_two_penalties,
 )
 
 RECORD_FILENAME = "cross_layer_record.json"
@@ -132,14 +133,10 @@ def train_clt(
 
 
 def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
+    refuse_two_penalties(settings)
     target = settings.target_l0
     if target is None and settings.l0_coefficient is None:
         target = DEFAULT_TARGET_L0
-    if target is not None and settings.l0_coefficient is not None:
-        raise ValueError(
-            f"both target_l0={target:g} and l0_coefficient={settings.l0_coefficient:g} are set: "
-            "a target has its coefficient measured, so give one of them"
-        )
     return CLTTrainingConfig(
         target_l0=target,
         l0_coefficient=settings.l0_coefficient,
@@ -169,8 +166,15 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
     d_in = _one_width({pair.hook_in: widths[pair.hook_in] for pair in named.pairs}, "input")
     d_out = _one_width({pair.hook_out: widths[pair.hook_out] for pair in named.pairs}, "output")
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
-    return CLTConfig(
-        d_in, d_out, d_sae, layers, settings.hook_name, settings.hook_name_out, settings.model_name
+    return replace(
+        named,
+        d_in=d_in,
+        d_out=d_out,
+        d_sae=d_sae,
+        model_class_name=settings.model_class_name,
+        dtype=settings.dtype,
+        dataset_path=settings.dataset_path,
+        context_size=settings.context_size,
     )
 
 

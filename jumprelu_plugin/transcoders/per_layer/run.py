@@ -46,6 +46,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
     TranscoderSettings,
+    refuse_two_penalties,
 )
 
 RECORD_FILENAME = "transcoders.json"
@@ -81,6 +82,7 @@ def train_transcoders(
             checkpoint is saved.
     """
     require_device(settings.device)
+    refuse_two_penalties(settings)
     output = Path(output)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:

@@ -60,7 +60,7 @@ def cache_activations(
     """Load a model and a text and write the activations at several hooks.
 
     Raises:
-        ValueError, OSError: as `write_activation_cache`, `load_hooked_model` and `read_sequences` do.
+        ValueError, OSError: as `write_activation_cache`, `load_model` and `read_sequences` do.
     """
     require_device(settings.device)
     if settings.training_tokens < 1 or settings.context_size < 2:
