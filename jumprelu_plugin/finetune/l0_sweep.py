@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from rich.table import Table
-from sae_lens import SAE, logger
+from sae_lens import logger
 from torch import Tensor
 
 from jumprelu_plugin.evaluation import evaluate
@@ -24,6 +24,7 @@ from jumprelu_plugin.finetune.activations import evaluate_on_activations
 from jumprelu_plugin.finetune.pretrained import read_pretrained
 from jumprelu_plugin.finetune.refit import RefitSettings, refit_to_each, shift_thresholds
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.saelens import load_inference_sae
 from jumprelu_plugin.records import append_jsonl, provenance, whole_folder
 from jumprelu_plugin.saes.parameters import Parameters
 
@@ -109,7 +110,7 @@ def run_l0_sweep(
         folder = output / f"l0_{target:g}"
         _save(dictionary, parameters, folder)
         # Evaluates the saved files, loaded by stock SAELens.
-        sae = SAE.load_from_disk(folder)
+        sae = load_inference_sae(folder)
         metrics = evaluate_on_activations(sae, held_out)
         shifted = _as_sae(dictionary, shift_thresholds(dictionary.parameters, target, activations))
         delta_loss = None

@@ -297,4 +297,3 @@ _LOADERS: dict[str, Callable[..., Any]] = {
     "SAETransformerBridge": _load_sae_bridge,
     "AutoModelForCausalLM": _load_plain,
 }
-MODEL_CLASSES = tuple(_LOADERS)

@@ -34,11 +34,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
-from jumprelu_plugin.models.language_models import (
-    MODEL_CLASSES,
-    hub_errors_explained,
-    local_folder,
-)
+from jumprelu_plugin.models.language_models import hub_errors_explained, local_folder
 from jumprelu_plugin.models.sequences import fitting_context
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import whole_files
@@ -231,7 +227,7 @@ def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
     """
     name, kind, device = cfg.model_name, cfg.model_class_name, cfg.llm_device or cfg.device
     keywords = cfg.model_from_pretrained_kwargs or {}
-    if kind not in MODEL_CLASSES:  # such as HookedMamba
+    if kind == "HookedMamba":
         with hub_errors_explained(name):
             return load_hub_model(kind, name, device, keywords, hook_names=[cfg.hook_name])
     if local_folder(name) is not None and kind == "HookedTransformer":
