@@ -258,7 +258,7 @@ def test_saelens_flags_give_saelens_config(architecture: str) -> None:
         (["train", "--exclude_special_tokens", "some"], ["--exclude_special_tokens", "'some'"]),
         (["check", "--d_in", "wide"], ["--d_in", "jumprelu check --help"]),
         (["evaluate", "x", "--no_such", "3"], ["No such option", "--no_such"]),
-        (["evaluate", "x", "--dtype", "float31"], ["x holds no SAE"]),
+        (["evaluate", "x", "--dtype", "float31"], ["x holds no dictionary"]),
         (["evaluate", "x", "--device", "cuda:99"], ["device is 'cuda:99'"]),
         (["steer", "x"], ["Missing option", "--latent"]),
         (["steer", "x", "--latent", "1", "--change", "melt"], ["'melt'", "'add'"]),
