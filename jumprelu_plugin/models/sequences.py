@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,13 +65,48 @@ def read_sequences(
     if not dataset_path:
         fit = _demo_text(model, "train", context_size, train, prepend_bos, seed)
         return fit, _demo_text(model, "test", context_size, held_out, prepend_bos, seed)
-    import datasets
-
-    splits = datasets.get_dataset_split_names(dataset_path)
-    held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits), "train")
+    splits = _Splits(dataset_path)
+    held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits.names), "train")
     skip = held_out if held_out_split == "train" else 0
-    fit = _dataset(model, dataset_path, "train", context_size, train, prepend_bos, skip)
-    return fit, _dataset(model, dataset_path, held_out_split, context_size, held_out, prepend_bos)
+    fit = _dataset(model, splits, "train", context_size, train, prepend_bos, skip)
+    return fit, _dataset(model, splits, held_out_split, context_size, held_out, prepend_bos)
+
+
+def written_by_save_to_disk(folder: str | Path) -> bool:
+    """Whether `datasets` wrote the folder with `save_to_disk`, which `load_dataset` cannot read."""
+    return any(Path(folder, name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+class _Splits:
+    """The splits of a dataset on the hub, in a folder of texts, or written by `save_to_disk`."""
+
+    def __init__(self, path: str) -> None:
+        import datasets
+
+        self.path, self._loaded = path, None
+        if written_by_save_to_disk(path):
+            found = datasets.load_from_disk(path)
+            self._loaded = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+            self.names = [str(name) for name in self._loaded]
+        else:
+            self.names = datasets.get_dataset_split_names(path)
+
+    def read(self, split: str) -> Any:
+        """The dataset of one split.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        from datasets import load_dataset
+
+        if split not in self.names:
+            raise ValueError(
+                f"{self.path} holds the splits {', '.join(self.names)}, and {split!r} is needed: "
+                "rename one of them, or give another dataset_path"
+            )
+        if self._loaded is not None:
+            return self._loaded[split]
+        return load_dataset(self.path, split=split, streaming=True)
 
 
 def _demo_text(
@@ -85,45 +122,49 @@ def _demo_text(
 
 def _dataset(
     model: Any,
-    path: str,
+    splits: _Splits,
     split: str,
     context_size: int,
     count: int,
     prepend_bos: bool,
     skip: int = 0,
 ) -> Tensor:
-    from datasets import load_dataset
     from sae_lens.training.activations_store import ActivationsStore
 
     if count < 1:
         return torch.empty(0, context_size, dtype=torch.long)
-    # Only its reader of text is used, which runs no model, so hook and width have no effect.
-    store = ActivationsStore(
-        model=model,
-        dataset=load_dataset(path, split=split, streaming=True),
-        streaming=True,
-        hook_name="",
-        hook_head_index=None,
-        context_size=context_size,
-        d_in=1,
-        n_batches_in_buffer=1,
-        total_training_tokens=1,
-        store_batch_size_prompts=1,
-        train_batch_size_tokens=1,
-        prepend_bos=prepend_bos,
-        normalize_activations="none",
-        device=torch.device("cpu"),
-        dtype="float32",
-    )
-    sequences: list[Tensor] = []
-    try:
-        while len(sequences) < skip + count:
-            sequences.append(store.get_batch_tokens(1, True, False))
-    except StopIteration:
-        pass
+    with warnings.catch_warnings():
+        # SAELens advises to tokenize a text beforehand, which is for long trainings.
+        warnings.filterwarnings("ignore", "Dataset is not tokenized")
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")  # SAELens' reader does
+        # Only its reader of text is used, which runs no model, so hook and width have no effect.
+        store = ActivationsStore(
+            model=model,
+            dataset=splits.read(split),
+            streaming=True,
+            hook_name="",
+            hook_head_index=None,
+            context_size=context_size,
+            d_in=1,
+            n_batches_in_buffer=1,
+            total_training_tokens=1,
+            store_batch_size_prompts=1,
+            train_batch_size_tokens=1,
+            prepend_bos=prepend_bos,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+        )
+        sequences: list[Tensor] = []
+        try:
+            while len(sequences) < skip + count:
+                sequences.append(store.get_batch_tokens(1, True, False))
+        except StopIteration:
+            pass
     if len(sequences) <= skip:
         raise ValueError(
-            f"the split {split!r} of {path!r} holds {len(sequences)} sequences of {context_size} "
-            f"tokens, and more than {skip} are needed: give a longer text or a smaller context_size"
+            f"the split {split!r} of {splits.path!r} holds {len(sequences)} sequences of "
+            f"{context_size} tokens, and more than {skip} are needed: give a longer text or a "
+            "smaller context_size"
         )
     return torch.cat(sequences[skip:]).long()

@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
+from jumprelu_plugin.models.sequences import written_by_save_to_disk
+
 
 def local_dataset(path: str, *, streaming: bool) -> Any:
     """The training split of a folder: of text, pretokenized, or written by `save_to_disk`.
@@ -22,7 +24,7 @@ def local_dataset(path: str, *, streaming: bool) -> Any:
     folder = Path(path)
     if not folder.is_dir():
         return None
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if written_by_save_to_disk(folder):
         return one_split(load_from_disk(folder), path)
     try:
         return load_dataset(path, split="train", streaming=streaming)

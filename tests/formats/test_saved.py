@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
 from jumprelu_plugin.analysis.generation import generate, generate_steered, intervention
@@ -143,6 +144,23 @@ def test_no_sequence_is_in_both_parts(model: Any, tmp_path: Path) -> None:
     assert len(read_sequences(model, one, context_size=CONTEXT, held_out=10_000)[1]) > 8
     with pytest.raises(ValueError, match="sequences of 17 tokens.*a longer text"):
         read_sequences(model, one, context_size=CONTEXT, held_out=10_000, train=1)
+
+
+def test_what_save_to_disk_wrote_is_read(model: Any, tmp_path: Path) -> None:
+    rows = torch.arange(5, 5 + 9 * CONTEXT).reshape(9, CONTEXT)
+    whole = Dataset.from_dict({"tokens": rows.tolist()})
+    whole.save_to_disk(tmp_path / "one")
+    DatasetDict(train=whole.select(range(5, 9)), test=whole.select(range(5))).save_to_disk(
+        tmp_path / "two"
+    )
+    for name in ("one", "two"):
+        fit, held_out = read_sequences(
+            model, str(tmp_path / name), context_size=CONTEXT, held_out=5, train=4
+        )
+        assert torch.equal(held_out, rows[:5]) and torch.equal(fit, rows[5:])
+    DatasetDict(test=whole).save_to_disk(tmp_path / "no_train")
+    with pytest.raises(ValueError, match="holds the splits test, and 'train' is needed"):
+        read_sequences(model, str(tmp_path / "no_train"), context_size=CONTEXT, held_out=5, train=4)
 
 
 def test_the_beginning_of_a_sequence_is_as_asked(model: Any, tmp_path: Path) -> None:

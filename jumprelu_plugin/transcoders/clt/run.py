@@ -21,11 +21,13 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
-from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.models.sequences import fitting_context, read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.training.runner import refuse_empty_text
+from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt
@@ -90,11 +92,15 @@ def train_clt(
         model = load_hooked_model(
             settings.model_name, settings.model_class_name, settings.device, settings.dtype
         )
+    fitting_context(model, settings.context_size)
     cfg = _config(model, settings)
     chunk, estimate = _within_memory(model, cfg, settings)
     schedule = _schedule(settings)
     held_out = None
-    if dataset is None and not settings.dataset_path:
+    if dataset is None and settings.dataset_path:
+        dataset = local_dataset(settings.dataset_path, streaming=True)  # None: from the hub
+        refuse_empty_text(dataset)
+    elif dataset is None:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
         if settings.evaluation_sequences > 0:
             size = settings.context_size
@@ -231,24 +237,25 @@ def _store(
 ) -> PairStore:
     special = torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
     pairs = {pair_name(index): pair for index, pair in enumerate(cfg.pairs)}
-    text = ActivationsStore(
-        model=model,
-        dataset=settings.dataset_path if dataset is None else dataset,
-        streaming=True,
-        hook_name=cfg.pairs[0].hook_in,
-        hook_head_index=None,
-        context_size=settings.context_size,
-        d_in=cfg.d_in,
-        n_batches_in_buffer=chunk,
-        total_training_tokens=settings.training_tokens,
-        store_batch_size_prompts=settings.store_batch_size_prompts,
-        train_batch_size_tokens=settings.train_batch_size_tokens,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device(settings.device),
-        dtype="float32",
-        exclude_special_tokens=special.to(settings.device),
-    )
+    with without_remote_code_errors():
+        text = ActivationsStore(
+            model=model,
+            dataset=settings.dataset_path if dataset is None else dataset,
+            streaming=True,
+            hook_name=cfg.pairs[0].hook_in,
+            hook_head_index=None,
+            context_size=settings.context_size,
+            d_in=cfg.d_in,
+            n_batches_in_buffer=chunk,
+            total_training_tokens=settings.training_tokens,
+            store_batch_size_prompts=settings.store_batch_size_prompts,
+            train_batch_size_tokens=settings.train_batch_size_tokens,
+            prepend_bos=True,
+            normalize_activations="none",
+            device=torch.device(settings.device),
+            dtype="float32",
+            exclude_special_tokens=special.to(settings.device),
+        )
     return PairStore.like(text, pairs, pair_widths(model, pairs.values()), settings.seed)
 
 

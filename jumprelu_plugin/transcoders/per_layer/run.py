@@ -22,13 +22,15 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
-from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.models.sequences import fitting_context, read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import get_transcoder_recipe
 from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
+from jumprelu_plugin.training.runner import quiet, refuse_empty_text
+from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
 from jumprelu_plugin.transcoders.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -89,13 +91,17 @@ def train_transcoders(
         model = load_hooked_model(
             settings.model_name, settings.model_class_name, settings.device, settings.dtype
         )
+    fitting_context(model, settings.context_size)
     pairs = _pairs(model, settings)
     widths = pair_widths(model, pairs.values())
     configs = {name: _config(pair, widths, settings) for name, pair in pairs.items()}
     settings_now, estimate = _within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     held_out = None
-    if dataset is None and not settings.dataset_path:
+    if dataset is None and settings.dataset_path:
+        dataset = local_dataset(settings.dataset_path, streaming=True)  # None: from the hub
+        refuse_empty_text(dataset)
+    elif dataset is None:
         dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
         if settings.evaluation_sequences > 0:
             size = settings.context_size
@@ -104,13 +110,14 @@ def train_transcoders(
             )
     write_json(output / SETTINGS_FILENAME, settings)
     with whole_files(output) as unfinished:
-        runner = LayerwiseRunner(
-            _runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
-            pairs,
-            override_dataset=dataset,
-            override_model=model,
-            metrics_path=output / METRICS_FILENAME,
-        )
+        with quiet(), without_remote_code_errors():
+            runner = LayerwiseRunner(
+                _runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
+                pairs,
+                override_dataset=dataset,
+                override_model=model,
+                metrics_path=output / METRICS_FILENAME,
+            )
         trained = runner.run()
         (unfinished / RUNNER_CFG_FILENAME).unlink()
     found = None

@@ -183,6 +183,7 @@ def test_output_folders_are_not_overwritten(model: Any, stop_at: list[int], tmp_
         ({"recipe": "gemma_scope"}, "no recipe 'gemma_scope' for transcoders"),
         ({"memory_gb": 1e-4}, "more than memory_gb=0.0001"),
         ({"training_tokens": 40}, "less than a batch"),
+        ({"context_size": 65}, "context_size is 65.*at most 64"),
         ({"target_l0": 7.0, "l0_coefficient": 0.1}, "both target_l0=7 and l0_coefficient=0.1"),
     ],
 )
