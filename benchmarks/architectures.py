@@ -1,6 +1,7 @@
 """The architectures of the quality benchmarks, the plugin's and SAELens', each with a target L0.
 
-The plugin is trained with its default config and, on text, with the recipe `default`.
+The plugin is trained with its default config, with Matryoshka prefixes beside it on known features,
+and with the recipe `default` on text.
 
 SAELens' `gated` has no target L0, so a controller that is not part of SAELens adjusts its
 coefficient. Stock `jumprelu` takes a target in its quadratic mode and does not reach it: with a
@@ -33,9 +34,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin.recipes import DEFAULT, MATRYOSHKA
 
 PLUGIN, PLUGIN_RECIPE = "jumprelu-plugin", "jumprelu-plugin (recipe default)"
+PLUGIN_MATRYOSHKA = "jumprelu-plugin (Matryoshka prefixes)"
 STOCK, BATCHTOPK = "jumprelu (stock, quadratic)", "batchtopk"
 GATED = "gated (L0-controlled)"
 Build = Callable[[int, int, float], Any]
@@ -74,6 +76,15 @@ def _recipe(d_in: int, d_sae: int, l0: float) -> Any:
     return JumpReLUTrainingSAE(DEFAULT.sae_config(d_in, d_sae, target_l0=l0))
 
 
+def _prefixes(d_in: int, d_sae: int, l0: float) -> Any:
+    weight = MATRYOSHKA.sae["matryoshka_loss_weight"]
+    return JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=d_in, d_sae=d_sae, target_l0=l0, matryoshka_loss_weight=weight
+        )
+    )
+
+
 def _batchtopk(d_in: int, d_sae: int, l0: float) -> Any:
     return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=l0, **_common(d_in, d_sae)))
 
@@ -110,6 +121,7 @@ def _pursuit(d_in: int, d_sae: int, l0: float) -> Any:
 
 ARCHITECTURES: dict[str, Build] = {
     PLUGIN: _plugin,
+    PLUGIN_MATRYOSHKA: _prefixes,
     PLUGIN_RECIPE: _recipe,
     BATCHTOPK: _batchtopk,
     "matryoshka_batchtopk": _matryoshka,

@@ -60,6 +60,19 @@ def batches(
             yield batch if center is None else batch - center
 
 
+def trainer_config(steps: int, batch: int, lr: float) -> SAETrainerConfig:
+    """SAELens' trainer as all of these benchmarks use it."""
+    return SAETrainerConfig(
+        total_training_samples=steps * batch,
+        train_batch_size_samples=batch,
+        lr=lr,
+        lr_end=0.0,
+        lr_decay_steps=steps // 5,
+        dead_feature_window=max(1, steps // 10),
+        n_batches_for_norm_estimate=20,
+    )
+
+
 def train(
     sae: Any,
     rows: Float[Tensor, "rows d"],
@@ -71,15 +84,7 @@ def train(
     center: Float[Tensor, " d"] | None = None,
 ) -> float:
     """Train in place on rows less `center` with SAELens' trainer; return the seconds."""
-    cfg = SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
-        lr=lr,
-        lr_end=0.0,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=max(1, steps // 10),
-        n_batches_for_norm_estimate=20,
-    )
+    cfg = trainer_config(steps, batch, lr)
     trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(rows, batch, seed, center))
     started = time.perf_counter()
     trainer.fit()

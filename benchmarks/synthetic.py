@@ -38,7 +38,6 @@ from benchmarks.architectures import ARCHITECTURES, PLUGIN_RECIPE
 from benchmarks.quality import RecordFile, as_saved, table, train
 from benchmarks.tables import terminal
 from jumprelu_plugin.evaluation.metrics import StreamingMetrics
-from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.jsonl"
@@ -127,7 +126,7 @@ def main(
     """Train every architecture on the same samples, and print and record its metrics."""
     if quick:
         samples, seeds, widths = 40_000, 1, [512]
-    batch, lr = 1024, DEFAULT.runner["lr"]
+    batch, lr = 1024, 3e-3
     console = terminal()
     data = Samples(generator, samples)
     settings = {

@@ -160,7 +160,7 @@ def _plugin(path: str) -> Callable[[Shape], TimedTrainer]:
 
 
 def _default_config(shape: Shape) -> TimedTrainer:
-    """Only the target L0 is set; L0 control, Matryoshka prefixes and the rest are defaults."""
+    """Only the target L0 is set; L0 control and the rest are defaults."""
     sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae}
     return _SAELens(
         JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, target_l0=shape.l0)), shape

@@ -17,6 +17,8 @@ from jumprelu_plugin.control.decoder_norm import normalize_rows_
 
 # Of the pre-activations' standard deviation: two that are closer are one token's.
 SAME = 1e-5
+# Of the mean variance along a direction: much less is none, and latents that read it learn nothing.
+STILL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def calibrate(
 
 @torch.no_grad()
 def soft_whitening(centered: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_in d_in"]:
-    """(C/c + 1)^(-1/2), C the data's covariance and c its mean eigenvalue; symmetric.
+    """(C/c + 1)^(-1/2), C the data's covariance and c its mean eigenvalue; symmetric. 0 along what
+    has no variance.
 
     Multiplied by it, no direction counts for much more than the mean one. A random direction reads
     every principal direction alike, so where one holds half of the variance, every latent starts by
@@ -82,7 +85,9 @@ def soft_whitening(centered: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_i
     covariance = centered.t() @ centered / len(centered)
     variances, axes = torch.linalg.eigh(covariance)
     mean = variances.mean().clamp_min(torch.finfo(variances.dtype).tiny)
-    return axes * (variances.clamp_min(0.0) / mean + 1.0).rsqrt() @ axes.t()
+    relative = variances.clamp_min(0.0) / mean
+    soft = (relative + 1.0).rsqrt() * (relative / (relative + STILL)).sqrt()
+    return axes * soft @ axes.t()
 
 
 @torch.no_grad()

@@ -284,7 +284,6 @@ def _training_sae(
         jumprelu_ste_to_input="W_enc" in trained,
         # Latent i must stay the same latent at every L0.
         resample_dead_latents=False,
-        matryoshka_loss_weight=0.0,
         # Its activations are scaled already, and what is not trained is to stay as it is.
         standardize_activations=False,
         device=settings.device,

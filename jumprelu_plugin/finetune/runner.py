@@ -274,12 +274,8 @@ def _for_dictionary(cfg: Any, dictionary: Dictionary) -> JumpReLUTrainingSAEConf
         )
     parameters = dictionary.parameters
     cfg = as_plugin_config(cfg)
-    # The order of a pretrained dictionary's latents has no meaning, so there are no prefixes by
-    # default.
-    has_prefixes = cfg.matryoshka_widths is not None or cfg.matryoshka_loss_weight is not None
     return dataclasses.replace(
         cfg,
-        matryoshka_loss_weight=cfg.matryoshka_loss_weight if has_prefixes else 0.0,
         d_in=parameters.d_in,
         d_sae=parameters.d_sae,
         apply_b_dec_to_input=parameters.subtracts_b_dec,

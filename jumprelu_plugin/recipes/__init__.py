@@ -7,6 +7,7 @@ from jumprelu_plugin.recipes.default import DEFAULT
 from jumprelu_plugin.recipes.gemma_scope import GEMMA_SCOPE
 from jumprelu_plugin.recipes.gemma_scope_2 import GEMMA_SCOPE_2
 from jumprelu_plugin.recipes.gemma_scope_transcoder import GEMMA_SCOPE_TRANSCODER
+from jumprelu_plugin.recipes.matryoshka import MATRYOSHKA
 from jumprelu_plugin.recipes.recipe import Recipe
 from jumprelu_plugin.recipes.transcoder import TRANSCODER
 from jumprelu_plugin.recipes.transcoder_recipe import TranscoderRecipe
@@ -15,6 +16,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         DEFAULT,
+        MATRYOSHKA,
         GEMMA_SCOPE,
         GEMMA_SCOPE_2,
         ANTHROPIC_2025,
@@ -56,6 +58,7 @@ __all__ = [
     "GEMMA_SCOPE",
     "GEMMA_SCOPE_2",
     "GEMMA_SCOPE_TRANSCODER",
+    "MATRYOSHKA",
     "RECIPES",
     "TRANSCODER",
     "Recipe",

@@ -26,7 +26,6 @@ ANTHROPIC_2025 = Recipe(
         "apply_b_dec_to_input": False,  # f = JumpReLU(W_enc x + b_enc)
         # Nothing beyond the update, also with target_l0.
         "resample_dead_latents": False,
-        "matryoshka_loss_weight": 0.0,
     },
     runner={
         "lr": 2e-4,

@@ -1,5 +1,6 @@
 """This package's recipe: the user sets a target L0, and the rest is measured from the data."""
 
+from jumprelu_plugin.control.standardization import LEARNING_RATE
 from jumprelu_plugin.recipes.recipe import Recipe
 
 DEFAULT = Recipe(
@@ -7,15 +8,14 @@ DEFAULT = Recipe(
     source="this package; measurements in docs/results.md",
     description="Set target_l0. Thresholds and bandwidth are calibrated on pre-activations, and "
     "the coefficient is measured as the multiplier of the target L0. The gradient also reaches "
-    "the encoder, Matryoshka prefixes have a loss of their own, tokens of outlying norm weigh "
-    "less, decoder rows have unit norm, and dead latents are resampled. "
-    "JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for text, the recipe adds "
-    "a maximum latent density of 6 %.",
+    "the encoder, tokens of outlying norm weigh less, decoder rows have unit norm, and dead "
+    "latents are resampled. JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for "
+    "text, the recipe adds a maximum latent density of 6 %.",
     sae={
         "max_latent_density": 0.06,  # docs/results.md
     },
     runner={
-        "lr": 3e-3,  # docs/results.md
+        "lr": LEARNING_RATE,
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },

@@ -47,12 +47,12 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             it would hold most latents down (docs/ablations.md).
         matryoshka_widths: the first m latents also have to reconstruct the input on their own, for
             each m here (arXiv 2503.17547); the whole dictionary need not be listed. None means
-            1/32, 1/16 and 1/8 of it where L0-controlled, and the whole dictionary alone otherwise.
+            1/32, 1/16 and 1/8 of it where `matryoshka_loss_weight` is given, and no prefixes
+            otherwise: latents match known features better with them, and a language model's
+            activations are reconstructed worse (docs/ablations.md).
         matryoshka_loss_weight: weight of the mean of the prefixes' errors beside the whole
-            dictionary's, each first multiplied by the whole's error over its own where that is
-            below 1 (`saes.losses.loss_terms`). None means 0.5, less where L0 is more than 1/64 of
-            the dictionary; or, if `matryoshka_widths` are given, their number, which is the
-            published mean but for that factor. 0 leaves the prefixes out.
+            dictionary's; the recipe `matryoshka` has 0.5. None means the number of
+            `matryoshka_widths`, which is the published mean. 0 leaves the prefixes out.
         outlier_norm_ratio: the squared error of a token further from the data's center than this
             many times the batch's median distance counts as if it were that far
             (`step.losses.outlier_token_weights`). None means 10 for an L0-controlled SAE, and no
@@ -87,7 +87,6 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     """
 
     # What an L0-controlled training has without being asked: measured on SAEs.
-    matryoshka_by_default: ClassVar[bool] = True
     outlier_limit_by_default: ClassVar[bool] = True
 
     normalize_activations: Literal[

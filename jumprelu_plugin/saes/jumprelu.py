@@ -130,7 +130,8 @@ class JumpReLUTrainingSAE(StoredParameters):
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
         resolved, control = self.resolved, self.control
         sae_in, target = self.input_and_target(step_input.sae_in)
-        x, target = full_precision(self.normalized_input(sae_in)), full_precision(target)
+        x = full_precision(self.normalized_input(sae_in))
+        target = target.to(x.dtype)
         W_dec, b_dec = full_precision(self.W_dec), full_precision(self.b_dec)
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = self.threshold.view(-1)

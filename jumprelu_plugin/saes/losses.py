@@ -66,11 +66,8 @@ def loss_terms(
         # Weights that sum to 1: λ keeps the meaning that it has without prefixes.
         whole = 1 / (1 + resolved.matryoshka_loss_weight)
         share = whole * resolved.matryoshka_loss_weight / len(prefix_errors)
-        # In proportion to the errors: a prefix whose error is many times the whole dictionary's
-        # would own the gradient that much.
-        scale = (losses["mse_loss"] / prefix_errors).detach().clamp_max(1.0)
         losses["mse_loss"] = whole * losses["mse_loss"]
-        terms = (share * scale * prefix_errors).unbind()
+        terms = (share * prefix_errors).unbind()
         for width, term in zip(resolved.matryoshka_widths, terms, strict=True):
             losses[f"matryoshka_mse_loss_{width}"] = term
     if resolved.pre_act_loss_coefficient:

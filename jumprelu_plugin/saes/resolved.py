@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# With more of it latents match true features better and reconstruct less (docs/ablations.md).
-MATRYOSHKA_LOSS_WEIGHT = 0.5
-# Above this L0/d_sae the weight falls with its square: what prefixes cost grows with it.
-DENSITY_OF_FULL_WEIGHT = 1 / 64
 # The prefixes are these parts of the latents. Longer ones cost more and find less.
 PREFIX_PARTS = (32, 16, 8)
 # Times the mean density. A limit below the first is raised to it, since it costs the more the
@@ -138,18 +134,13 @@ def _prefix_widths(cfg: JumpReLUTrainingSAEConfig) -> tuple[int, ...]:
         return ()
     if cfg.matryoshka_widths is not None:
         return tuple(width for width in cfg.matryoshka_widths if width < cfg.d_sae)
-    if not (cfg.controls_l0 and cfg.matryoshka_by_default):
+    if cfg.matryoshka_loss_weight is None:
         return ()
     return tuple(sorted({cfg.d_sae // part for part in PREFIX_PARTS} - {0}))
 
 
 def _prefix_weight(cfg: JumpReLUTrainingSAEConfig, widths: tuple[int, ...]) -> float:
-    if cfg.matryoshka_loss_weight is not None:
-        return cfg.matryoshka_loss_weight
-    if cfg.matryoshka_widths is not None:
-        return float(len(widths))
-    density = (cfg.target_l0 or 0) / cfg.d_sae
-    return MATRYOSHKA_LOSS_WEIGHT * min(1.0, DENSITY_OF_FULL_WEIGHT / max(density, 1e-12)) ** 2
+    return float(len(widths)) if cfg.matryoshka_loss_weight is None else cfg.matryoshka_loss_weight
 
 
 def _outlier_norm_ratio(cfg: JumpReLUTrainingSAEConfig) -> float:

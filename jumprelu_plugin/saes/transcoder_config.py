@@ -15,8 +15,8 @@ class JumpReLUTrainingTranscoderConfig(JumpReLUTrainingSAEConfig):
     """How to train a JumpReLU transcoder: latents read one hook and reconstruct another.
 
     `JumpReLUTrainingTranscoderConfig(d_in=…, d_sae=…, target_l0=30, hook_name_out=…)` is a
-    complete recipe. Every field of `JumpReLUTrainingSAEConfig` means the same here. There are no
-    Matryoshka prefixes and no limit on outlier tokens unless they are asked for.
+    complete recipe. Every field of `JumpReLUTrainingSAEConfig` means the same here. There is no
+    limit on outlier tokens unless it is asked for.
 
     Args:
         d_out: width of the output hook's activations; None takes d_in.
@@ -28,7 +28,6 @@ class JumpReLUTrainingTranscoderConfig(JumpReLUTrainingSAEConfig):
         apply_b_dec_to_input: must stay False, since b_dec lives in the output's space.
     """
 
-    matryoshka_by_default: ClassVar[bool] = False
     # From a normalized input a long output is not reconstructed with it (docs/ablations.md).
     outlier_limit_by_default: ClassVar[bool] = False
 

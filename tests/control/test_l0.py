@@ -93,6 +93,25 @@ def test_the_coefficient_becomes_the_multiplier() -> None:
     assert float(controller.coefficient) == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_batch_owns_the_multiplier(sign: float) -> None:
+    """One batch in eleven measures a thousand times the usual, as a massive token would."""
+    multiplier, random = 0.37, np.random.default_rng(7)
+    controller, lowest, highest = L0Controller(7.0), math.inf, 0.0
+    for step in range(500):
+        penalty = -random.uniform(3.0, 30.0)
+        measured = multiplier * (1 + 0.3 * random.normal())
+        if step % 11 == 5:
+            measured = sign * 1000 * multiplier
+        controller.update_multiplier(torch.tensor(-measured * penalty), torch.tensor(penalty))
+        if step > 100:
+            lowest = min(lowest, float(controller.coefficient))
+            highest = max(highest, float(controller.coefficient))
+    assert 0.25 * multiplier < lowest and highest < 2.5 * multiplier
+    share = float(controller.unmeasured)
+    assert (share < 0.01) if sign > 0 else (0.03 < share < 0.3)
+
+
 def test_controller_continues_from_its_state() -> None:
     one, other = (L0Controller(40.0, start_ratio=2.0, warm_up_steps=9) for _ in range(2))
     for l0, others in ((70.0, 3.1), (65.3, 2.9), (61.1, 2.2)):

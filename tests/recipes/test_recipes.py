@@ -25,7 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D_IN, D_SAE, BATCH, STEPS = 23, 331, 257, 40
 # The one number a recipe leaves to whoever takes it.
-CHOSEN = {"default": {"target_l0": 5.0}, "anthropic_2025": {"l0_coefficient": 0.4}}
+CHOSEN = {
+    "default": {"target_l0": 5.0},
+    "matryoshka": {"target_l0": 5.0},
+    "anthropic_2025": {"l0_coefficient": 0.4},
+}
 OF_SAES = [recipe for recipe in RECIPES.values() if not isinstance(recipe, TranscoderRecipe)]
 each = pytest.mark.parametrize("recipe", OF_SAES, ids=lambda recipe: recipe.name)
 

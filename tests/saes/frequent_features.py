@@ -17,16 +17,11 @@ from jumprelu_plugin.step.losses import AuxiliaryLoss, Step, reconstruction
 from tests.step.problems import Problem
 
 FEATURES, WIDTH, LATENTS, TARGET = 199, 41, 211, 4.0
-# Each term is tested without what a steered training adds by itself.
-ALONE: dict[str, Any] = {"matryoshka_loss_weight": 0.0, "step_kernel": "sparse"}
 
 
 def steered(**fields: Any) -> JumpReLUTrainingSAEConfig:
-    if "matryoshka_widths" in fields:
-        fields = {"matryoshka_loss_weight": None, **fields}
-    return JumpReLUTrainingSAEConfig(
-        **{**ALONE, "d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, **fields}
-    )
+    common = {"d_in": WIDTH, "d_sae": LATENTS, "target_l0": TARGET, "step_kernel": "sparse"}
+    return JumpReLUTrainingSAEConfig(**{**common, **fields})
 
 
 def tokens_with_frequent_features(seed: int = 0) -> Iterator[Tensor]:

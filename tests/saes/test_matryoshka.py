@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.recipes import MATRYOSHKA
 from tests.saes.frequent_features import (
     LATENTS,
     TARGET,
@@ -32,24 +33,21 @@ from tests.step.problems import KINDS, Problem, encode, problem
 pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 
 
-def test_l0_controlled_training_has_the_prefixes_and_weights_of_its_config() -> None:
+def test_a_training_has_the_prefixes_and_weights_of_its_config() -> None:
     plain = JumpReLUTrainingSAEConfig(d_in=WIDTH, d_sae=LATENTS, target_l0=TARGET)
-    assert plain.resolve().matryoshka_widths == tuple(LATENTS // part for part in (32, 16, 8))
-    sparse = replace(plain, target_l0=LATENTS / 97)
-    assert sparse.resolve().matryoshka_loss_weight == 0.5
-    denser, twice = (
-        replace(plain, target_l0=LATENTS / part).resolve().matryoshka_loss_weight
-        for part in (20, 10)
-    )
-    assert 0.5 > denser == pytest.approx(4 * twice)
+    assert plain.resolve().matryoshka_widths == ()
+    weighed = replace(plain, matryoshka_loss_weight=0.3).resolve()
+    assert weighed.matryoshka_widths == tuple(LATENTS // part for part in (32, 16, 8))
+    assert weighed.matryoshka_loss_weight == 0.3
+    recipe = MATRYOSHKA.sae_config(WIDTH, LATENTS, target_l0=TARGET).resolve()
+    assert recipe.matryoshka_widths == weighed.matryoshka_widths
+    assert recipe.matryoshka_loss_weight == 0.5
     assert replace(plain, matryoshka_loss_weight=0.0).resolve().matryoshka_widths == ()
     published = replace(plain, matryoshka_widths=[23, 97])
     assert (
         published.resolve().matryoshka_widths == (23, 97)
         and published.resolve().matryoshka_loss_weight == 2
     )
-    fixed = replace(plain, l0_coefficient=0.3)
-    assert fixed.resolve().matryoshka_widths == ()
 
 
 def written_out(p: Problem, leaves: dict[str, Tensor]) -> Tensor:

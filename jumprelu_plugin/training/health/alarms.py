@@ -30,6 +30,7 @@ ENCODER_GROWTH = 5.0
 FROZEN_SHARE = 0.5
 L0_RATIO = 1.25
 LOSS_RATIO = 3.0
+UNMEASURED_SHARE = 0.5
 
 # Latents whose encoders are compared with what they were.
 PROBED = 64
@@ -194,6 +195,7 @@ class Monitor:
             self._frozen(silent, step),
             self._l0(l0, step),
             self._loss(step),
+            self._multiplier(l0, step),
         ]
         self._seen = self._tokens = 0
         self._active, self._error, self._worst = 0.0, None, None
@@ -332,4 +334,21 @@ class Monitor:
             step,
             f"the reconstruction error rose to {worst:.3g}; it was {usual:.3g} before",
             "lower lr, or warm it up (lr_warm_up_steps); if it is over soon, look for unusual text",
+        )
+
+    def _multiplier(self, l0: float, step: int) -> Alarm | None:
+        if self._control is None or self._control.l0 is None:
+            return None
+        controller = self._control.l0
+        share = self.gauges["health/multiplier_unmeasured"] = float(controller.unmeasured)
+        if share <= UNMEASURED_SHARE or l0 <= controller.current_target():
+            return None
+        return Alarm(
+            "multiplier lost",
+            step,
+            f"L0 is {l0:.3g}, above its target of {controller.current_target():.3g}, and in "
+            f"{share:.0%} of the latest steps lowering the thresholds would not reduce the error, "
+            "so the coefficient cannot be measured",
+            "lower lr; if it stays, look for a few tokens or one direction with most of the "
+            "activations' variance",
         )

@@ -47,6 +47,7 @@ class Preflight:
 
     Attributes:
         steps: how many it has.
+        lr: its learning rate.
         memory: what it takes at its peak.
         first: its first step; None for another architecture than JumpReLU, and where a run is
             resumed.
@@ -56,6 +57,7 @@ class Preflight:
     """
 
     steps: int
+    lr: float
     memory: MemoryForecast | None
     first: FirstStep | None
     threshold_reach: ThresholdReach | None
@@ -91,7 +93,7 @@ class Preflight:
         return table
 
     def _numbers(self) -> list[tuple[str, str]]:
-        rows = []
+        rows = [("learning rate", f"{self.lr:g}")]
         if self.memory is not None:
             memory, room = self.memory, self.memory.available
             parts = (
@@ -197,7 +199,7 @@ def run_preflight(
     order = list(_STYLES)
     ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
     resolved = getattr(sae, "resolved", None)
-    return Preflight(steps, memory, found, reach, tuple(ranked), resolved)
+    return Preflight(steps, cfg.lr, memory, found, reach, tuple(ranked), resolved)
 
 
 def _is_pair(sae: Any) -> bool:

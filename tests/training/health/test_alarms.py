@@ -20,6 +20,7 @@ from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.models.text import corpus, tokenized_dataset
 from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from tests.training.known_directions import BATCH as TOKENS
@@ -106,6 +107,25 @@ def test_an_l0_that_stays_too_high_is_an_alarm(fields: dict[str, Any], l0: float
     trainer.fit()
     assert trainer.monitor is not None and set(trainer.monitor.raised) == {"L0 off target"}
     assert float(trainer.monitor.raised["L0 off target"].message.split()[2].strip(",")) > 1.25 * l0
+
+
+@pytest.mark.parametrize(("l0", "alarms"), [(7, ["multiplier lost"]), (4, [])])
+def test_a_multiplier_that_cannot_be_measured_is_an_alarm_above_the_target(
+    l0: int, alarms: list[str]
+) -> None:
+    cfg = JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, target_l0=5, jumprelu_bandwidth=0.3)
+    sae = JumpReLUTrainingSAE(cfg)
+    monitor, controller = Monitor.of(sae, 300), sae.control.l0
+    assert controller is not None
+    fired = torch.zeros(WIDTH)
+    raised: list[str] = []
+    for step in range(100):
+        measured = 2.3 if step < 60 else -0.4
+        controller.update_multiplier(torch.tensor(3.1 * measured), torch.tensor(-3.1))
+        stats = StepStats(l0 * TOKENS, TOKENS, torch.tensor(1.7))
+        raised += [alarm.name for alarm in monitor.step(stats, fired, step)]
+    monitor.close()
+    assert [name for name in raised if name == "multiplier lost"] == alarms
 
 
 def test_an_alarm_reaches_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
