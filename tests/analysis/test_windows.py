@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from jumprelu_plugin.analysis.top_activations import collect_top_activations
 from jumprelu_plugin.analysis.windows import WindowCounts, WindowKind, collect_windows
 from tests.analysis.latents import SPECIAL, activations
 from tests.tiny import tiny_sae, tiny_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNTS = WindowCounts(top=2, sampled=3, silent=2, before=3, after=1)
 

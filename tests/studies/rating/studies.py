@@ -18,14 +18,14 @@ HOSTILE = ["</script><script>document.title='x'</script>", "<img src=x onerror=a
 
 
 def save_sae(folder: Path, seed: int, d_in: int = 256, model: str = EMBEDDED_MODEL) -> Path:
-    """A random SAE with 43 latents, of which latent 5 never fires."""
+    """A random SAE with 43 latents; latent 5 never fires, latent 3 often."""
     sae = tiny_sae("blocks.1.hook_resid_post", d_in=d_in, d_sae=43, seed=seed)
     sae.cfg.metadata.hook_name = HOOK
     sae.cfg.metadata.model_name = model
     with torch.no_grad():
         sae.W_enc *= 0.02
         sae.threshold += 0.5
-        sae.threshold[5] = 1e6
+        sae.threshold[5], sae.threshold[3] = 1e6, 0.01
     sae.save_model(folder)
     return folder
 

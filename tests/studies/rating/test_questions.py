@@ -14,11 +14,15 @@ from jumprelu_plugin.studies.rating.questions import make_rating_study, read_stu
 from jumprelu_plugin.studies.rating.settings import RatingStudySettings
 from tests.studies.rating.studies import save_sae
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
+
 SETTINGS = RatingStudySettings(latents=10, contexts=4, sequences=13, raters="anna,ben,chris")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def made(
+    one_thread_throughout: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("study")
     first, second = save_sae(folder / "secret-a", 1), save_sae(folder / "secret-b", 2)
     return make_rating_study(

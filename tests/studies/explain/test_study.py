@@ -1,0 +1,81 @@
+"""The commands, on SAEs of the embedded model and a chat server on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jumprelu_plugin.cli.app import app
+from tests.studies.explain.chat_server import chat_server
+from tests.studies.rating.studies import save_sae
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+FEW = ["--sequences", "14", "--context_size", "32", "--llm_name", "m"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def said(done: Any) -> str:
+    """The output on one line, without the box around an error."""
+    return " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_study_of_two_saes(tmp_path: Path) -> None:
+    first, second = save_sae(tmp_path / "one", 1), save_sae(tmp_path / "two", 2)
+    output = tmp_path / "study"
+    command = ["study", "explain", f"gated={first}", f"topk={second}", "--output_path", str(output),
+               "--latents", "5", "--contexts", "4", "--scored_contexts", "3", *FEW]  # fmt: skip
+
+    def behave(number: int) -> tuple[int, dict[str, str], Any]:
+        return (401, {}, {"error": "no"}) if number >= 4 else (200, {}, None)
+
+    with chat_server(behave=behave) as server:
+        url = ["--base_url", server.url]
+        done = run(*command, *url)  # the question is not answered
+        assert done.exit_code != 0 and server.requests == [] and "about" in done.output
+        done = run(*command, *url, "--yes")
+        assert done.exit_code == 2 and "refuses" in done.output
+        assert "same command goes on" in said(done)
+        kept = len((output / "calls.jsonl").read_text().splitlines())
+        assert kept == 4
+        server.behave = lambda number: (200, {}, None)
+        done = run(*command, *url, "--yes")
+        assert done.exit_code == 0, done.output
+    record = json.loads((output / "explanations.json").read_text())
+    assert set(record["result"]["labels"]) == {"gated", "topk"}
+    assert len(record["result"]["latents"]) == 10 and record["result"]["unfinished"] is None
+    assert record["backend"]["base_url"] == url[1] and record["provenance"]["data_digest"]
+    assert {each["explanation"] for each in record["result"]["latents"]} == {"the sea"}
+    assert (output / "explanations.html").read_text().count("<svg") == 2
+    calls = (output / "calls.jsonl").read_bytes()
+    again = run(*command, *url, "--yes")  # the server is gone
+    assert again.exit_code == 0, again.output
+    assert (output / "calls.jsonl").read_bytes() == calls
+    after = json.loads((output / "explanations.json").read_text())
+    assert after["result"] == record["result"]
+
+
+def test_one_latent(tmp_path: Path) -> None:
+    folder = save_sae(tmp_path / "sae", 1)
+    with chat_server() as server:
+        arguments = ["explain", str(folder), *FEW, "--base_url", server.url]
+        done = run(*arguments, "--latent", "3")
+        assert done.exit_code == 0, done.output
+        assert "explanation by m: the sea" in done.output and "<<" in done.output
+        assert run(*arguments, "--latent", "5").exit_code == 2  # never fires
+        assert "0 to 42" in run(*arguments, "--latent", "43").output
+
+
+def test_another_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("study", "explain", "x", "--output_path", str(tmp_path), "--base_url", "http://x/v1")
+    assert done.exit_code == 2 and "holds no earlier study" in said(done)
+    done = run("study", "explain", "x", "--output_path", str(tmp_path / "n"), "--contexts", "1")
+    assert done.exit_code == 2 and "contexts is 1" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
