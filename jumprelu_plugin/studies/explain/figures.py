@@ -39,7 +39,8 @@ def correlation_violins(by_label: Mapping[str, Sequence[ScoredLatent]]) -> Any:
     axes.axhline(0, color="#999", lw=0.8)
     axes.set_xticks(range(len(by_label)), list(by_label))
     axes.set_ylabel("correlation of simulated\nand true activations")
-    axes.legend(frameon=False, fontsize=8)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    axes.legend(frameon=False, fontsize=8, **above)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

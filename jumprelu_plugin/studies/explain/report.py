@@ -54,6 +54,9 @@ def explanation_sections(result: ExplanationResult) -> list[Section]:
         )
     if result.unfinished:
         text.append(f"This study is not finished: {result.unfinished}.")
+    comparison = Section(
+        "Comparison", [_comparison_text(result)], (), [comparison_table(result.comparisons)]
+    )
     return [
         Section(
             "Scores",
@@ -67,9 +70,7 @@ def explanation_sections(result: ExplanationResult) -> list[Section]:
             ],
             [scores_table(result), against_table(result)],
         ),
-        Section(
-            "Comparison", [_comparison_text(result)], (), [comparison_table(result.comparisons)]
-        ),
+        *([comparison] if result.comparisons else []),
         Section("Explanations", (), (), [_explanations_table(result.latents)]),
     ]
 

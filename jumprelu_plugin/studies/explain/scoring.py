@@ -123,7 +123,7 @@ def _score_group(
         fires = any(w.kind != WindowKind.SILENT for w in latent.held_out)
         if explanation is None or not fires:
             continue
-        draw = random.Random(f"{settings.seed} {latent.folder} {latent.drawn.latent}")
+        draw = random.Random(f"{settings.seed} {latent.label} {latent.drawn.latent}")
         texts: dict[str, str | None] = {"correlation": explanation}
         if settings.nulls:
             texts |= {

@@ -34,6 +34,6 @@ def rating_bars(labels: Mapping[str, LabelRatings]) -> Any:
         )
     axes.set_xticks(range(len(labels)), list(labels))
     axes.set(ylim=(0, 1), ylabel="share of latents")
-    axes.legend(frameon=False, ncols=3, loc="upper right")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -112,6 +112,15 @@ def write_rating_report(
 
 def rating_sections(result: RatingResult) -> list[Section]:
     """The report's sections."""
+    comparison = Section(
+        "Comparison",
+        [
+            "Odds that most of a latent's ratings are yes, and the rank of its mean rating. "
+            "p-values are two-sided and Holm-corrected over all pairs."
+        ],
+        (),
+        [comparison_table(result.comparisons)],
+    )
     return [
         Section(
             "Ratings",
@@ -124,15 +133,7 @@ def rating_sections(result: RatingResult) -> list[Section]:
             [shares_table(result)],
         ),
         Section("Agreement", [agreement_text(result.agreement)], (), [_progress(result)]),
-        Section(
-            "Comparison",
-            [
-                "Odds that most of a latent's ratings are yes, and the rank of its mean rating. "
-                "p-values are two-sided and Holm-corrected over all pairs."
-            ],
-            (),
-            [comparison_table(result.comparisons)],
-        ),
+        *([comparison] if result.comparisons else []),
         Section("Latents", (), (), [_latents_table(result.latents)]),
     ]
 
