@@ -18,7 +18,7 @@ import typer
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.architectures import ARCHITECTURES, BATCHTOPK, PLUGIN_RECIPE
+from benchmarks.architectures import ARCHITECTURES, BATCHTOPK, PLUGIN
 from benchmarks.hostile_data import SETS, HostileSet, Source
 from benchmarks.quality import Record, RecordFile, as_saved, table, trainer_config
 from benchmarks.tables import terminal
@@ -30,7 +30,7 @@ from jumprelu_plugin.training.trainer import JumpReLUTrainer
 RESULTS = Path(__file__).parent / "results" / "hostile.jsonl"
 D_SAE, L0, BATCH = 509, 16.0, 512
 HELD_OUT = 20_000
-BASELINE_LRS = (1e-3, 2e-3, 4e-3)
+BASELINE_LRS = (2e-3, 4e-3, 8e-3)
 SHOWN = ("lr", "l0", "fvu", "dead_share", "share_above_10_percent")
 
 
@@ -48,7 +48,7 @@ def batches(
 def measure(hostile: HostileSet, architecture: str, lr: float, steps: int, seed: int) -> Record:
     """Train on one set; the metrics are those on data as at the end of the run."""
     held_out = Source(hostile, 10_000 + seed).draw(HELD_OUT, 1.0)
-    center = None if architecture == PLUGIN_RECIPE else held_out.mean(0)
+    center = None if architecture == PLUGIN else held_out.mean(0)
     torch.manual_seed(seed)
     sae: Any = ARCHITECTURES[architecture](hostile.d_in, D_SAE, L0)
     trainer = JumpReLUTrainer(
@@ -83,9 +83,9 @@ def main(
         if sets and hostile.name not in sets:
             continue
         records = []
-        for architecture in only or (PLUGIN_RECIPE, BATCHTOPK):
-            ours = architecture == PLUGIN_RECIPE
-            for lr in (DEFAULT.runner["lr"],) if ours else BASELINE_LRS:
+        for architecture in only or (PLUGIN, BATCHTOPK):
+            ours = architecture == PLUGIN
+            for lr in (DEFAULT.learning_rate(hostile.d_in),) if ours else BASELINE_LRS:
                 case = {"set": hostile.name, "architecture": architecture, "lr": lr, "seed": seed}
                 case |= {"d_in": hostile.d_in, "d_sae": D_SAE, "target_l0": L0, "steps": steps}
                 run = functools.partial(measure, hostile, architecture, lr, steps, seed)

@@ -61,10 +61,10 @@ Sites = Annotated[list[str] | None, typer.Option(help="Hooks; by default the rep
 L0s = Annotated[list[int] | None, typer.Option(help="Target L0s.")]
 
 
-def learning_rate(model: str, architecture: str) -> float:
+def learning_rate(model: str, architecture: str, width: int) -> float:
     """The recipe's for the plugin, and the tuned one for a baseline."""
     if architecture in (PLUGIN, PLUGIN_RECIPE):
-        return DEFAULT.runner["lr"]
+        return DEFAULT.learning_rate(width)
     return LEARNING_RATES.get((model, architecture), BASELINE_LEARNING_RATE)
 
 
@@ -128,8 +128,9 @@ def run(
     records = []
     settings = {"d_sae": width, "steps": steps, "batch": BATCH}
     for site in sites:
+        d_in = activations(site, "train", chosen.sequences).shape[1]
         for architecture, l0, seed in cases:
-            lr = learning_rate(model, architecture)
+            lr = learning_rate(model, architecture, d_in)
             case = {"model": model, "site": site, "architecture": architecture, "target_l0": l0}
             case |= {"seed": seed, **settings, "lr": lr}
             measured = functools.partial(measure, site, architecture, l0, seed, lr)

@@ -24,9 +24,8 @@ from jumprelu_plugin.step.losses import outlier_token_weights
 # Massive activations are at forty and more. With less, they are reconstructed badly where L0 is low
 # (docs/ablations.md).
 OUTLIER_NORM_RATIO = 10.0
-# In these units one learning rate serves all data: at the tuning sites of three models FVU is
-# within 1 % of the lowest of 3e-3, 4e-3 and 6e-3 (docs/ablations.md).
-LEARNING_RATE = 4e-3
+# Adam's step in each of a unit row's numbers, times √width: how far a direction turns at most.
+_TURN = 0.1
 # From the median of each coordinate to the mean of the tokens that are no outliers.
 _ROUNDS = 2
 
@@ -42,6 +41,16 @@ class Standardization:
 
     center: Float[Tensor, " width"]
     scale: float
+
+
+def learning_rate(width: int) -> float:
+    """The learning rate for training in these units: 0.1/√width, to two digits.
+
+    Adam moves a number by about the learning rate, and a unit direction has numbers of about
+    1/√width. At the tuning sites of three models, 256 to 640 wide, FVU is within 1 % of the lowest
+    of a grid (docs/ablations.md).
+    """
+    return float(f"{_TURN / width**0.5:.1e}")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """This package's recipe: the user sets a target L0, and the rest is measured from the data."""
 
-from jumprelu_plugin.control.standardization import LEARNING_RATE
 from jumprelu_plugin.recipes.recipe import Recipe
 
 DEFAULT = Recipe(
@@ -10,14 +9,14 @@ DEFAULT = Recipe(
     "the coefficient is measured as the multiplier of the target L0. The gradient also reaches "
     "the encoder, tokens of outlying norm weigh less, decoder rows have unit norm, and dead "
     "latents are resampled. JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for "
-    "text, the recipe adds a maximum latent density of 6 %.",
+    "text, the recipe adds a maximum latent density of 6 %, and a learning rate that follows d_in.",
     sae={
         "max_latent_density": 0.06,  # docs/results.md
     },
     runner={
-        "lr": LEARNING_RATE,
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },
+    lr_from_width=True,
     lr_decay_fraction=0.2,
 )

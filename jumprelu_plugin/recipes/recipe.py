@@ -10,6 +10,7 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
+from jumprelu_plugin.control.standardization import learning_rate
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
 
 
@@ -23,6 +24,8 @@ class Recipe:
         description: what it does and when to use it.
         sae: values of `JumpReLUTrainingSAEConfig` fields.
         runner: values of SAELens' `LanguageModelSAERunnerConfig` fields.
+        lr_from_width: whether the learning rate is 0.1/√d_in (`control.standardization`); otherwise
+            `runner` has it.
         lr_decay_fraction: fraction of the steps, at the end, in which the learning rate falls.
         l0_warm_up_fraction: fraction of the steps, at the start, in which λ rises; 0 leaves
             `l0_warm_up_steps` as in `sae`.
@@ -34,6 +37,7 @@ class Recipe:
     description: str
     sae: Mapping[str, Any]
     runner: Mapping[str, Any]
+    lr_from_width: bool = False
     lr_decay_fraction: float = 0.0
     l0_warm_up_fraction: float = 0.0
     matryoshka_fractions: tuple[float, ...] = ()
@@ -56,6 +60,10 @@ class Recipe:
         widths = {max(1, round(fraction * d_sae)) for fraction in self.matryoshka_fractions}
         return {"matryoshka_widths": sorted(widths)}
 
+    def learning_rate(self, d_in: int) -> float:
+        """SAELens' `lr` for activations of this width."""
+        return learning_rate(d_in) if self.lr_from_width else self.runner["lr"]
+
     def lr_decay_steps(self, steps: int) -> int:
         """SAELens' `lr_decay_steps` for a run of this many steps."""
         return round(self.lr_decay_fraction * steps)
@@ -66,12 +74,14 @@ class Recipe:
         return warm_up or self.sae.get("l0_warm_up_steps", 0)
 
     def adapt_to_run(self, cfg: LanguageModelSAERunnerConfig[Any], flags: Sequence[str]) -> None:
-        """Set the fields of `cfg` that depend on the run's length and on d_sae, in place.
+        """Set the fields of `cfg` that depend on the run's length and on widths, in place.
 
         Fields that the user's `flags` set stay as they are.
         """
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
         given = {flag.partition("=")[0] for flag in flags}
+        if "--lr" not in given:
+            cfg.lr = self.learning_rate(cfg.sae.d_in)
         if "--lr_decay_steps" not in given:
             cfg.lr_decay_steps = self.lr_decay_steps(steps)
         sae_fields = self.matryoshka_fields(cfg.sae.d_sae)
@@ -92,6 +102,8 @@ class Recipe:
                 for fraction in self.matryoshka_fractions
             )
             values["matryoshka_widths"] = f"{fractions} of d_sae, and d_sae"
+        if self.lr_from_width:
+            values["lr"] = "0.1/√d_in"
         if self.l0_warm_up_fraction:
             values["l0_warm_up_steps"] = f"{self.l0_warm_up_fraction:.0%} of the run"
         if self.lr_decay_fraction:

@@ -143,7 +143,7 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         n_batches_in_buffer=512,
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
-        lr=DEFAULT.runner["lr"],
+        lr=DEFAULT.learning_rate(model.cfg.d_model),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=max(1, steps // 5),
         seed=settings.seed,

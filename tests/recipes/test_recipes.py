@@ -51,8 +51,8 @@ def trained(recipe: Recipe, **changes: Any) -> JumpReLUTrainingSAE:
     trainer = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,
-        lr=recipe.runner["lr"],
-        lr_end=recipe.runner.get("lr_end", recipe.runner["lr"] / 10),
+        lr=recipe.learning_rate(D_IN),
+        lr_end=recipe.runner.get("lr_end", recipe.learning_rate(D_IN) / 10),
         lr_decay_steps=recipe.lr_decay_steps(STEPS),
         n_batches_for_norm_estimate=5,
     )
@@ -90,18 +90,25 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
             assert getattr(cfg.sae, field.name) == getattr(expected, field.name), field.name
     assert {name: getattr(cfg, name) for name in recipe.runner} == dict(recipe.runner)
     assert cfg.lr_decay_steps == recipe.lr_decay_steps(steps)
+    assert cfg.lr == recipe.learning_rate(D_IN)
+
+
+@pytest.mark.parametrize(("d_in", "lr"), [(576, 4.2e-3), (640, 4.0e-3), (2304, 2.1e-3)])
+def test_the_default_learning_rate_follows_the_width(d_in: int, lr: float) -> None:
+    assert RECIPES["default"].learning_rate(d_in) == pytest.approx(lr, rel=1e-9)
 
 
 def test_flags_of_ones_own_win() -> None:
     given = [
         "--d_in", "23", "--d_sae", "331", "--lr_decay_steps=3", "--l0_warm_up_steps", "5",
-        "--matryoshka_widths", "7", "--target_l0", "9",
+        "--matryoshka_widths", "7", "--target_l0", "9", "--lr", "0.0017",
     ]  # fmt: skip
-    for recipe in (GEMMA_SCOPE_2, ANTHROPIC_2025):
+    for recipe in (GEMMA_SCOPE_2, ANTHROPIC_2025, RECIPES["default"]):
         cfg = parse_flags(["--architecture", "jumprelu", *recipe.flags(), *given])
         recipe.adapt_to_run(cfg, given)
         assert (cfg.lr_decay_steps, cfg.sae.l0_warm_up_steps, cfg.sae.target_l0) == (3, 5, 9)  # type: ignore[attr-defined]
         assert cfg.sae.matryoshka_widths == [7]  # type: ignore[attr-defined]
+        assert cfg.lr == 0.0017
 
 
 def test_gemma_scope_2_is_what_it_says() -> None:

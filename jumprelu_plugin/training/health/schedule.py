@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from jumprelu_plugin.control.resampling import patience
-from jumprelu_plugin.control.standardization import LEARNING_RATE
+from jumprelu_plugin.control.standardization import learning_rate
 from jumprelu_plugin.training.health.findings import Finding
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
@@ -114,7 +114,8 @@ def schedule_findings(cfg: Any) -> list[Finding]:
 def _lr_findings(cfg: Any) -> list[Finding]:
     if not (hasattr(cfg.sae, "resolve") and cfg.sae.resolve().standardize_activations):
         return []
-    ratio = cfg.lr / LEARNING_RATE
+    usual = learning_rate(cfg.sae.d_in)
+    ratio = cfg.lr / usual
     if 1 / LR_RATIO < ratio < LR_RATIO:
         return []
     return [
@@ -122,8 +123,8 @@ def _lr_findings(cfg: Any) -> list[Finding]:
             "warning",
             "lr",
             f"lr is {cfg.lr:g}; with target_l0, training works in units of the data's own spread, "
-            f"where {LEARNING_RATE:g} was best or near it on every model measured",
-            f"set lr={LEARNING_RATE:g}, which is what the recipe default has"
+            f"where {usual:g} (0.1/√d_in) was best or near it on every model measured",
+            f"set lr={usual:g}, as the recipe default does"
             + (", or less in a run of many billions of tokens" if ratio < 1 else ""),
         )
     ]

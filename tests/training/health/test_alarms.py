@@ -176,7 +176,7 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
         n_batches_in_buffer=128,
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
-        lr=DEFAULT.runner["lr"],
+        lr=DEFAULT.learning_rate(256),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=steps // 5,
         checkpoint_path=None,

@@ -13,7 +13,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.training.health.schedule import lr_sum, repaired
+from jumprelu_plugin.training.health.schedule import lr_sum, repaired, schedule_findings
 from tests.tiny import D_MODEL
 from tests.training.runs import BATCH, D_SAE, config, run, token_rows
 
@@ -40,6 +40,28 @@ def runner_config(**fields: Any) -> LanguageModelSAERunnerConfig[Any]:
     given = {"sae": sae, "train_batch_size_tokens": 31, "logger": LoggingConfig(log_to_wandb=False),
              "checkpoint_path": None, "verbose": False, **fields}  # fmt: skip
     return LanguageModelSAERunnerConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("lr", "fields", "suggested"),
+    [
+        (3e-4, {"target_l0": 7}, "0.021"),  # SAELens' default; 0.1/√23
+        (0.2, {"target_l0": 7}, "0.021"),
+        (0.011, {"target_l0": 7}, None),
+        (3e-4, {"l0_coefficient": 0.3}, None),
+        (3e-4, {"target_l0": 7, "standardize_activations": False}, None),
+    ],
+)
+def test_a_learning_rate_far_from_the_rule_is_a_warning(
+    lr: float, fields: dict[str, Any], suggested: str | None
+) -> None:
+    sae = JumpReLUTrainingSAEConfig(d_in=23, d_sae=41, **fields)
+    found = [f for f in schedule_findings(runner_config(sae=sae, lr=lr)) if f.name == "lr"]
+    if suggested is None:
+        assert found == []
+    else:
+        (finding,) = found
+        assert finding.severity == "warning" and f"set lr={suggested}" in finding.suggestion
 
 
 def test_schedules_that_do_not_fit_are_shortened_with_a_warning(
