@@ -150,15 +150,14 @@ def test_what_save_to_disk_wrote_is_read(model: Any, tmp_path: Path) -> None:
     rows = torch.arange(5, 5 + 9 * CONTEXT).reshape(9, CONTEXT)
     whole = Dataset.from_dict({"tokens": rows.tolist()})
     whole.save_to_disk(tmp_path / "one")
-    DatasetDict(train=whole.select(range(5, 9)), test=whole.select(range(5))).save_to_disk(
-        tmp_path / "two"
-    )
+    parts = {"train": whole.select(range(5, 9)), "test": whole.select(range(5))}
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
     for name in ("one", "two"):
         fit, held_out = read_sequences(
             model, str(tmp_path / name), context_size=CONTEXT, held_out=5, train=4
         )
         assert torch.equal(held_out, rows[:5]) and torch.equal(fit, rows[5:])
-    DatasetDict(test=whole).save_to_disk(tmp_path / "no_train")
+    DatasetDict({"test": whole}).save_to_disk(tmp_path / "no_train")
     with pytest.raises(ValueError, match="holds the splits test, and 'train' is needed"):
         read_sequences(model, str(tmp_path / "no_train"), context_size=CONTEXT, held_out=5, train=4)
 

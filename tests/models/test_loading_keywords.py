@@ -85,7 +85,8 @@ def test_a_field_of_the_config(gemma: Path) -> None:
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_what_a_class_does_not_take_is_refused_by_name(class_name: str, gemma: Path) -> None:
-    for given in ({"nonsense": 3}, {"revision": "step1000"}):
+    unknown: tuple[dict[str, Any], ...] = ({"nonsense": 3}, {"revision": "step1000"})
+    for given in unknown:
         with pytest.raises(
             ValueError, match=rf"holds '{next(iter(given))}'.*{class_name}"
         ) as error:
