@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from rich.table import Table
-from sae_lens import SAE
-from sae_lens.config import SAETrainerConfig
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from benchmarks.tables import read
 from jumprelu_plugin.records import append_jsonl
+from jumprelu_plugin.studies.sweep import training
+from jumprelu_plugin.studies.sweep.training import as_saved, batches, trainer_config
+
+__all__ = ["Record", "RecordFile", "as_saved", "batches", "table", "train", "trainer_config"]
 
 Record = dict[str, Any]
 
@@ -45,34 +43,6 @@ class RecordFile:
         return record
 
 
-def batches(
-    rows: Float[Tensor, "rows d"],
-    size: int,
-    seed: int,
-    center: Float[Tensor, " d"] | None = None,
-) -> Iterator[Float[Tensor, "batch d"]]:
-    """Endless batches less `center`, in a random order that depends on the seed."""
-    random = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=random)
-        for start in range(0, len(order) - size + 1, size):
-            batch = rows[order[start : start + size]].float()
-            yield batch if center is None else batch - center
-
-
-def trainer_config(steps: int, batch: int, lr: float) -> SAETrainerConfig:
-    """SAELens' trainer as all of these benchmarks use it."""
-    return SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
-        lr=lr,
-        lr_end=0.0,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=max(1, steps // 10),
-        n_batches_for_norm_estimate=20,
-    )
-
-
 def train(
     sae: Any,
     rows: Float[Tensor, "rows d"],
@@ -84,27 +54,8 @@ def train(
     center: Float[Tensor, " d"] | None = None,
 ) -> float:
     """Train in place on rows less `center` with SAELens' trainer; return the seconds."""
-    cfg = trainer_config(steps, batch, lr)
-    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(rows, batch, seed, center))
-    started = time.perf_counter()
-    trainer.fit()
-    return time.perf_counter() - started
-
-
-def as_saved(sae: Any, center: Float[Tensor, " d"] | None = None) -> Any:
-    """The SAE as stock SAELens loads it after training, with `center` put back.
-
-    Raises:
-        ValueError: there is a center, and the SAE does not subtract b_dec from its input.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        saved = SAE.load_from_disk(folder)
-    if center is not None:
-        if not saved.cfg.apply_b_dec_to_input:
-            raise ValueError("b_dec can hold the center only where it is subtracted from the input")
-        saved.b_dec.data += center
-    return saved
+    source = batches(rows, batch, seed, center)
+    return training.train(sae, source, trainer_config(steps, batch, lr)).seconds
 
 
 def table(title: str, records: list[dict[str, Any]], by: str, metrics: tuple[str, ...]) -> Table:

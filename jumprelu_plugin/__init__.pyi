@@ -33,12 +33,17 @@ from .saes.transcoder_config import (
 from .saes.transcoder_config import (
     JumpReLUTrainingTranscoderConfig as JumpReLUTrainingTranscoderConfig,
 )
+from .step.estimators import heaviside as heaviside
+from .step.estimators import jumprelu as jumprelu
 from .studies.explain.settings import BackendSettings as BackendSettings
 from .studies.explain.settings import ExplainSettings as ExplainSettings
 from .studies.explain.study import run_explanation_study as run_explanation_study
+from .studies.plot import plot_sweep as plot_sweep
 from .studies.rating.questions import make_rating_study as make_rating_study
 from .studies.rating.report import write_rating_report as write_rating_report
 from .studies.rating.settings import RatingStudySettings as RatingStudySettings
+from .studies.sweep.grid import SweepSettings as SweepSettings
+from .studies.sweep.run import run_sweep as run_sweep
 from .training.activations.cache.reader import ActivationCache as ActivationCache
 from .training.activations.cache.settings import CacheSettings as CacheSettings
 from .training.activations.cache.settings import cache_activations as cache_activations

@@ -162,7 +162,9 @@ def test_every_table_and_figure_has_a_place() -> None:
     text = "".join(path.read_text() for path in DOCUMENTS)
     assert set(re.findall(r"<!-- results:(\w+) -->", text)) == set(quality_report.BLOCKS)
     assert set(re.findall(r"<!-- speed:(\w+) -->", text)) == set(report.BLOCKS)
+    teaching = (ROOT / "examples" / "17_teaching_figures.py").read_text()
     drawn = {*quality_report.FIGURE_OF, report.FIGURE.name}
+    drawn |= {f"{name}.png" for name in re.findall(r'save\(drawn, "(\w+)"\)', teaching)}
     assert {path.name for path in tables.FIGURES.iterdir()} == drawn
     assert set(re.findall(r"figures/(\w+\.png)", text)) == drawn
 

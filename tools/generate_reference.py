@@ -40,6 +40,7 @@ CONFIGS = {
 # The facade's names come from these rooms, in the order of the page.
 ROOMS = {
     "saes": "SAEs and transcoders",
+    "step": "Estimators",
     "training": "Training",
     "transcoders": "Many layers",
     "finetune": "Finetuning and L0 sweeps",

@@ -1,0 +1,118 @@
+"""Figures and a report from the records of sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jumprelu_plugin.studies.figures.groups import Spread, architectures, places
+from jumprelu_plugin.studies.figures.panel import Figure, require_matplotlib, save_figures
+from jumprelu_plugin.studies.figures.sweep import sweep_figures
+from jumprelu_plugin.studies.report import Section, Table, write_report
+from jumprelu_plugin.studies.sweep.record_file import Record, read_records
+from jumprelu_plugin.studies.sweep.run import RECORDS_FILENAME
+
+REPORT_FILENAME = "report.html"
+# By section, the figures' names.
+_SECTIONS = {
+    "Frontiers": ("frontier_delta_lm_loss", "frontier_fvu"),
+    "Latents": ("latent_densities", "dense_latents", "dead_latents", "uniformity", "thresholds"),
+    "Training": ("training_dynamics", "time_and_memory"),
+}
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "l0": ("L0", ".1f"),
+    "fvu": ("FVU", ".4f"),
+    "delta_lm_loss": ("delta LM loss", ".4f"),
+    "dead_share": ("dead", ".1%"),
+    "share_above_10_percent": ("dense", ".2%"),
+    "uniformity": ("uniformity", ".3f"),
+    "seconds": ("seconds", ".0f"),
+}
+
+
+def plot_sweep(
+    sources: Sequence[str | Path],
+    output_path: str | Path,
+    *,
+    more: Sequence[Section] = (),
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Draw every figure of the records in `sources` as PNG and SVG, and a page with all of them.
+
+    Args:
+        sources: files of records, or folders of sweeps.
+        output_path: folder for NAME.png, NAME.svg and report.html.
+        more: further sections at the end of the page.
+        log: told of a broken last line, which is left out.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: no records, records of something else, or a broken line before the last.
+        FileNotFoundError: a source does not exist.
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    records: list[Record] = []
+    for source in map(Path, sources):
+        path = source / RECORDS_FILENAME if source.is_dir() else source
+        found, broken = read_records(path)
+        if broken is not None:
+            log(f"the last line of {path} is broken and left out")
+        records += found
+    figures = sweep_figures(records)
+    save_figures(figures, output_path)
+    return write_report(
+        Path(output_path, REPORT_FILENAME),
+        "Sparse autoencoders compared",
+        [*sweep_sections(records, figures), *more],
+        subtitle=_origin(records),
+    )
+
+
+def sweep_sections(records: Sequence[Record], figures: Sequence[Figure]) -> list[Section]:
+    """The report's sections of a sweep."""
+    named = {figure.name: figure for figure in figures}
+    sections = [
+        Section(title, figures=[named[name] for name in names if name in named])
+        for title, names in _SECTIONS.items()
+    ]
+    numbers = Section(
+        "Numbers",
+        "Means over seeds. Dead latents fire on no held-out token, dense ones on more than 10 %.",
+        tables=[_table(records)],
+    )
+    return [*(section for section in sections if section.figures), numbers]
+
+
+def _table(records: Sequence[Record]) -> Table:
+    columns = {n: c for n, c in _COLUMNS.items() if any(r.get(n) is not None for r in records)}
+    rows: list[list[str]] = []
+    for place, here in places(records).items():
+        for architecture, own in architectures(here).items():
+            for target in sorted({record["target_l0"] for record in own}):
+                group = [record for record in own if record["target_l0"] == target]
+                cells = [_mean(group, name, form) for name, (_, form) in columns.items()]
+                rows.append([place, architecture, f"{target:g}", str(len(group)), *cells])
+    header = ["site", "architecture", "target L0", "seeds", *(c for c, _ in columns.values())]
+    return Table(header, rows)
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return format(Spread.of(values).mean, form) if values else "–"
+
+
+def _origin(records: Sequence[Record]) -> str:
+    """What the records are of, and where they come from."""
+    models = sorted({str(record.get("model", "unknown model")) for record in records})
+    sources: list[dict[str, Any]] = [record.get("provenance") or {} for record in records]
+    commits = sorted({(s.get("git") or {}).get("commit", "")[:10] for s in sources} - {""})
+    machines = sorted({(s.get("hardware") or {}).get("cpu") or "" for s in sources} - {""})
+    parts = [f"{len(records)} SAEs of {', '.join(models)}"]
+    if commits:
+        parts.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")
+    parts += machines
+    return "; ".join(parts) + "."

@@ -1,0 +1,200 @@
+"""The grid of a sweep: what is varied, what is the same for all, and which cells it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
+from jumprelu_plugin.recipes import DEFAULT
+from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES
+from jumprelu_plugin.training.activations.cache.coding import DTYPES
+
+# TransformerLens' names of the paper's three sites; on Gemma 2, hook_mlp_out is after the norm.
+SITES = {
+    "residual": "blocks.{layer}.hook_resid_post",
+    "mlp": "blocks.{layer}.hook_mlp_out",
+    "attention": "blocks.{layer}.attn.hook_z",
+}
+# One field or another says where the SAEs sit.
+_VARIED = ("architectures", "l0", "seeds", "sites", "layers", "hook_names")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One SAE of a sweep.
+
+    Attributes:
+        hook: where its activations come from.
+        architecture: a name of `ARCHITECTURES`.
+        target_l0: the L0 it is trained to.
+        seed: of initialization and data order.
+        lr: learning rate.
+    """
+
+    hook: str
+    architecture: str
+    target_l0: float
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Its folder in the sweep's."""
+        varied = f"l0_{self.target_l0:g}_seed_{self.seed}_lr_{self.lr:g}"
+        return f"{self.hook}/{self.architecture}/{varied}"
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """A grid of SAEs and how they are trained. A YAML file has these fields as keys.
+
+    Attributes:
+        architectures: names; `studies/sweep/architectures.py` lists them.
+        l0: target L0s.
+        seeds: of initialization and data order.
+        sites: residual, mlp, attention: the residual stream, the MLP output, the attention output
+            before W_O. Default: residual, or none where there are hook_names.
+        layers: layers at whose sites SAEs are trained.
+        hook_names: hooks by name, beside those of sites and layers.
+        d_sae: number of latents.
+        training_tokens: tokens that each SAE is trained on; a text with fewer is read repeatedly.
+        train_batch_size_tokens: tokens in a step.
+        lr: learning rate of all architectures, or a mapping of names to rates, in which "default"
+            is that of the others.
+        model_name, model_class_name, dataset_path, device, dtype: as in `CacheSettings`.
+        cached_tokens: tokens of text whose activations are written. Default: training_tokens.
+        context_size: tokens in a sequence.
+        cache_dtype: of the stored activations: float32, bfloat16 or int8.
+        held_out: held-out sequences that every SAE is evaluated on.
+        activations: folder of an activation cache to read instead of writing one.
+    """
+
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    l0: tuple[float, ...] = (20, 40, 80)
+    seeds: tuple[int, ...] = (0,)
+    sites: tuple[str, ...] | None = None
+    layers: tuple[int, ...] = (2,)
+    hook_names: tuple[str, ...] = ()
+    d_sae: int = 2048
+    training_tokens: int = 1_000_000
+    train_batch_size_tokens: int = 1024
+    lr: float | Mapping[str, float] = DEFAULT.runner["lr"]
+    model_name: str = EMBEDDED_MODEL
+    model_class_name: str = "HookedSAETransformer"
+    dataset_path: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    cached_tokens: int | None = None
+    context_size: int = 128
+    cache_dtype: str = "float32"
+    held_out: int = 128
+    activations: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in _VARIED:
+            given = getattr(self, name)
+            if given is None:  # sites
+                given = () if self.hook_names else ("residual",)
+            given = [given] if isinstance(given, str | int | float) else given
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+        _require_known("architecture", self.architectures, ARCHITECTURES)
+        _require_known("site", self.sites or (), SITES)
+        _require_known("cache_dtype", [self.cache_dtype], DTYPES)
+        for name in ("architectures", "l0", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"the sweep has no {name}: give at least one")
+        if not self.hooks:
+            raise ValueError("the sweep has no hooks: give sites and layers, or hook_names")
+        for value in self.l0:
+            if isinstance(value, bool) or not 0 < value < self.d_sae:
+                raise ValueError(f"l0 has {value!r}; expected more than 0 and less than d_sae")
+        for name in ("training_tokens", "train_batch_size_tokens", "context_size", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if isinstance(self.lr, Mapping):
+            _require_known("architecture in lr", self.lr, {**ARCHITECTURES, "default": None})
+        if not all(self.lr_of(name) > 0 for name in self.architectures):
+            raise ValueError(f"lr is {self.lr}; expected more than 0")
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of all hooks."""
+        at_sites = (
+            SITES[site].replace("{layer}", str(layer))
+            for site, layer in product(self.sites or (), self.layers)
+        )
+        return tuple(dict.fromkeys([*at_sites, *self.hook_names]))
+
+    @property
+    def steps(self) -> int:
+        """Training steps of each SAE."""
+        return max(1, self.training_tokens // self.train_batch_size_tokens)
+
+    def lr_of(self, architecture: str) -> float:
+        """The learning rate of an architecture."""
+        if isinstance(self.lr, Mapping):
+            default = self.lr.get("default", DEFAULT.runner["lr"])
+            return float(self.lr.get(architecture, default))
+        return float(self.lr)
+
+    def cells(self) -> list[Cell]:
+        """All SAEs of the sweep, seed by seed, so that a whole grid is there early."""
+        return [
+            Cell(hook, architecture, float(l0), seed, self.lr_of(architecture))
+            for seed, hook, l0, architecture in product(
+                self.seeds, self.hooks, self.l0, self.architectures
+            )
+        ]
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that are the same for all SAEs of a sweep's folder."""
+        values = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in (*_VARIED, "lr", "activations", "device", "cache_dtype")
+        }
+
+
+def read_grid(path: str | Path | None, changes: Mapping[str, Any]) -> SweepSettings:
+    """Settings from a YAML file, in which `changes` replace what it says.
+
+    Raises:
+        ValueError: the file is no mapping, or has an unknown key or a value that cannot be.
+        OSError: the file cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(read, Mapping):
+            raise ValueError(f"{path} holds no grid: give fields such as architectures and l0")
+        values.update(read)
+    values.update(changes)
+    fields = {field.name for field in dataclasses.fields(SweepSettings)}
+    _require_known("field", values, fields)
+    try:
+        return SweepSettings(**values)
+    except TypeError as error:
+        raise ValueError(f"{path or 'the grid'}: a field has the wrong type ({error})") from error
+
+
+def _require_known(kind: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    names = list(known)
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ValueError(
+                f"unknown {kind} {name!r} in the sweep; {hint}Known: {', '.join(names)}"
+            )
