@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
-from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES
 from jumprelu_plugin.training.activations.cache.coding import DTYPES
 
@@ -23,6 +22,7 @@ SITES = {
     "mlp": "blocks.{layer}.hook_mlp_out",
     "attention": "blocks.{layer}.attn.hook_z",
 }
+DEFAULT_LR = 3e-3
 # One field or another says where the SAEs sit.
 _VARIED = ("architectures", "l0", "seeds", "sites", "layers", "hook_names")
 
@@ -86,7 +86,7 @@ class SweepSettings:
     d_sae: int = 2048
     training_tokens: int = 1_000_000
     train_batch_size_tokens: int = 1024
-    lr: float | Mapping[str, float] = DEFAULT.runner["lr"]
+    lr: float | Mapping[str, float] = DEFAULT_LR
     model_name: str = EMBEDDED_MODEL
     model_class_name: str = "HookedSAETransformer"
     dataset_path: str = ""
@@ -141,7 +141,7 @@ class SweepSettings:
     def lr_of(self, architecture: str) -> float:
         """The learning rate of an architecture."""
         if isinstance(self.lr, Mapping):
-            default = self.lr.get("default", DEFAULT.runner["lr"])
+            default = self.lr.get("default", DEFAULT_LR)
             return float(self.lr.get(architecture, default))
         return float(self.lr)
 
