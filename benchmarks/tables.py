@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from jumprelu_plugin.records import read_jsonl
 
 Records = list[dict[str, Any]]
 
@@ -31,10 +32,11 @@ def read(path: Path) -> Records:
 
     Raises:
         FileNotFoundError: the file does not exist.
+        ValueError: a line of it is no JSON object.
     """
     if not path.exists():
         raise FileNotFoundError(f"there are no records at {path}; run the benchmark they are of")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return read_jsonl(path)
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], names: int = 1) -> str:

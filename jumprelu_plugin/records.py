@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -108,6 +109,90 @@ def append_jsonl(path: str | Path, obj: Any) -> Path:
                 line = "\n" + line
         file.write(line.encode("utf-8"))
     return path
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something else than an object; with its name.
+        OSError: it cannot be opened.
+    """
+    require_file(path)
+    return _json_object(Path(path).read_bytes(), str(path))
+
+
+def require_file(path: str | Path) -> None:
+    """Refuse what cannot be read to its end: a folder, a pipe, a device.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: there is something else than a file.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, "
+            "and a file is expected there"
+        )
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line; empty lines are left out.
+
+    Raises:
+        ValueError: a line is no JSON object; with its number. A process that was killed may leave
+            half a line at the end.
+        OSError: the file cannot be opened.
+    """
+    require_file(path)
+    lines = Path(path).read_bytes().split(b"\n")
+    return [
+        _json_object(line, f"line {number} of {path}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+
+
+@contextmanager
+def named(source: str | Path) -> Iterator[None]:
+    """Within the block, a ValueError that does not name `source` does."""
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+
+
+def text_field(fields: Mapping[str, Any], name: str, where: str | Path) -> str | None:
+    """A field that holds text; None where it is missing, null or empty.
+
+    Raises:
+        ValueError: it holds something else; `where` is the file's name.
+    """
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where} has {name} {value!r}; expected text")
+    return value or None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e308
+
+
+def _json_object(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # of bytes that are no text, too
+        raise ValueError(
+            f"{where} is not JSON ({error}): it was cut off or changed. Copy it again from where "
+            "it is whole"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} holds a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from jumprelu_plugin.control.resampling import (
     patience,
     resample_dead_,
 )
+from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
 from jumprelu_plugin.control.units import LogParameter, parametrized, set_value, stored
 from jumprelu_plugin.step.activity import active_count
 from jumprelu_plugin.step.losses import Step, Term, threshold_slopes
@@ -316,7 +317,17 @@ class DictionaryControl:
         }
 
     def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` and `tensors` gave; what is not controlled here is left."""
+        """Continue from what `state` and `tensors` gave; what is not controlled here is left.
+
+        Raises:
+            ValueError: they have another form.
+        """
+        require_same_form(state, self.state())
+        if state["firing"] is None:
+            expected = {} if self.density is None else self.density.tensors()
+        else:
+            expected = self.tensors()
+        require_same_shapes(tensors, expected)
         self.bandwidth, self.batch_l0 = state["bandwidth"], state["batch_l0"]
         if self.l0 is not None and state["l0"] is not None:
             self.l0.load_state(state["l0"])

@@ -36,6 +36,7 @@ from jumprelu_plugin.finetune.pretrained import (
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.options import recorded_keywords
+from jumprelu_plugin.records import is_number, read_json
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.runner import (
@@ -291,7 +292,13 @@ def _training_sae(cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAE:
 
 
 def _checkpoint_target(checkpoint: str) -> float | None:
-    return json.loads(Path(checkpoint, SAE_CFG_FILENAME).read_text()).get("target_l0")
+    target = read_json(Path(checkpoint, SAE_CFG_FILENAME)).get("target_l0")
+    if target is not None and not (is_number(target) and target > 0):
+        raise ValueError(
+            f"{Path(checkpoint, SAE_CFG_FILENAME)} has target_l0 {target!r}; expected a positive "
+            "number: resume from another checkpoint"
+        )
+    return target
 
 
 def _refuse_wrong_width(model: Any, cfg: Any, dictionary: Dictionary) -> None:

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from jumprelu_plugin.formats import saelens
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
+from jumprelu_plugin.formats.circuit_tracer_folder import CONFIG, require_readable
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
 
-CONFIG = "config.yaml"
 LOADER = Loader(
     "load_transcoders_from_cache",
     "circuit_tracer",
@@ -136,7 +136,13 @@ def write(layers: Mapping[int, Dictionary], folder: Path, *, model_name: str, sc
 
 
 def load_transcoders(folder: Path) -> Any:
-    """Load a folder with circuit-tracer, on the CPU in float32."""
+    """Load a folder with circuit-tracer, on the CPU in float32.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit the others.
+        OSError: a file cannot be opened.
+    """
+    require_readable(Path(folder))
     make_importable()
     caching = import_module("circuit_tracer.utils.caching")
     transcoders, _ = caching.load_transcoders_from_cache(

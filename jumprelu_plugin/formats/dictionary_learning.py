@@ -7,7 +7,7 @@ into b_enc would load without an error and give wrong activations.
 from __future__ import annotations
 
 import json
-import pickle
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.records import named, read_json, text_field
 from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.saes.tensor_files import read_torch
 
 FILENAME = "ae.pt"
 CONFIG = "config.json"
@@ -55,20 +57,17 @@ def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
     """
     path = folder / FILENAME
     trainer = _trainer(folder)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} holds more than tensors ({error}). Other pickled objects are not loaded, "
-            "because unpickling runs code"
-        ) from error
-    if sorted(tensors) != sorted(_KEYS):
-        raise ValueError(f"{path} holds {sorted(tensors)}; expected {sorted(_KEYS)}")
-    try:
+    tensors = read_torch(path)
+    if not isinstance(tensors, Mapping) or set(tensors) != set(_KEYS):
+        held = sorted(map(str, tensors)) if isinstance(tensors, Mapping) else type(tensors).__name__
+        raise ValueError(f"{path} holds {held}; expected {sorted(_KEYS)}")
+    other = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise ValueError(f"{path} holds no tensor under {', '.join(other)}")
+    with named(path):
         parameters = Parameters.named({key: value.float() for key, value in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Dictionary(parameters, hook_name or _hook(trainer), None, trainer.get("lm_name"))
+    model_name = text_field(trainer, "lm_name", folder / CONFIG)
+    return Dictionary(parameters, hook_name or _hook(trainer), None, model_name)
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -119,7 +118,9 @@ def _trainer(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} has {FILENAME} and no {CONFIG}, which names its class")
-    trainer = json.loads(path.read_text()).get("trainer", {})
+    trainer = read_json(path).get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise ValueError(f"{path} has trainer {trainer!r}; expected an object with a dict_class")
     if trainer.get("dict_class") != _CLASS:
         raise ValueError(
             f"{path} has dict_class {trainer.get('dict_class')!r}; expected {_CLASS!r}, because "
@@ -132,4 +133,4 @@ def _hook(trainer: dict[str, Any]) -> str | None:
     names = {submodule: hook for hook, submodule in _SUBMODULES.items()}
     hook = names.get(str(trainer.get("submodule_name")).split("_layer_")[0])
     layer = trainer.get("layer")
-    return None if hook is None or layer is None else f"blocks.{layer}.{hook}"
+    return None if hook is None or type(layer) is not int else f"blocks.{layer}.{hook}"

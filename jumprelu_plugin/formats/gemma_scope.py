@@ -11,7 +11,6 @@ The SAEs of the embedding were trained without Gemma's factor sqrt(d_model), whi
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from jumprelu_plugin.formats.checking import Check, Loader
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.saelens import compare_sae
 from jumprelu_plugin.formats.saelens_loaders import hub_files_from, load_with
+from jumprelu_plugin.records import named
 from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.saes.tensor_files import read_npz
 
 FILENAME = "params.npz"
 LOADER = Loader("SAELens' Gemma Scope loader", "sae_lens", "sae-lens", "pip install sae-lens")
@@ -62,26 +63,17 @@ def read(
         hook_name, hook_name_out, model_name: what the file does not name.
 
     Raises:
-        ValueError: the archive holds pickled objects, wrong keys or wrong shapes.
+        ValueError: the archive is damaged, or holds pickled objects, wrong keys or shapes.
     """
     path = folder / FILENAME
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not an archive of plain arrays ({error}). Pickled objects are not loaded, "
-            "because unpickling runs code; download the file again"
-        ) from error
+    arrays = read_npz(path)
     # Some releases have w_enc; SAELens' loader takes both.
     arrays = {f"W_{key[2:]}" if key.startswith("w_") else key: v for key, v in arrays.items()}
     if sorted(arrays) != sorted(_KEYS):
         raise ValueError(f"{path} holds {sorted(arrays)}; expected {sorted(_KEYS)}")
     tensors = {key: torch.from_numpy(np.asarray(v, dtype=np.float32)) for key, v in arrays.items()}
-    try:
+    with named(path):
         parameters = Parameters.named(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     if hook_name is None and _EMBEDDING_FOLDER in folder.resolve().parts:
         hook_name = _EMBEDDING
     if hook_name == _EMBEDDING:

@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from jumprelu_plugin.formats.checking import Check, Loader
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.saelens import compare_sae
 from jumprelu_plugin.formats.saelens_loaders import hub_files_from, load_with
 from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.records import named, read_json, text_field
 from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.saes.tensor_files import read_safetensors
 
 FILENAME = "params.safetensors"
 CONFIG = "config.json"
@@ -73,10 +74,7 @@ def read(
     """
     path = folder / FILENAME
     config = _config(folder) if hook_name is None or (folder / CONFIG).is_file() else {}
-    try:
-        tensors = {key: value.float() for key, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    tensors = {key: value.float() for key, value in read_safetensors(path).items()}
     skip = tensors.pop(_SKIP, None)
     if sorted(tensors) != sorted(_KEYS):
         raise ValueError(
@@ -85,13 +83,18 @@ def read(
     tensors = {key.replace("w_", "W_"): value for key, value in tensors.items()}
     if skip is not None:
         tensors["W_skip"] = skip.T.contiguous()
-    try:
+    with named(path):
         parameters = Parameters.named(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    hook_in = hook_name or _hook(config, "hf_hook_point_in", "--hook_name")
-    hook_out = hook_name_out or _hook(config, "hf_hook_point_out", "--hook_name_out") or hook_in
-    return Dictionary(parameters, hook_in, hook_out, _model_name(config.get("model_name")))
+    hooks = []
+    for given, field, flag in (
+        (hook_name, "hf_hook_point_in", "--hook_name"),
+        (hook_name_out, "hf_hook_point_out", "--hook_name_out"),
+    ):
+        text_field(config, field, folder / CONFIG)
+        with named(folder):
+            hooks.append(given or _hook(config, field, flag))
+    model_name = _model_name(text_field(config, "model_name", folder / CONFIG))
+    return Dictionary(parameters, hooks[0], hooks[1] or hooks[0], model_name)
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -158,7 +161,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return _config_of_name(folder)
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if config.get("architecture") != "jump_relu":
         raise ValueError(
             f"{path} says architecture {config.get('architecture')!r}; expected 'jump_relu'"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jumprelu_plugin.analysis.steering import steering_vector
@@ -24,6 +24,8 @@ from jumprelu_plugin.formats.steering_vectors import (
     require_model_folder,
 )
 from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.records import read_json
+from jumprelu_plugin.saes.tensor_files import read_safetensors
 
 VECTOR_FILENAME = "steer.safetensors"
 SETTINGS_FILENAME = "steer.json"
@@ -59,8 +61,8 @@ def steered_logits(folder: Path, model_folder: Path) -> Callable[[Tensor], Tenso
     """A function from tokens to the logits of an nnsight model with the vector in `folder`."""
     plain = load_model(model_folder, "AutoModelForCausalLM")
     model = import_module("nnsight").LanguageModel(plain, tokenizer=plain.tokenizer)
-    settings = json.loads((folder / SETTINGS_FILENAME).read_text())
-    vector = load_file(folder / VECTOR_FILENAME)["steering_vector"]
+    settings = read_json(folder / SETTINGS_FILENAME)
+    vector = read_safetensors(folder / VECTOR_FILENAME)["steering_vector"]
     module: Any = model
     for part in settings["module"].split("."):
         module = module[int(part)] if part.isdigit() else getattr(module, part)

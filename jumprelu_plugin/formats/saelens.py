@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import flat_input, require_folded
+from jumprelu_plugin.records import is_number, named, read_json, text_field
 from jumprelu_plugin.saes.parameters import PairScale, Parameters
 
 LOADER = Loader("SAE.load_from_disk", "sae_lens", "sae-lens", "pip install sae-lens")
@@ -38,8 +39,42 @@ def read(folder: Path, *, fold_scale: bool = False) -> Dictionary:
         ValueError: SAELens cannot load the folder, the architecture is not JumpReLU, or inputs are
             normalized in a way that is not folded.
     """
+    sae = load_sae(folder)
+    if not hasattr(sae, "threshold"):
+        raise ValueError(
+            f"{folder} holds a {sae.cfg.architecture()!r}: only JumpReLU dictionaries are exported"
+        )
+    sae = sae.to(dtype=torch.float32, device="cpu")
+    with named(folder):
+        dictionary = from_sae(sae)
+    scales = _checkpoint_scales(sae, folder, fold_scale)
+    normalization = sae.cfg.normalize_activations
+    if scales is None:
+        with named(folder):
+            require_folded(sae)
+        if normalization != "none":
+            raise ValueError(
+                f"{folder} has normalize_activations={normalization!r}, which scales each token by "
+                "its own statistics; no other format can represent that"
+            )
+    with named(folder):
+        compare_sae(dictionary.parameters, sae, "SAELens")
+        if scales is None:
+            return dictionary
+        folded = dictionary.parameters.fold_scales(*scales)
+    return replace(dictionary, parameters=folded)
+
+
+def load_sae(folder: Path, device: str = "cpu") -> Any:
+    """SAELens' inference object in a folder, of whatever architecture.
+
+    Raises:
+        ValueError: SAELens cannot load the folder, or its metadata names no text where it should.
+    """
+    if is_format(folder):
+        _refuse_damaged_config(folder / SAE_CFG_FILENAME)
     try:
-        sae = load_inference_sae(folder)
+        sae = load_inference_sae(folder, device)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no complete SAE: {error}") from error
     except Exception as error:  # SAELens, safetensors and torch raise different types
@@ -47,25 +82,28 @@ def read(folder: Path, *, fold_scale: bool = False) -> Dictionary:
             f"SAELens cannot load {folder}: {error}\nExpected cfg.json and sae_weights.safetensors "
             "as SAELens saves them"
         ) from error
-    if not hasattr(sae, "threshold"):
+    metadata = sae.cfg.metadata.to_dict()
+    for name in (*_DICTIONARY_FIELDS, "model_class_name", "dataset_path"):
+        text_field(metadata, name, folder / SAE_CFG_FILENAME)
+    return sae
+
+
+def _refuse_damaged_config(path: Path) -> None:
+    """Name the field that holds no value of its type, which SAELens would find later, or never."""
+    config = read_json(path)
+    for name in ("architecture", "dtype", "normalize_activations", "reshape_activations"):
+        text_field(config, name, path)
+    sizes = [config.get("d_in"), config.get("d_sae"), config.get("d_out", 1)]
+    if any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(
-            f"{folder} holds a {sae.cfg.architecture()!r}: only JumpReLU dictionaries are exported"
+            f"{path} has d_in {sizes[0]!r}, d_sae {sizes[1]!r} and d_out "
+            f"{config.get('d_out')!r}; expected whole numbers from 1 on"
         )
-    sae = sae.to(dtype=torch.float32, device="cpu")
-    dictionary = from_sae(sae)
-    scales = _checkpoint_scales(sae, folder, fold_scale)
-    normalization = sae.cfg.normalize_activations
-    if scales is None:
-        require_folded(sae)
-        if normalization != "none":
-            raise ValueError(
-                f"{folder} has normalize_activations={normalization!r}, which scales each token by "
-                "its own statistics; no other format can represent that"
-            )
-    compare_sae(dictionary.parameters, sae, "SAELens")
-    if scales is None:
-        return dictionary
-    return replace(dictionary, parameters=dictionary.parameters.fold_scales(*scales))
+    subtracts = config.get("apply_b_dec_to_input", True)
+    if not isinstance(subtracts, bool):
+        raise ValueError(f"{path} has apply_b_dec_to_input {subtracts!r}; expected true or false")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise ValueError(f"{path} has metadata {config['metadata']!r}; expected an object")
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -121,7 +159,7 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> PairScale | 
         ValueError: `fold_scale` is False and there are scales, or they cannot be folded.
     """
     path = folder / _SCALER
-    scaler = json.loads(path.read_text()) if path.is_file() else {}
+    scaler = read_json(path) if path.is_file() else {}
     advice = "Export the folder that the finished training saved"
     if scaler.get("has_whitening"):
         raise ValueError(f"{folder} is a checkpoint with whitened inputs. {advice}")
@@ -129,6 +167,11 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> PairScale | 
     if scale is None:
         return None
     scales = scale if isinstance(scale, list) else [scale]
+    if not _are_scales(scales):
+        raise ValueError(
+            f"{path} has scaling_factor {scale!r}; expected a positive number, or two and the two "
+            f"centers of a transcoder. {advice}"
+        )
     sides = 2 if hasattr(sae.cfg, "d_out") else 1
     if len(scales) not in ((1,) if sides == 1 else (2, 4)):
         raise ValueError(
@@ -141,4 +184,16 @@ def _checkpoint_scales(sae: Any, folder: Path, fold_scale: bool) -> PairScale | 
             f"({_SCALER}), while other tools do not scale inputs. {advice}, or pass --fold_scale "
             "to fold the scale into the weights"
         )
-    return PairScale(scales[0], scales[0]) if sides == 1 else PairScale.of(scales)
+    widths = [sae.cfg.d_in, getattr(sae.cfg, "d_out", 0)][: max(0, len(scales) - 2)]
+    if [len(center) for center in scales[2:]] != widths:
+        raise ValueError(f"{path} has centers of other widths than {widths}. {advice}")
+    number = float(scales[0])
+    return PairScale(number, number) if sides == 1 else PairScale.of(scales)
+
+
+def _are_scales(scales: list[Any]) -> bool:
+    """Whether these are one or two positive numbers and lists of numbers after them."""
+    numbers, centers = scales[:2], scales[2:]
+    return all(is_number(value) and value > 0 for value in numbers) and all(
+        isinstance(center, list) and all(map(is_number, center)) for center in centers
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
 from jumprelu_plugin.formats.reading import dictionary_folder, load_dictionary
-from jumprelu_plugin.formats.saelens import load_inference_sae
+from jumprelu_plugin.formats.saelens import load_sae
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import sae_sites
@@ -135,7 +135,7 @@ def _load_sae(source: Path, options: ModelOptions) -> Any:
             model_name=options.model_name,
         )
         return dictionary.as_sae().to(options.device)
-    return load_inference_sae(folder, options.device)
+    return load_sae(folder, options.device)
 
 
 def _name_hooks(dictionary: Any, folder: Path, options: ModelOptions) -> list[str]:

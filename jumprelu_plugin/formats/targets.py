@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from jumprelu_plugin.formats.checking import Check, Loader, is_export, write_rec
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.reading import load_dictionary
 from jumprelu_plugin.models.language_models import local_folder
-from jumprelu_plugin.records import whole_folder
+from jumprelu_plugin.records import read_json, whole_folder
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt import folder as clt_folder
 
@@ -219,7 +218,11 @@ def _count_layers(model_name: str) -> int:
             f"the number of layers of {model_name!r} is not known, so a missing last layer could "
             "not be noticed: give --n_layers (26 for gemma-2-2b)"
         )
-    return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    path = folder / "config.json"
+    layers = read_json(path).get("num_hidden_layers")
+    if type(layers) is not int:
+        raise ValueError(f"{path} has num_hidden_layers {layers!r}: give --n_layers")
+    return layers
 
 
 # ---------------------------------------------------------------- sets and cross-layer transcoders

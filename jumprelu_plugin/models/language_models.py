@@ -9,7 +9,6 @@ local folder they are read from its config.json (`hooked_gemma_2.py`).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from torch import nn
 
 from jumprelu_plugin.models.hooked_gemma_2 import build_hooked_gemma_2
 from jumprelu_plugin.models.loading_keywords import LoadingKeywords
+from jumprelu_plugin.records import read_json
 
 EMBEDDED_MODEL = "tiny-gemma-2"
 
@@ -235,7 +235,7 @@ def _build_hooked(hooked_class: Any, source: _Source) -> Any:
             **keywords.processing,
             **keywords.loader,
         )
-    architecture = json.loads((source.folder / "config.json").read_text()).get("model_type")
+    architecture = read_json(source.folder / "config.json").get("model_type")
     if architecture != "gemma2":
         raise ValueError(
             f"{hooked_class.__name__} can be built from a folder for Gemma 2 only, and "

@@ -13,12 +13,14 @@ from typing import Any
 
 from jaxtyping import Float
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from torch import Tensor
 from torch.nn.utils import parametrize
 from typing_extensions import Self, override
 
 from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
+from jumprelu_plugin.control.saved_state import require_same_shapes
 from jumprelu_plugin.control.standardization import Standardization
 from jumprelu_plugin.control.units import (
     LogParameter,
@@ -28,7 +30,9 @@ from jumprelu_plugin.control.units import (
     set_units,
     stored,
 )
+from jumprelu_plugin.records import require_file
 from jumprelu_plugin.saes import checkpoint
+from jumprelu_plugin.saes.tensor_files import explained
 
 _NAMES = ("threshold", "b_enc", "b_dec")
 
@@ -103,9 +107,10 @@ class StoredParameters(StockTrainingSAE):
 
     def load_stored_parameters(self, tensors: dict[str, Tensor]) -> None:
         """Set parameters from what `stored_parameters` gave."""
-        for name in self.parametrized_names():
-            if name in tensors:  # a checkpoint of an older version may hold none
-                stored(self, name).data.copy_(tensors[name])
+        # A checkpoint of an older version may hold none.
+        for name in filter(tensors.__contains__, self.parametrized_names()):
+            require_same_shapes(tensors, {name: stored(self, name)})
+            stored(self, name).data.copy_(tensors[name])
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -179,13 +184,21 @@ class StoredParameters(StockTrainingSAE):
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        super().load_weights_from_checkpoint(checkpoint_path)
+        weights = Path(checkpoint_path, SAE_WEIGHTS_FILENAME)
+        require_file(weights)
+        with explained(weights):
+            super().load_weights_from_checkpoint(checkpoint_path)
         found = checkpoint.read(Path(checkpoint_path), self.control)
         if found is not None:
             tensors, standardization = found
-            if standardization is not None:
-                self.standardize(standardization)
-            self.load_stored_parameters(tensors)
+            with explained(Path(checkpoint_path, checkpoint.TENSORS_FILENAME)):
+                if standardization is not None:
+                    require_same_shapes({"center": standardization.center}, {"center": self.b_dec})
+                    self.standardize(standardization)
+                self.load_stored_parameters(tensors)
+                if "whitening" in tensors:
+                    square = self.W_enc.new_empty(self.cfg.d_in, self.cfg.d_in)
+                    require_same_shapes(tensors, {"whitening": square})
             self.whitening = tensors.get("whitening")
         self.calibrated = self.control.bandwidth is not None
 

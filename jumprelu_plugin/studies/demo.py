@@ -6,7 +6,6 @@ interrupted demo leaves nothing behind, and a new one replaces only an earlier d
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, m
 from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
 from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.recipes import DEFAULT
-from jumprelu_plugin.records import provenance, whole_folder, write_json
+from jumprelu_plugin.records import provenance, read_json, whole_folder, write_json
 from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
 
 RECORD_FILENAME = "demo.json"
@@ -281,7 +280,7 @@ def _record(
 
 def _is_demo(folder: Path) -> bool:
     record = folder / RECORD_FILENAME
-    return record.is_file() and json.loads(record.read_text()).get("kind") == "demo"
+    return record.is_file() and read_json(record).get("kind") == "demo"
 
 
 def _print_next_commands(console: Console, sae_folder: Path, output: Path) -> None:

@@ -6,12 +6,13 @@ them is gone. A run that scales its activations cannot start from them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAE
+
+from jumprelu_plugin.records import read_json
 
 
 def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
@@ -49,7 +50,7 @@ def pretrained_sae(folder: str, sae_cfg: Any) -> TrainingSAE[Any]:
 
 
 def _refuse_other_sae(folder: str, sae_cfg: Any, remedy: str) -> None:
-    saved = json.loads(Path(folder, SAE_CFG_FILENAME).read_text())
+    saved = read_json(Path(folder, SAE_CFG_FILENAME))
     for field in ("architecture", "d_in", "d_sae"):
         wanted = sae_cfg.architecture() if field == "architecture" else getattr(sae_cfg, field)
         if saved.get(field) != wanted:

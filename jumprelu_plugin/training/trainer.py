@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from sae_lens import logger
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -22,7 +23,9 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
-from jumprelu_plugin.records import append_jsonl, whole_folder
+from jumprelu_plugin.records import append_jsonl, require_file, whole_folder
+from jumprelu_plugin.saes.pickled_tensors import require_plain_tensors
+from jumprelu_plugin.saes.tensor_files import explained
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
@@ -146,7 +149,11 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        super().load_trainer_state(checkpoint_path)
+        folder = Path(checkpoint_path)
+        require_file(folder / ACTIVATION_SCALER_CFG_FILENAME)
+        require_plain_tensors(folder / TRAINER_STATE_FILENAME)
+        with explained(folder, "resume from an earlier one, or start anew"):
+            super().load_trainer_state(folder)
         done = self.n_training_samples
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= done]
 

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.records import read_json
+
 SETTINGS_FILENAME = "unfinished.json"
 CHECKPOINTS = "checkpoints"
 METRICS_FILENAME = "metrics.jsonl"
@@ -33,7 +35,7 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
             raise ValueError(f"{output} is not empty and holds no unfinished run; give another")
         return None
     # A setting that the version which started the run did not have is at its default.
-    before = {**_plain(type(settings)()), **json.loads(started.read_text())}
+    before = {**_plain(type(settings)()), **read_json(started)}
     now = _plain(settings)
     different = [name for name in before if before[name] != now.get(name)]
     if different:
@@ -43,7 +45,8 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
             f"{now.get(name)!r} now: give the same settings to continue it, or another folder"
         )
     saved = sorted(
-        (path for path in (output / CHECKPOINTS).glob("[0-9]*")), key=lambda path: int(path.name)
+        (path for path in (output / CHECKPOINTS).glob("*") if path.name.isdecimal()),
+        key=lambda path: int(path.name),
     )
     if not saved:
         (output / METRICS_FILENAME).unlink(missing_ok=True)

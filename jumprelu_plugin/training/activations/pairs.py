@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import dtype_to_str
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
+
+from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,13 @@ class PairStore(ActivationsStore):
         Raises:
             ValueError: the file is not of a `PairStore`.
         """
-        state: dict[str, Any] = load_file(file_path)
-        if "chunk" not in state:
+        state: dict[str, Any] = read_safetensors(Path(file_path))
+        if not {"chunk", "served"} <= state.keys():
             raise ValueError(
                 f"{file_path} is the place of another kind of activation store; resume from a "
                 "checkpoint of a transcoder"
             )
-        self._chunk, self._served = state["chunk"].item(), state["served"].item()
+        with explained(Path(file_path), "resume from an earlier checkpoint"):
+            self._chunk, self._served = int(state["chunk"]), int(state["served"])
+            if min(self._chunk, self._served) < 0:
+                raise ValueError(f"it is at chunk {self._chunk}, batch {self._served}")

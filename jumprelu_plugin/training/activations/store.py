@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
+
+from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 
 MAX_EMPTY_BATCHES = 100
 
@@ -151,9 +153,13 @@ class ResumableActivationsStore(ActivationsStore):
 
     @override
     def load(self, file_path: str) -> None:
-        state = load_file(file_path)
+        state = read_safetensors(Path(file_path))
         if "random_state" not in state:  # SAELens' own
             return super().load(file_path)
+        with explained(Path(file_path), "resume from an earlier checkpoint"):
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
         if self.dataset is not None:
             self._skip_to(int(state["sequences_read"]))
         self.n_dataset_processed = int(state["n_dataset_processed"])

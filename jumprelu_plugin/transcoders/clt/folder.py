@@ -7,16 +7,17 @@ class for it. `jumprelu export --to circuit-tracer` writes the one that circuit-
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from jumprelu_plugin.records import whole_files, write_json
+from jumprelu_plugin.records import read_json, whole_files, write_json
+from jumprelu_plugin.saes.tensor_files import read_safetensors, safetensors_shapes
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
 
@@ -57,15 +58,22 @@ def load_clt(folder: str | Path, device: str = "cpu") -> CrossLayerTranscoder:
             f"{folder} holds no cross-layer transcoder: there is no {CONFIG} in it. "
             "`jumprelu train-clt` writes one"
         )
-    model = CrossLayerTranscoder(read_config(folder))
-    for layer, source in zip(model.cfg.layers, model.sources, strict=True):
-        path = folder / f"layer_{layer}.safetensors"
+    cfg = read_config(folder)
+    paths = [folder / f"layer_{layer}.safetensors" for layer in cfg.layers]
+    for index, path in enumerate(paths):
         if not path.is_file():
             raise ValueError(
                 f"{path.name} is missing in {folder}, which should hold layers "
-                f"{model.cfg.layers[0]} to {model.cfg.layers[-1]}: copy the whole folder"
+                f"{cfg.layers[0]} to {cfg.layers[-1]}: copy the whole folder"
             )
-        _fill(source, path)
+        # Before anything of the size that the config names is made.
+        _refuse_other_shapes(path, _shapes(cfg, index))
+    model = CrossLayerTranscoder(cfg)
+    for path, source in zip(paths, model.sources, strict=True):
+        found = read_safetensors(path)
+        found["W_dec"] = found["W_dec"].flatten(1)
+        for name, parameter in source.named_parameters():
+            parameter.data.copy_(found[name])
         try:
             source.parameters_to_all()
         except ValueError as error:
@@ -80,14 +88,37 @@ def read_config(folder: str | Path) -> CLTConfig:
         ValueError: it cannot be read, or is of something else.
     """
     path = Path(folder, CONFIG)
+    given = read_json(path)
+    if given.get("architecture") != ARCHITECTURE:
+        raise ValueError(
+            f"{path} names the architecture {given.get('architecture')!r}; expected "
+            f"{ARCHITECTURE!r}"
+        )
     try:
-        fields = json.loads(path.read_text())
-        architecture = fields.pop("architecture")
-        if architecture != ARCHITECTURE:
-            raise ValueError(f"its architecture is {architecture!r}, expected {ARCHITECTURE!r}")
-        return CLTConfig(**{**fields, "layers": tuple(fields["layers"])})
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        return CLTConfig(**_fields(given))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy the whole folder again") from error
+
+
+def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's fields, each of its type."""
+    read: dict[str, Any] = {"layers": given.get("layers")}
+    for name in ("d_in", "d_out", "d_sae"):
+        read[name] = given.get(name)
+        if type(read[name]) is not int:
+            raise ValueError(f"{name} is {read[name]!r}; expected a whole number")
+    for name in ("hook_in", "hook_out", "model_name"):
+        if name in given:
+            read[name] = given[name]
+            if not isinstance(read[name], str):
+                raise ValueError(f"{name} is {read[name]!r}; expected text")
+    layers = read["layers"]
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise ValueError(f"layers is {layers!r}; expected a list of whole numbers")
+    unknown = sorted(given.keys() - read.keys() - {"architecture"})
+    if unknown:
+        raise ValueError(f"it has the unknown {', '.join(unknown)}")
+    return read
 
 
 def _tensors(source: SourceLayer) -> dict[str, Tensor]:
@@ -96,22 +127,23 @@ def _tensors(source: SourceLayer) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def _fill(source: SourceLayer, path: Path) -> None:
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    expected = {name: tuple(value.shape) for name, value in _tensors(source).items()}
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    if shapes != expected:
-        odd = sorted(
-            name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)
-        )
+def _shapes(cfg: CLTConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """What the file of the layer at `index` holds."""
+    return {
+        "W_enc": (cfg.d_in, cfg.d_sae),
+        "b_enc": (cfg.d_sae,),
+        "W_dec": (cfg.d_sae, cfg.later(index), cfg.d_out),
+        "b_dec": (cfg.d_out,),
+        "threshold": (cfg.d_sae,),
+    }
+
+
+def _refuse_other_shapes(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    shapes = safetensors_shapes(path)
+    odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if odd:
         listed = ", ".join(
             f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}"
             for name in odd
         )
         raise ValueError(f"{path} does not fit {CONFIG}: {listed}")
-    found["W_dec"] = found["W_dec"].flatten(1)
-    for name, parameter in source.named_parameters():
-        parameter.data.copy_(found[name])

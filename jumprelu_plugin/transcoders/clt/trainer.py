@@ -7,23 +7,25 @@ its state between two steps, and the resumed run equals the uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens import logger
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder, write_json
+from jumprelu_plugin.control.saved_state import require_same_shapes
+from jumprelu_plugin.records import append_jsonl, read_json, remove_others, whole_folder, write_json
 from jumprelu_plugin.saes.parameters import PairScale
+from jumprelu_plugin.saes.tensor_files import explained, read_safetensors, read_torch
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.health.reporting import report
@@ -227,23 +229,34 @@ class Trainer:
         self.store.save_to_checkpoint(folder)
 
     def load(self, checkpoint: str | Path) -> None:
-        """Go on from a checkpoint of a training with the same settings; call before `fit`."""
+        """Go on from a checkpoint of a training with the same settings; call before `fit`.
+
+        Raises:
+            ValueError: a file of it is damaged, or of another training.
+            OSError: a file is missing.
+        """
         checkpoint = Path(checkpoint)
-        tensors = load_file(checkpoint / _TENSORS, device=str(self.model.device))
+        tensors = read_safetensors(checkpoint / _TENSORS, str(self.model.device))
+        moving = read_torch(checkpoint / _OPTIMIZER)
+        state = read_json(checkpoint / _STATE)
+        with explained(checkpoint, "resume from an earlier one, or start anew"):
+            self._restore(tensors, moving, state)
+        self.store.load_from_checkpoint(checkpoint)
+
+    def _restore(self, tensors: dict[str, Any], moving: Any, state: dict[str, Any]) -> None:
+        parameters = {f"model.{name}": value for name, value in self.model.named_parameters()}
+        require_same_shapes(tensors, parameters)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors.pop(f"model.{name}"))
-        moving = torch.load(checkpoint / _OPTIMIZER, weights_only=True)
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors.pop(name))
         self.optimizer.load_state_dict(moving["optimizer"])
         for group in self.optimizer.param_groups:
             group["fused"] = None  # for the seam to switch on, which then turns what it has to
         self.scheduler.load_state_dict(moving["scheduler"])
-        state = json.loads((checkpoint / _STATE).read_text())
         self.step = state["step"]
         for scaler, factors in zip(self.scalers, state["scales"], strict=True):
             scaler.scaling_factor = PairScale.of(factors)
         self.training_step.load_state(state["training_step"], tensors)
-        self.store.load_from_checkpoint(checkpoint)
 
 
 def pair_name(index: int) -> str:

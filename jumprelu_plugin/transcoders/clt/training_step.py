@@ -20,6 +20,7 @@ from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.finite import require_finite
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import unusual_inputs
+from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
 from jumprelu_plugin.step.losses import (
     Step,
@@ -268,7 +269,13 @@ class CLTTrainingStep:
         }
 
     def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` and `tensors` gave."""
+        """Continue from what `state` and `tensors` gave.
+
+        Raises:
+            ValueError: they have another form.
+        """
+        require_same_form(state, self.state())
+        require_same_shapes(tensors, self.tensors())
         self.steps = state["steps"]
         for index, control in enumerate(self.controls):
             own = {name: tensors[f"{name}_{index}"] for name in control.tensors()}
