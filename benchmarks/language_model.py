@@ -105,7 +105,7 @@ def run(
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             torch.save(harvested(split, sequences)[site].clone(), path)
-        return torch.load(path, mmap=True)
+        return torch.load(path, mmap=True, weights_only=True)
 
     def measure(site: str, architecture: str, l0: int, seed: int, lr: float) -> Record:
         rows = activations(site, "train", chosen.sequences)

@@ -304,7 +304,7 @@ def main() -> None:
         "parameters": sum(weight.numel() for weight in model.parameters()),
     }
     if args.from_checkpoint:
-        model.load_state_dict(torch.load(args.work_folder / "checkpoint.pt"))
+        model.load_state_dict(torch.load(args.work_folder / "checkpoint.pt", weights_only=True))
     else:
         streams = {
             corpus: np.asarray(

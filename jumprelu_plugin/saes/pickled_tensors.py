@@ -2,9 +2,9 @@
 
 `torch.load(..., weights_only=True)` runs no code of a file, and believes its sizes: a tensor may
 repeat one number a trillion times (stride 0), so that its first copy takes terabytes, and a packed
-or an old-style archive allocates whatever it names. Here the file's pickle is first read with stand-ins for tensors and storages:
-names outside a short list are refused, nothing is allocated, and each tensor's extent is compared
-with the bytes that the archive holds for it.
+or an old-style archive allocates whatever it names. Here the file's pickle is first read with
+stand-ins for tensors and storages: names outside a short list are refused, nothing is allocated,
+and each tensor's extent is compared with the bytes that the archive holds for it.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def read_config(folder: str | Path) -> CLTConfig:
     try:
         return CLTConfig(**_fields(given))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy the whole folder again") from error
+        raise ValueError(f"{path} cannot be read: {error}. Copy the whole folder again") from error
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
