@@ -91,7 +91,7 @@ def read_config(folder: str | Path) -> CLTConfig:
     given = read_json(path)
     if given.get("architecture") != ARCHITECTURE:
         raise ValueError(
-            f"{path} names the architecture {given.get('architecture')!r}; expected "
+            f"{path} cannot be read: its architecture is {given.get('architecture')!r}, expected "
             f"{ARCHITECTURE!r}"
         )
     try:
