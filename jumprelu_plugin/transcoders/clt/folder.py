@@ -8,7 +8,7 @@ class for it. `jumprelu export --to circuit-tracer` writes the one that circuit-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +102,21 @@ def read_config(folder: str | Path) -> CLTConfig:
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields, each of its type."""
-    read: dict[str, Any] = {"layers": given.get("layers")}
-    for name in ("d_in", "d_out", "d_sae"):
-        read[name] = given.get(name)
-        if type(read[name]) is not int:
-            raise ValueError(f"{name} is {read[name]!r}; expected a whole number")
-    for name in ("hook_in", "hook_out", "model_name"):
-        if name in given:
-            read[name] = given[name]
-            if not isinstance(read[name], str):
-                raise ValueError(f"{name} is {read[name]!r}; expected text")
-    layers = read["layers"]
-    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-        raise ValueError(f"layers is {layers!r}; expected a list of whole numbers")
-    unknown = sorted(given.keys() - read.keys() - {"architecture"})
+    read = {name: value for name, value in given.items() if name != "architecture"}
+    unknown = sorted(read.keys() - {field.name for field in fields(CLTConfig)})
     if unknown:
         raise ValueError(f"it has the unknown {', '.join(unknown)}")
+    for name in ("d_in", "d_out", "d_sae"):
+        if type(read.get(name)) is not int:
+            raise ValueError(f"{name} is {read.get(name)!r}; expected a whole number")
+    layers = read.get("layers")
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise ValueError(f"layers is {layers!r}; expected a list of whole numbers")
+    for name in read.keys() - {"d_in", "d_out", "d_sae", "layers"}:
+        value, plain = read[name], {f.name: f.default for f in fields(CLTConfig)}[name]
+        kinds = (str,) if isinstance(plain, str) else (int, type(None))
+        if not isinstance(value, kinds):
+            raise ValueError(f"{name} is {value!r}; expected something like {plain!r}")
     return read
 
 
