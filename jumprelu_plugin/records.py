@@ -97,17 +97,24 @@ def append_jsonl(path: str | Path, obj: Any) -> Path:
     """Append `obj` as one line of strict JSON, in one write; parents are created.
 
     A last line that a crash left without its newline is ended first, so that it spoils itself and
-    not this record. Raises as `write_json` does, before anything is written.
+    not this record. Raises as `write_json` does, before anything is written. Where the disk takes
+    only a part of the line, the file is as it was and OSError is raised.
     """
     path = Path(path)
-    line = _strict_json(obj) + "\n"
+    line = (_strict_json(obj) + "\n").encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode("utf-8"))
+                line = b"\n" + line
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
     return path
 
 
@@ -201,8 +208,9 @@ def whole_folder(
 ) -> Iterator[Path]:
     """An empty folder to write into, which becomes `path` when the block ends without an exception.
 
-    After an exception `path` is as it was. Either way nothing is left beside it. Parents are
-    created.
+    After an exception `path` is as it was. Either way nothing is left beside it; a process that is
+    killed leaves a folder whose name begins with a dot. Parents are created. What was written is on
+    the disk before it has its name.
 
     Args:
         replaces: whether a folder already at `path` gives way: True, False, or a function that
@@ -215,13 +223,17 @@ def whole_folder(
     path = Path(path)
     _refuse_foreign(path, replaces, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+    with TemporaryDirectory(
+        prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True
+    ) as beside:
         fresh = Path(beside, path.name)
         fresh.mkdir()
         yield fresh
+        _sync(*fresh.rglob("*"), fresh)
         if path.exists():
             path.rename(Path(beside, "replaced"))
         fresh.rename(path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -238,20 +250,25 @@ def whole_files(folder: str | Path, *, last: str | None = None) -> Iterator[Path
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        _sync(*unfinished.rglob("*"), unfinished)
         names = sorted(os.listdir(unfinished), key=lambda name: (name == last, name))
         for name in names:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             (unfinished / name).replace(folder / name)
+        _sync(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def remove_others(folder: Path) -> None:
-    """Remove all folders beside `folder`, and what an interrupted `whole_folder` left of them."""
-    for other in folder.parent.iterdir():
-        if other != folder and other.is_dir():
-            shutil.rmtree(other)
+def _sync(*paths: Path) -> None:
+    """Wait until files and folders are on the disk: a name that a power cut leaves has its data."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _refuse_foreign(path: Path, replaces: bool | Callable[[Path], bool], kind: str) -> None:

@@ -17,7 +17,6 @@ from jumprelu_plugin.records import (
     append_jsonl,
     digest,
     provenance,
-    remove_others,
     whole_files,
     whole_folder,
     write_json,
@@ -245,11 +244,3 @@ def test_whole_files_join_what_is_there_and_the_last_one_tells_that_all_are(tmp_
         raise KeyboardInterrupt
     assert _entries(tmp_path) == whole
     assert ".unfinished" not in os.listdir(tmp_path)
-
-
-def test_remove_others_leaves_one_folder_and_the_files(tmp_path):
-    for name in ("100", ".200-x", "200"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "notes.txt").write_text("kept")
-    remove_others(tmp_path / "200")
-    assert sorted(os.listdir(tmp_path)) == ["200", "notes.txt"]

@@ -34,6 +34,14 @@ Activations = Annotated[
         help="folder of an activation cache to read, from `jumprelu cache-activations`.",
     ),
 ]
+CheckpointMinutes = Annotated[
+    float,
+    typer.Option(
+        "--checkpoint_every_n_minutes",
+        help="minutes between two checkpoints beside those of --n_checkpoints; the last two are "
+        "kept until the SAE is saved; 0: none. Default: 10.",
+    ),
+]
 
 
 @app.command(context_settings=SAELENS_FLAGS)
@@ -42,6 +50,7 @@ def train(
     recipe: RecipeName = None,
     activations: Activations = None,
     save_buffer: SaveBuffer = True,
+    checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
     check_first: Annotated[
         bool,
         typer.Option(
@@ -54,12 +63,17 @@ def train(
 
     --model_name takes a hub name, a model folder, or tiny-gemma-2. An empty --dataset_path is the
     text of the `demo` extra. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
+    --resume_from_checkpoint auto goes on from the newest whole checkpoint of the same run.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context, recipe)
     JumpReLUTrainingRunner(
-        cfg, save_buffer=save_buffer, check_first=check_first, activations=activations
+        cfg,
+        save_buffer=save_buffer,
+        check_first=check_first,
+        checkpoint_every_n_minutes=checkpoint_every_n_minutes,
+        activations=activations,
     ).run()
 
 
@@ -85,6 +99,7 @@ def finetune(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="folder of an SAE, or Gemma Scope's params.npz.")],
     save_buffer: SaveBuffer = True,
+    checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
 ) -> None:
     """Train a released SAE further: jumprelu finetune SOURCE, then the flags of jumprelu train.
 
@@ -101,7 +116,13 @@ def finetune(
         raise ValueError(f"give the SAE first: jumprelu finetune SOURCE, then {source} and others")
     given = normalized(context.args)
     cfg = parse_flags([*pretrained_flags(source, given), *given], command)
-    FinetuningRunner(source, cfg, save_buffer=save_buffer, log=console.print).run()
+    FinetuningRunner(
+        source,
+        cfg,
+        save_buffer=save_buffer,
+        checkpoint_every_n_minutes=checkpoint_every_n_minutes,
+        log=console.print,
+    ).run()
 
 
 @app.command()

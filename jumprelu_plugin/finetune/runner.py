@@ -39,6 +39,8 @@ from jumprelu_plugin.models.options import recorded_keywords
 from jumprelu_plugin.records import is_number, read_json
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.checkpoints import DEFAULT_MINUTES
+from jumprelu_plugin.training.resuming import AUTO, resolve_auto
 from jumprelu_plugin.training.runner import (
     JumpReLUTrainingRunner,
     language_model,
@@ -91,6 +93,7 @@ class FinetuningRunner(JumpReLUTrainingRunner):
             fire on another.
         log: called with one line about the initial metrics.
         override_dataset, override_model, metrics_path, save_buffer: as in `JumpReLUTrainingRunner`.
+        checkpoint_every_n_minutes: as there.
 
     Attributes:
         initial_metrics: the dictionary's metrics before training; None before `run`.
@@ -111,12 +114,15 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         override_model: Any = None,
         metrics_path: str | Path | None = None,
         save_buffer: bool = True,
+        checkpoint_every_n_minutes: float = DEFAULT_MINUTES,
         log: Callable[[str], None] = logger.info,
     ):
         self.source, self.log = Path(source), log
         dictionary = read_pretrained(source, hook_name=cfg.hook_name, model_name=cfg.model_name)
         cfg.sae = _for_dictionary(cfg.sae, dictionary)
         refuse_used_output_folder(cfg.output_path)
+        if cfg.resume_from_checkpoint == AUTO:
+            cfg = resolve_auto(cfg, finetuned_from=str(source))
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         if cfg.resume_from_checkpoint is not None:
             cfg.sae.target_l0 = _checkpoint_target(cfg.resume_from_checkpoint)
@@ -128,7 +134,13 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         self._scaler = ActivationScaler()
         with quiet() if loads_everything else nullcontext():
             super().__init__(
-                cfg, override_dataset, model, _training_sae(cfg.sae), metrics_path, save_buffer
+                cfg,
+                override_dataset,
+                model,
+                _training_sae(cfg.sae),
+                metrics_path,
+                save_buffer,
+                checkpoint_every_n_minutes=checkpoint_every_n_minutes,
             )
 
     @override

@@ -6,8 +6,10 @@ addition to `LanguageModelSAETrainingRunner` it
     step before it starts (`health.preflight`);
   - takes the embedded model and local model folders as `model_name`;
   - seeds PyTorch with `cfg.seed`, so that a run can be repeated;
-  - shows and records metrics, and saves a checkpoint when it is interrupted (`trainer.py`);
-  - resumes exactly where it stopped (`activations/store.py`);
+  - shows and records metrics, and saves checkpoints by the clock and when it is interrupted
+    (`trainer.py`, `checkpoints.py`);
+  - resumes exactly where it stopped (`activations/store.py`), from the newest whole checkpoint if
+    `resume_from_checkpoint` is "auto" (`resuming.py`);
   - writes the output folder whole or not at all;
   - trains transcoders, reading both hooks in one forward pass (`activations/pairs.py`);
   - reads activations from disk where a cache is given (`activations/cache/`).
@@ -49,9 +51,18 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import pair_scaler
 from jumprelu_plugin.training.activations.store import resumable
+from jumprelu_plugin.training.checkpoints import (
+    DEFAULT_MINUTES,
+    Checkpoints,
+    explained_at_the_end,
+    refuse_negative_minutes,
+    refuse_unwritable,
+)
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
+from jumprelu_plugin.training.metrics_file import keep_before
 from jumprelu_plugin.training.requirements import require_what_a_run_needs
+from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.starting_weights import pretrained_sae, refuse_wrong_checkpoint
 from jumprelu_plugin.training.text_source import (
     local_dataset,
@@ -82,6 +93,9 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             refuses what cannot work.
         activations: folder of an activation cache to train on, in place of the model's forward
             passes (`activations/cache/`). The model is still loaded, for checks and evaluations.
+        checkpoint_every_n_minutes: how often a checkpoint is saved beside those of
+            `cfg.n_checkpoints`. The last two of these are kept until the SAE is saved. 0 for never;
+            without `cfg.checkpoint_path` there are none.
 
     Raises:
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
@@ -102,11 +116,17 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         save_buffer: bool = True,
         check_first: bool = True,
         activations: str | Path | None = None,
+        checkpoint_every_n_minutes: float = DEFAULT_MINUTES,
     ):
+        refuse_negative_minutes(checkpoint_every_n_minutes)
+        self.checkpoint_every_n_minutes = checkpoint_every_n_minutes
         cfg, self._repairs = repaired(cfg) if check_first else (cfg, [])
         self._check_first = check_first
         require_what_a_run_needs(cfg)
         refuse_used_output_folder(cfg.output_path)
+        refuse_unwritable(cfg.output_path, "output_path")
+        refuse_unwritable(cfg.checkpoint_path, "checkpoint_path")
+        cfg = resolve_auto(cfg)
         refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
         cache = None if activations is None else open_cache_for(activations, cfg)
         if cfg.from_pretrained_path is not None and override_sae is None:
@@ -192,8 +212,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         )
         self.trainer.metrics_path = self.metrics_path
         self.trainer.activation_scaler = self.activation_scaler()
+        if self.cfg.checkpoint_path is not None:
+            self.trainer.checkpoints = Checkpoints(
+                self.cfg.checkpoint_path, self.checkpoint_every_n_minutes
+            )
         if self.cfg.resume_from_checkpoint is not None:
             self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
+            if self.metrics_path is not None:
+                keep_before(self.metrics_path, self.trainer.n_training_steps)
         elif self.metrics_path is not None:
             self.metrics_path.unlink(missing_ok=True)
         return self.trainer.fit()
@@ -212,9 +238,18 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
         """Write the output folder; `cfg.json`, by which it is known as an SAE, comes last."""
-        with whole_files(output_path, last=SAE_CFG_FILENAME) as unfinished:
+        checkpoints = self.trainer.checkpoints
+        last = None if checkpoints is None else checkpoints.last
+        with (
+            explained_at_the_end(
+                output_path, last, "the same command with --resume_from_checkpoint auto"
+            ),
+            whole_files(output_path, last=SAE_CFG_FILENAME) as unfinished,
+        ):
             # What is handed in comes from the trainer SAELens made, which trained nothing.
             super().save_final_sae(sae, str(unfinished), self.trainer.log_feature_sparsity)
+        if checkpoints is not None:
+            checkpoints.remove_replaceable()
 
 
 def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:

@@ -13,10 +13,12 @@ from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 
 from jumprelu_plugin.records import read_json
+from jumprelu_plugin.training.resuming import refuse_damaged
 
 
 def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
-    """Raise if there is no such checkpoint (FileNotFoundError), or if this run cannot resume it."""
+    """Raise if there is no such checkpoint (FileNotFoundError), or if this run cannot resume it: it
+    is damaged, of another SAE, or the end of a run (ValueError)."""
     if folder is None:
         return
     for name in (SAE_CFG_FILENAME, TRAINER_STATE_FILENAME):
@@ -25,6 +27,7 @@ def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
                 f"{folder} is not a checkpoint (no {name} in it); give resume_from_checkpoint a "
                 "folder that an interrupted run or n_checkpoints wrote"
             )
+    refuse_damaged(folder)
     _refuse_other_sae(folder, sae_cfg, "resume with the config the run started with")
 
 

@@ -2,7 +2,8 @@
 
 It changes no number of a training. It adds a progress bar with loss, L0, FVU and dead latents; a
 file of JSON lines with the metrics that SAELens logs to wandb, with or without wandb; and
-checkpoints that are whole or absent, saved between steps and when the run is interrupted.
+checkpoints that are whole or absent (`checkpoints.py`), saved between steps: those that SAELens'
+config asks for, one every few minutes, and one when the run is interrupted.
 """
 
 from __future__ import annotations
@@ -14,22 +15,29 @@ from typing import Any
 
 import torch
 from sae_lens import logger
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
 from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
-from jumprelu_plugin.records import append_jsonl, require_file, whole_folder
+from jumprelu_plugin.records import require_file
 from jumprelu_plugin.saes.pickled_tensors import require_plain_tensors
 from jumprelu_plugin.saes.tensor_files import explained
 from jumprelu_plugin.step.activity import mean_l0
+from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
+from jumprelu_plugin.training.metrics_file import append_metrics
 
 PROGRESS_EVERY = 10
 
@@ -45,10 +53,16 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     SIGINT (Ctrl-C) and SIGTERM end a run after the current step, with a checkpoint if
     `cfg.checkpoint_path` is set, and raise SAELens' `InterruptedException`. During the first step,
     and at the second signal, the run ends at once and nothing is saved.
+
+    Attributes:
+        checkpoints: where they are saved; None without `cfg.checkpoint_path`. Those that SAELens'
+            config asks for are kept; of those every few minutes and on interruption, the last two.
+            One that the disk refuses is a warning, and training goes on.
     """
 
     metrics_path: Path | None = None
     monitor: Monitor | None = None
+    checkpoints: Checkpoints | None = None
     _steps_made: int = 0
     _stop_requested: bool = False
 
@@ -108,7 +122,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
             for name, value in metrics.items()
             if isinstance(value, int | float)
         }
-        append_jsonl(self.metrics_path, {"step": self.n_training_steps, **numbers})
+        append_metrics(self.metrics_path, {"step": self.n_training_steps, **numbers})
 
     # ---------------------------------------------------------------- interruption
 
@@ -120,12 +134,15 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         logger.warning("interrupted: finishing this step (once more to stop at once)")
 
     def _stop(self) -> None:
-        if self.cfg.checkpoint_path is None:
+        if self.checkpoints is None:
             raise InterruptedException("interrupted; nothing was saved (checkpoint_path is None)")
-        name = str(self.n_training_samples)
-        self.save_checkpoint(checkpoint_name=name)
-        folder = Path(self.cfg.checkpoint_path, name)
-        raise InterruptedException(f"interrupted; continue with --resume_from_checkpoint {folder}")
+        saved, before = self._save_replaceable(), self.checkpoints.last
+        if saved is None and before is None:
+            raise InterruptedException("interrupted; no checkpoint could be saved")
+        reason = "" if saved else "this step could not be saved; "
+        raise InterruptedException(
+            f"interrupted; {reason}continue with --resume_from_checkpoint {saved or before}"
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -137,11 +154,30 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         wandb_aliases: list[str] | None = None,
     ) -> None:
         base = self.cfg.checkpoint_path if base_path is None else base_path
+        write = super().save_checkpoint
         if base is None:
-            return super().save_checkpoint(checkpoint_name, None, wandb_aliases)
-        whole = Path(base, checkpoint_name)
-        with whole_folder(whole, replaces=True) as unfinished, self._producer_paused():
-            super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
+            return write(checkpoint_name, None, wandb_aliases)
+        own = self.checkpoints is not None and self.checkpoints.folder == Path(base)
+        checkpoints = self.checkpoints if own and self.checkpoints else Checkpoints(base)
+        with self._producer_paused():
+            checkpoints.save(
+                checkpoint_name,
+                lambda folder: write(folder.name, folder.parent, wandb_aliases),
+                replaceable=False,
+            )
+
+    def _save_replaceable(self) -> Path | None:
+        assert self.checkpoints is not None
+        with self._producer_paused():
+            return self.checkpoints.save(str(self.n_training_samples), self._write_state)
+
+    def _write_state(self, folder: Path) -> None:
+        """SAELens' checkpoint files, without its upload to wandb."""
+        self.sae.save_model(str(folder))
+        save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+        self.save_trainer_state(folder)
+        if self.save_checkpoint_fn is not None:
+            self.save_checkpoint_fn(checkpoint_path=folder)
 
     def _producer_paused(self) -> Any:
         source = self.data_provider
@@ -154,6 +190,8 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         require_plain_tensors(folder / TRAINER_STATE_FILENAME)
         with explained(folder, "resume from an earlier one, or start anew"):
             super().load_trainer_state(folder)
+        if self.checkpoints is not None:
+            self.checkpoints.last = folder
         done = self.n_training_samples
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= done]
 
@@ -173,10 +211,17 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         pbar.update(len(step_output.sae_in))
         if self.n_training_steps % update_interval == 0:
             self._show(step_output, pbar)
-        super()._checkpoint_if_needed()
+        self._save_what_is_due()
         if self._stop_requested:
             pbar.close()
             self._stop()
+
+    def _save_what_is_due(self) -> None:
+        left = len(self.checkpoint_thresholds)
+        super()._checkpoint_if_needed()
+        saved = len(self.checkpoint_thresholds) < left
+        if self.checkpoints is not None and self.checkpoints.due() and not saved:
+            self._save_replaceable()
 
     def _show(self, step_output: TrainStepOutput, pbar: tqdm) -> None:
         fvu = batch_fvu(step_output.sae_in, step_output.sae_out)

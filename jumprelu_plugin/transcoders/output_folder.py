@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jumprelu_plugin.records import read_json
+from sae_lens import logger
+
+from jumprelu_plugin.records import read_json, write_json
+from jumprelu_plugin.training.checkpoints import (
+    Checkpoints,
+    newest_whole,
+    numbered,
+    refuse_unwritable,
+)
 
 SETTINGS_FILENAME = "unfinished.json"
 CHECKPOINTS = "checkpoints"
 METRICS_FILENAME = "metrics.jsonl"
+# Settings that change nothing of what is trained.
+_FREE = ("n_checkpoints", "checkpoint_every_n_minutes", "device")
 
 
 def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Path | None:
-    """The last checkpoint of an unfinished run in `output`; None if the run is to start fresh.
+    """The newest whole checkpoint of an unfinished run in `output`; None to start fresh.
+
+    A damaged checkpoint is said in a line, and the one before it is taken.
 
     Args:
         output: it may be missing or empty; nothing is written to it here.
@@ -23,9 +36,12 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
         record_filename: the file that a finished run leaves in `output`.
 
     Raises:
-        ValueError: `output` holds a finished run, a run with other settings, or other files.
+        ValueError: `output` holds a finished run, a run with other settings, or other files, or it
+            cannot be written to.
     """
+    refuse_unwritable(output, "output_path")
     if (output / record_filename).exists():
+        finish_output_folder(output)  # where the run was killed after it wrote its record
         raise ValueError(
             f"{output} already holds finished transcoders ({record_filename}); give another folder"
         )
@@ -37,20 +53,44 @@ def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Pa
     # A setting that the version which started the run did not have is at its default.
     before = {**_plain(type(settings)()), **read_json(started)}
     now = _plain(settings)
-    different = [name for name in before if before[name] != now.get(name)]
+    different = [n for n in before if n not in _FREE and before[n] != now.get(n)]
     if different:
         name = different[0]
         raise ValueError(
             f"{output} holds an unfinished run with {name}={before[name]!r}, and {name} is "
             f"{now.get(name)!r} now: give the same settings to continue it, or another folder"
         )
-    saved = sorted(
-        (path for path in (output / CHECKPOINTS).glob("*") if path.name.isdecimal()),
-        key=lambda path: int(path.name),
-    )
-    if not saved:
+    saved = numbered(output / CHECKPOINTS)
+    newest = newest_whole(reversed(saved))
+    if newest is None:
+        if saved:
+            logger.warning(f"no checkpoint in {output / CHECKPOINTS} is whole: starting fresh")
         (output / METRICS_FILENAME).unlink(missing_ok=True)
-    return saved[-1] if saved else None
+    else:
+        logger.warning(f"resuming from {newest}")
+    return newest
+
+
+def start_output_folder(output: Path, settings: Any) -> None:
+    """Say in the folder what runs in it, so that the same call can continue it."""
+    write_json(output / SETTINGS_FILENAME, settings)
+
+
+def checkpoints_of(output: Path, settings: Any) -> Checkpoints:
+    """Where a run that was started in `output` saves its checkpoints."""
+
+    def prepare() -> None:
+        if not (output / SETTINGS_FILENAME).exists():
+            logger.warning(f"what was in {output} is gone; training goes on and saves there anew")
+            start_output_folder(output, settings)
+
+    return Checkpoints(output / CHECKPOINTS, settings.checkpoint_every_n_minutes, prepare)
+
+
+def finish_output_folder(output: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    (output / SETTINGS_FILENAME).unlink(missing_ok=True)
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -45,9 +45,12 @@ class LayerRunSettings:
         n_batches_in_buffer: sequences whose activations are shuffled together.
         n_batches_for_norm_estimate: batches that the scales of the activations are measured on.
         memory_gb: the most memory that the run may take; the buffer shrinks to keep to it.
-        n_checkpoints: checkpoints along the way; each replaces the one before.
+        n_checkpoints: checkpoints along the way; the last two are kept until the run is finished.
+        checkpoint_every_n_minutes: minutes between two checkpoints beside these; 0: none.
         evaluation_sequences: held-out sequences to evaluate the result on; only where the text is
             the `demo` extra's.
+        step_kernel: how a step is computed; `auto` times the ways and takes the fastest, and all
+            give the same gradients. They differ in rounding: fix one to repeat a run bit for bit.
         seed: of initialization and data order.
         device: cpu, cuda, cuda:1, mps.
         dtype: of the language model's weights; what is trained is float32.
@@ -73,7 +76,9 @@ class LayerRunSettings:
     n_batches_for_norm_estimate: int = 20
     memory_gb: float | None = None
     n_checkpoints: int = 10
+    checkpoint_every_n_minutes: float = 10.0
     evaluation_sequences: int = 128
+    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -107,8 +112,6 @@ class CLTSettings(LayerRunSettings):
         l0_warm_up_steps: steps over which a fixed penalty rises from 0.
         jumprelu_sparsity_loss_mode: `step`, or `tanh` with decoder norms in the penalty.
         jumprelu_tanh_scale: c in the tanh penalty, tanh(c f ‖d‖).
-        step_kernel: how a step is computed; `auto` times the ways and takes the fastest, and all
-            give the same gradients.
     """
 
     lr: float = 4e-3
@@ -116,7 +119,6 @@ class CLTSettings(LayerRunSettings):
     l0_warm_up_steps: int = 0
     jumprelu_sparsity_loss_mode: Literal["step", "tanh"] = "step"
     jumprelu_tanh_scale: float = 4.0
-    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
 
 
 def refuse_two_penalties(settings: LayerRunSettings) -> None:

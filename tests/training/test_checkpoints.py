@@ -62,7 +62,11 @@ def test_a_run_is_looked_at_and_trained_with_every_normalization(
     model: Any, tmp_path: Path, normalization: Any
 ) -> None:
     sae = JumpReLUTrainingSAEConfig(
-        d_in=D_MODEL, d_sae=D_SAE, target_l0=7, normalize_activations=normalization
+        d_in=D_MODEL,
+        d_sae=D_SAE,
+        target_l0=7,
+        normalize_activations=normalization,
+        step_kernel="sparse",
     )
     looked_at, not_looked_at = (
         run(
@@ -168,15 +172,29 @@ def failing(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("last_written", ["save_to_checkpoint", "save_trainer_state"])
-def test_a_checkpoint_that_cannot_be_finished_is_not_there(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_written: str
+def test_a_checkpoint_that_cannot_be_finished_is_not_there_and_the_run_goes_on(
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    last_written: str,
 ) -> None:
     owner = ActivationsStore if last_written == "save_to_checkpoint" else JumpReLUTrainer
-    monkeypatch.setattr(owner, last_written, failing)
-    cfg = config(tmp_path, n_checkpoints=1, training_tokens=10 * BATCH)
-    with pytest.raises(OSError, match="no space"):
+    written, save = [], getattr(owner, last_written)
+
+    def second_fails(self: Any, folder: Path) -> None:
+        written.append(folder)
+        failing() if len(written) == 2 else save(self, folder)
+
+    monkeypatch.setattr(owner, last_written, second_fails)
+    cfg = config(tmp_path, n_checkpoints=3, save_final_checkpoint=True, training_tokens=20 * BATCH)
+    with caplog.at_level("WARNING"):
         run(model, cfg, token_rows())
-    assert list(Path(cfg.checkpoint_path or "").iterdir()) == []
+    names = sorted(path.name for path in Path(cfg.checkpoint_path or "").iterdir())
+    assert names == ["186", "496", "final_620"]
+    (said,) = (m for r in caplog.records if "no space left" in (m := r.getMessage()))
+    assert "341 could not be saved: no space left" in said and "/186, is kept. Training go" in said
+    assert (tmp_path / "output" / "cfg.json").exists()
 
 
 def test_an_output_folder_that_cannot_be_finished_is_not_an_sae(
@@ -186,7 +204,7 @@ def test_an_output_folder_that_cannot_be_finished_is_not_an_sae(
     with monkeypatch.context() as patch:
         # The last thing SAELens writes there; weights and config are on the disk by then.
         patch.setattr("sae_lens.llm_sae_training_runner.json.dump", failing)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match=r"training is finished.*no space.*from the beginning"):
             run(model, cfg, token_rows())
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
     # So the same command can be given again.

@@ -7,8 +7,8 @@ from pathlib import Path
 import wandb
 from sae_lens import logger
 
-from jumprelu_plugin.records import append_jsonl
 from jumprelu_plugin.training.health.alarms import Alarm
+from jumprelu_plugin.training.metrics_file import append_metrics
 
 
 def report(alarm: Alarm, metrics_path: Path | None, to_wandb: bool, of: str = "") -> None:
@@ -22,6 +22,6 @@ def report(alarm: Alarm, metrics_path: Path | None, to_wandb: bool, of: str = ""
     logger.warning(text)
     if metrics_path is not None:
         words = {"alarm": alarm.name, "message": alarm.message, "suggestion": alarm.suggestion}
-        append_jsonl(metrics_path, {"step": alarm.step, **({"of": of} if of else {}), **words})
+        append_metrics(metrics_path, {"step": alarm.step, **({"of": of} if of else {}), **words})
     if to_wandb and wandb.run is not None:
         wandb.run.alert(title=f"{of}: {alarm.name}" if of else alarm.name, text=text)

@@ -6,7 +6,6 @@ work are refused before the training starts.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
+from jumprelu_plugin.training.checkpoints import explained_at_the_end, refuse_negative_minutes
 from jumprelu_plugin.training.runner import refuse_empty_text
 from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
 from jumprelu_plugin.transcoders.clt import folder as folders
@@ -36,10 +36,11 @@ from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.trainer import Schedule, Trainer, pair_name
 from jumprelu_plugin.transcoders.memory import MemoryEstimate, fitting_chunk, smallest_chunk
 from jumprelu_plugin.transcoders.output_folder import (
-    CHECKPOINTS,
     METRICS_FILENAME,
-    SETTINGS_FILENAME,
+    checkpoints_of,
     claim_output_folder,
+    finish_output_folder,
+    start_output_folder,
 )
 from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
@@ -87,6 +88,7 @@ def train_clt(
     require_device(settings.device)
     output = Path(output)
     training = _training_config(settings)
+    refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
         model = load_hooked_model(
@@ -114,15 +116,16 @@ def train_clt(
         training,
         schedule,
         _store(model, cfg, settings, chunk, dataset),
-        checkpoints=output / CHECKPOINTS,
+        checkpoints=checkpoints_of(output, settings),
         metrics_path=output / METRICS_FILENAME,
     )
-    write_json(output / SETTINGS_FILENAME, settings)
+    start_output_folder(output, settings)
     if checkpoint is not None:
         trainer.load(checkpoint)
     trainer.fit()
     trainer.fold_scales()
-    folders.save_clt(trainer.model, output)
+    with explained_at_the_end(output, trainer.checkpoints.last, "the same command"):
+        folders.save_clt(trainer.model, output)
     found = None
     if held_out is not None:
         # The saved folder is what is evaluated.
@@ -130,8 +133,7 @@ def train_clt(
         found = evaluate_clt(model, saved, held_out)
         log(found.table())
     _record(output, settings, cfg, trainer, estimate, found, model)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    Path(output, SETTINGS_FILENAME).unlink()
+    finish_output_folder(output)
     return output
 
 

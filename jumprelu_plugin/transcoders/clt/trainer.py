@@ -23,13 +23,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from jumprelu_plugin.control.saved_state import require_same_shapes
-from jumprelu_plugin.records import append_jsonl, read_json, remove_others, whole_folder, write_json
+from jumprelu_plugin.records import read_json, write_json
 from jumprelu_plugin.saes.parameters import PairScale
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors, read_torch
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
+from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
+from jumprelu_plugin.training.metrics_file import append_metrics, keep_before
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.monitors import LayerMonitors
@@ -50,7 +52,7 @@ class Schedule:
         lr: its peak, constant until it decays.
         decay_steps: at the end, over which it falls to 0.
         norm_batches: that the scales are measured on.
-        checkpoints: how many are saved along the way; each replaces the one before.
+        checkpoints: how many are saved along the way; the last two are kept.
         log_every: steps between two lines of metrics.
     """
 
@@ -66,7 +68,7 @@ class Trainer:
     """Trains a cross-layer transcoder on a store of its pairs, named by `pair_name`.
 
     Args:
-        checkpoints: folder that checkpoints go to.
+        checkpoints: where checkpoints are saved; the last two are kept.
         metrics_path: JSON lines with each layer's L0, FVU and coefficient, and one for each alarm
             (`health.alarms`).
     """
@@ -78,7 +80,7 @@ class Trainer:
         schedule: Schedule,
         store: PairStore,
         *,
-        checkpoints: Path,
+        checkpoints: Checkpoints,
         metrics_path: Path,
     ):
         self.model, self.schedule, self.store = model, schedule, store
@@ -126,13 +128,13 @@ class Trainer:
                         layer = self.model.cfg.layers[index]
                         report(alarm, self.metrics_path, to_wandb=False, of=f"layer_{layer}")
                     self._show(bar, self.last)
-                    if self.step in due:
+                    if self.step in due or self.checkpoints.due():
                         self.save()
             except InterruptedException:
                 # Before the first step there is nothing that a fresh start would not give.
                 if self.step > 0:
                     self.save()
-                    logger.warning(f"interrupted; saved {self.checkpoints}")
+                    logger.warning(f"interrupted; the last checkpoint: {self.checkpoints.last}")
                 raise
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class Trainer:
                 "dead": dead,
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
-            append_jsonl(self.metrics_path, line)
+            append_metrics(self.metrics_path, line)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -203,14 +205,10 @@ class Trainer:
         count, steps = self.schedule.checkpoints, self.schedule.steps
         return {round(steps * (i + 1) / (count + 1)) for i in range(count)}
 
-    def save(self) -> Path:
-        """Write a checkpoint in one piece and remove those before it."""
+    def save(self) -> Path | None:
+        """Save a checkpoint in one piece; None where the disk refuses it."""
         self.training_step.restore_layout()
-        whole = self.checkpoints / str(self.step)
-        with whole_folder(whole, replaces=True) as unfinished:
-            self._write(unfinished)
-        remove_others(whole)
-        return whole
+        return self.checkpoints.save(str(self.step), self._write)
 
     def _write(self, folder: Path) -> None:
         weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
@@ -242,6 +240,8 @@ class Trainer:
         with explained(checkpoint, "resume from an earlier one, or start anew"):
             self._restore(tensors, moving, state)
         self.store.load_from_checkpoint(checkpoint)
+        self.checkpoints.last = checkpoint
+        keep_before(self.metrics_path, self.step + 1)
 
     def _restore(self, tensors: dict[str, Any], moving: Any, state: dict[str, Any]) -> None:
         parameters = {f"model.{name}": value for name, value in self.model.named_parameters()}

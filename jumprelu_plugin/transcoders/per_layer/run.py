@@ -7,7 +7,6 @@ training starts.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
+from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.runner import quiet, refuse_empty_text
 from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
 from jumprelu_plugin.transcoders.memory import (
@@ -40,8 +40,10 @@ from jumprelu_plugin.transcoders.memory import (
 from jumprelu_plugin.transcoders.output_folder import (
     CHECKPOINTS,
     METRICS_FILENAME,
-    SETTINGS_FILENAME,
+    checkpoints_of,
     claim_output_folder,
+    finish_output_folder,
+    start_output_folder,
 )
 from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner
 from jumprelu_plugin.transcoders.settings import (
@@ -86,6 +88,7 @@ def train_transcoders(
     require_device(settings.device)
     refuse_two_penalties(settings)
     output = Path(output)
+    refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     if model is None:
         model = load_hooked_model(
@@ -108,7 +111,7 @@ def train_transcoders(
             _, held_out = read_sequences(
                 model, context_size=size, held_out=settings.evaluation_sequences
             )
-    write_json(output / SETTINGS_FILENAME, settings)
+    start_output_folder(output, settings)
     with whole_files(output) as unfinished:
         with quiet(), without_remote_code_errors():
             runner = LayerwiseRunner(
@@ -117,6 +120,7 @@ def train_transcoders(
                 override_dataset=dataset,
                 override_model=model,
                 metrics_path=output / METRICS_FILENAME,
+                checkpoints=checkpoints_of(output, settings),
             )
         trained = runner.run()
         (unfinished / RUNNER_CFG_FILENAME).unlink()
@@ -127,8 +131,7 @@ def train_transcoders(
         found = evaluate_transcoders(model, saved, held_out)
         log(found.table())
     _record(output, settings, pairs, trained, estimate, found, model)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    Path(output, SETTINGS_FILENAME).unlink()
+    finish_output_folder(output)
     return output
 
 
@@ -184,6 +187,7 @@ def _config(
         target_l0=target,
         max_latent_density=settings.max_latent_density,
         outlier_norm_ratio=settings.outlier_norm_ratio,
+        step_kernel=settings.step_kernel,
         device=settings.device,
         **given,
     )

@@ -24,14 +24,15 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
-from jumprelu_plugin.records import append_jsonl, remove_others, whole_folder
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.activations.scaler import pair_scaler
+from jumprelu_plugin.training.checkpoints import Checkpoints, explained_at_the_end
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
+from jumprelu_plugin.training.metrics_file import append_metrics, keep_before
 
 
 class LayerwiseTrainer(MultiSAETrainer):
@@ -42,9 +43,11 @@ class LayerwiseTrainer(MultiSAETrainer):
             SAELens' metrics of every transcoder under its name, and one for each alarm
             (`health.alarms`).
         monitors: one for each transcoder, during `fit`.
+        checkpoints: where they are saved, the last two kept; None for none.
     """
 
     metrics_path: Path | None = None
+    checkpoints: Checkpoints | None = None
     monitors: Mapping[str, Monitor] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -89,6 +92,12 @@ class LayerwiseTrainer(MultiSAETrainer):
         """SAELens' last call in a step: raise alarms, record the metrics, show them."""
         pbar.update(self.n_training_samples - pbar.n)
         self._raise_alarms(step_outputs)
+        self._record(step_outputs)
+        if self.n_training_steps % update_interval == 0:
+            self._show(step_outputs, pbar)
+        self._save_what_is_due()
+
+    def _record(self, step_outputs: dict[str, TrainStepOutput]) -> None:
         if self.metrics_path is not None and self._due():
             lines = {
                 name: _finite(
@@ -97,9 +106,9 @@ class LayerwiseTrainer(MultiSAETrainer):
                 )
                 for name, trainer in self.trainers.items()
             }
-            append_jsonl(self.metrics_path, {"step": self.n_training_steps, **lines})
-        if self.n_training_steps % update_interval:
-            return
+            append_metrics(self.metrics_path, {"step": self.n_training_steps, **lines})
+
+    def _show(self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm) -> None:
         outputs = step_outputs.values()
         errors = [batch_fvu(output.sae_in, output.sae_out).item() for output in outputs]
         dead = [trainer.dead_neurons.float().mean().item() for trainer in self.trainers.values()]
@@ -120,21 +129,37 @@ class LayerwiseTrainer(MultiSAETrainer):
     def _due(self) -> bool:
         return self.n_training_steps % self.cfg.logger.wandb_log_frequency == 0
 
+    # ---------------------------------------------------------------- checkpoints
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        """Nothing: SAELens calls this before it counts the step; `_update_pbar` saves after it."""
+
+    def _save_what_is_due(self) -> None:
+        if self.checkpoints is None:
+            return
+        left = len(self.checkpoint_thresholds)
+        super()._checkpoint_if_needed()
+        if len(self.checkpoint_thresholds) == left and self.checkpoints.due():
+            self.save_checkpoint(str(self.n_training_samples))
+
     @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
-        """Write a checkpoint in one piece and remove those before it."""
-        if self.cfg.checkpoint_path is None:
+        """Save a checkpoint in one piece, in place of the one before the last."""
+        if self.checkpoints is None:
             return
-        whole = Path(self.cfg.checkpoint_path, checkpoint_name)
-        with whole_folder(whole, replaces=True) as unfinished:
-            # SAELens writes below `checkpoint_path`.
-            name = unfinished.relative_to(self.cfg.checkpoint_path)
-            super().save_checkpoint(str(name), wandb_aliases)
-        remove_others(whole)
+        write, folder = super().save_checkpoint, self.checkpoints.folder
+        # SAELens writes below `checkpoint_path`, which is `folder`.
+        self.checkpoints.save(
+            checkpoint_name,
+            lambda unfinished: write(str(unfinished.relative_to(folder)), wandb_aliases),
+        )
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:
         super().load_checkpoint(path)
+        if self.checkpoints is not None:
+            self.checkpoints.last = Path(path)
         # Otherwise each threshold already behind would be saved again, one a step.
         self.checkpoint_thresholds = [
             threshold
@@ -151,6 +176,7 @@ class LayerwiseRunner(MultiSAETrainingRunner):
             hooks.
         pairs: both hooks, under the names of `cfg.saes`.
         metrics_path: see `LayerwiseTrainer`.
+        checkpoints: where they are saved; by default in `cfg.checkpoint_path`, if it is set.
         override_dataset, override_model: as in SAELens.
 
     Raises:
@@ -164,10 +190,14 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         override_dataset: Any = None,
         override_model: Any = None,
         metrics_path: Path | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         torch.manual_seed(cfg.seed)
         super().__init__(cfg, override_dataset, override_model)
         self.pairs, self.metrics_path = dict(pairs), metrics_path
+        if checkpoints is None and cfg.checkpoint_path is not None:
+            checkpoints = Checkpoints(cfg.checkpoint_path)
+        self.checkpoints = checkpoints
         widths = pair_widths(self.model, self.pairs.values())
         for name, pair in self.pairs.items():
             _refuse_widths(name, pair, cfg.saes[name], widths)
@@ -195,20 +225,25 @@ class LayerwiseRunner(MultiSAETrainingRunner):
             save_checkpoint_fn=self._save_runner_checkpoint_files,
         )
         trainer.metrics_path = self.metrics_path
+        trainer.checkpoints = self.checkpoints
         if self.cfg.resume_from_checkpoint is not None:
             trainer.load_checkpoint(self.cfg.resume_from_checkpoint)
             self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
+            if self.metrics_path is not None:
+                keep_before(self.metrics_path, trainer.n_training_steps + 1)
         with batches.stopped_by_signals():
             try:
                 saes = trainer.fit()
             except InterruptedException:
                 # Before the first step there is nothing that a fresh start would not give.
-                if trainer.n_training_steps > 0 and self.cfg.checkpoint_path is not None:
+                if trainer.n_training_steps > 0 and trainer.checkpoints is not None:
                     trainer.save_checkpoint(str(trainer.n_training_samples))
-                    logger.warning(f"interrupted; saved {self.cfg.checkpoint_path}")
+                    logger.warning(f"interrupted; the last checkpoint: {trainer.checkpoints.last}")
                 raise
         if self.cfg.output_path is not None:
-            self._save_final_outputs(saes, trainer)
+            last = None if self.checkpoints is None else self.checkpoints.last
+            with explained_at_the_end(self.cfg.output_path, last, "the same command"):
+                self._save_final_outputs(saes, trainer)
         return saes
 
 

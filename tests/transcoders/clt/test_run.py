@@ -96,7 +96,8 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(
         stop_at[:] = [step]
         with pytest.raises(InterruptedException):
             train_clt(paused, settings(), model=model, dataset=text())
-        assert [path.name for path in (paused / "checkpoints").iterdir()] == [str(step)]
+        saved = sorted((paused / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        assert [path.name for path in saved] == (["3", "4"] if step == 4 else ["6", "9"])
         assert not list(paused.glob("layer_*"))
     with pytest.raises(ValueError, match=r"unfinished run with lr=0\.003, and lr is 0\.1 now"):
         train_clt(paused, settings(lr=0.1), model=model, dataset=text())
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(Trainer, "_show", dies)
         train_clt(killed, chosen, model=model, dataset=text())
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["52"]
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["35", "52"]
     train_clt(killed, chosen, model=model, dataset=text())
     for name, value in weights(whole).items():
         assert torch.equal(weights(killed)[name], value), name

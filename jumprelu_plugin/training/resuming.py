@@ -1,0 +1,161 @@
+"""The checkpoint that a run resumes: `auto` takes the newest whole one of the same run.
+
+SAELens saves a run's checkpoints in checkpoint_path/ID, with a new ID at each start. The runs below
+checkpoint_path are told apart by the config that is saved with each checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sae_lens import logger
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+
+from jumprelu_plugin.training.checkpoints import MANIFEST_FILENAME, damage, newest_whole, numbered
+from jumprelu_plugin.training.health.schedule import repaired
+
+AUTO = "auto"
+# What may differ between two starts of one run: where and how it runs, and what it reports.
+_FREE = (
+    "resume_from_checkpoint",
+    "checkpoint_path",
+    "n_checkpoints",
+    "save_final_checkpoint",
+    "verbose",
+    "logger",
+    "device",
+    "llm_device",
+    "act_store_device",
+    "sae_lens_version",
+    "sae_lens_training_version",
+)
+
+
+def refuse_damaged(checkpoint: str | None) -> None:
+    """Raise ValueError for a checkpoint that is not as it was written; warn where nothing says how
+    it was."""
+    if checkpoint is None:
+        return
+    if not Path(checkpoint, MANIFEST_FILENAME).is_file():
+        logger.warning(
+            f"{checkpoint} has no {MANIFEST_FILENAME}, as SAELens' own runner writes none: whether "
+            "its files are as they were written is not checked"
+        )
+        return
+    why = damage(Path(checkpoint))
+    if why is None:
+        return
+    folder = Path(checkpoint)
+    before = [path for path in numbered(folder.parent) if path.name != folder.name]
+    whole = next((path for path in reversed(before) if damage(path) is None), None)
+    other = "There is no whole one beside it" if whole is None else f"Give {whole}, which is whole"
+    raise ValueError(
+        f"the checkpoint {checkpoint} is damaged ({why}). {other}; --resume_from_checkpoint auto "
+        "takes the newest whole one of a run"
+    )
+
+
+def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
+    """The config with the checkpoint that `auto` stands for, or None where the run starts fresh.
+
+    Any other checkpoint stays. A run that `auto` resumes saves its checkpoints beside the one that
+    it resumes from. What was chosen, and why, is logged in a line. The config that is handed in
+    stays as it is.
+
+    Args:
+        finetuned_from: the dictionary that the run finetunes.
+
+    Raises:
+        ValueError: there is no `checkpoint_path` to look below.
+    """
+    if cfg.resume_from_checkpoint != AUTO:
+        return cfg
+    if cfg.checkpoint_path is None:
+        raise ValueError(
+            "resume_from_checkpoint is 'auto', which looks below checkpoint_path, and "
+            "checkpoint_path is None: give one of the two a folder"
+        )
+    below = Path(cfg.checkpoint_path).parent
+    checkpoints = _newest_first(below)
+    wanted = [_identity(_plain(given.to_dict())) for given in (cfg, repaired(cfg)[0])]
+
+    def is_same(path: Path) -> bool:
+        recorded = _recorded(path)
+        if recorded is None:  # damaged, which is said where it would be the one to take
+            return True
+        if finetuned_from is not None and cfg.sae.target_l0 is None:
+            recorded["sae.target_l0"] = None  # the L0 that the dictionary was found to have
+        return recorded in wanted and _finetuned_from(path) == finetuned_from
+
+    found = newest_whole(path for path in checkpoints if is_same(path))
+    cfg = copy.copy(cfg)  # not dataclasses.replace, which would give the folder another ID
+    cfg.resume_from_checkpoint = None if found is None else str(found)
+    if found is not None:
+        cfg.checkpoint_path = str(found.parent)
+        logger.warning(f"resuming from {found}, of {cfg.training_tokens:,} tokens")
+    else:
+        logger.warning(f"starting fresh: {_why_fresh(below, checkpoints, wanted[0])}")
+    return cfg
+
+
+def _newest_first(below: Path) -> list[Path]:
+    found = [path for run in below.glob("*") if run.is_dir() for path in numbered(run)]
+    return sorted(found, key=lambda path: (int(path.name), path.stat().st_mtime), reverse=True)
+
+
+def _why_fresh(below: Path, checkpoints: Iterable[Path], wanted: dict[str, Any]) -> str:
+    for path in checkpoints:
+        recorded = _recorded(path)
+        if recorded is None:
+            continue
+        for name in sorted({*wanted, *recorded}):
+            if wanted.get(name) != recorded.get(name):
+                return (
+                    f"no checkpoint below {below} is of this run; {path}, the newest, has "
+                    f"{name}={recorded.get(name)!r}, and this run {wanted.get(name)!r}"
+                )
+    return f"there is no whole checkpoint of this run below {below}"
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any] | None:
+    """The config of a checkpoint's run; None if it cannot be read."""
+    saved = _read(checkpoint / RUNNER_CFG_FILENAME)
+    return None if saved is None else _identity(saved)
+
+
+def _finetuned_from(checkpoint: Path) -> str | None:
+    saved = _read(checkpoint / SAE_CFG_FILENAME) or {}
+    metadata = saved.get("metadata")
+    return metadata.get("finetuned_from") if isinstance(metadata, dict) else None
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run the same run, flat: SAELens' fields, and the SAE's as sae.NAME."""
+    sae = config.get("sae")
+    fields = {f"sae.{name}": value for name, value in sae.items()} if isinstance(sae, dict) else {}
+    fields |= {name: value for name, value in config.items() if name not in (*_FREE, "sae")}
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if name.removeprefix("sae.") not in (*_FREE, "metadata")
+    }
+    if isinstance(fields.get("output_path"), str):
+        fields["output_path"] = os.path.abspath(fields["output_path"])
+    return fields
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return saved if isinstance(saved, dict) else None
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields))
