@@ -40,6 +40,7 @@ DOCUMENTS = (
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
     RESULTS / f"{name}.jsonl" for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
 )
+DURABILITY = RESULTS / "durability.jsonl"
 GEMMA = RESULTS / "compare_gemma_3.jsonl"
 SPARSIFY = RESULTS / "transcoders_vs_sparsify.json"
 
@@ -212,6 +213,40 @@ def against_sparsify() -> str:
     )
 
 
+def durability() -> str:
+    """Trials of each kind, and how many ended as the uninterrupted run."""
+    records = read(DURABILITY)
+    rows = []
+    for (test, run), group in _by([r for r in records if "equal" in r], "test", "run").items():
+        kinds = _by(group, "process", "moment") if test == "kill" else {("", ""): group}
+        for (process, moment), trials in kinds.items():
+            label = {
+                "kill": f"killed {WHEN.get(moment, '')}{', new processes' * (process == 'fresh')}",
+                "damage": "newest checkpoint truncated or a bit of it flipped",
+                "disk": "disk full, read-only, emptied",
+            }[test]
+            found = [r for r in trials if r.get("found")] if test == "damage" else None
+            rows.append(
+                (
+                    f"`{run}`",
+                    label,
+                    str(len(trials)),
+                    str(sum(r["equal"] for r in trials)),
+                    "" if found is None else str(len(found)),
+                )
+            )
+    header = ("", "", "trials", "same weights", "damage found")
+    (cost,) = (r for r in records if r["test"] == "cost")
+    return (
+        f"{table(header, sorted(rows), names=2)}\n\n"
+        f"{commits(records).capitalize()}. A checkpoint of {cost['d_in']:,} × {cost['d_sae']:,} "
+        f"with its mixing buffer, {cost['bytes'] / 1e6:,.0f} MB, took {cost['seconds']:.2f} s "
+        f"to write (median of 5; at most {cost['slowest_seconds']:.2f} s), "
+        f"{cost['share_at_one_a_minute']:.1%} of the time at one a minute."
+    )
+
+
+WHEN = {"random": "at a random moment", "writing": "while writing a checkpoint"}
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "compared": compared,
@@ -220,6 +255,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "targets": targets,
     "l0_sweep": l0_sweep,
     "against_sparsify": against_sparsify,
+    "durability": durability,
 }
 
 

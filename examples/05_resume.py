@@ -62,7 +62,8 @@ print(f"resuming from {checkpoint}:")
 for file in sorted(checkpoint.iterdir()):
     print(f"  {file.stat().st_size:>10,} bytes  {file.name}")
 
-# On the command line: jumprelu train ... --resume_from_checkpoint CHECKPOINT
+# On the command line: jumprelu train ... --resume_from_checkpoint CHECKPOINT, or auto, which takes
+# the newest of the same run.
 resumed = run(config("resumed", resume_from_checkpoint=str(checkpoint)))
 for name, value in resumed.state_dict().items():
     assert torch.equal(value, whole.state_dict()[name]), name
