@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from tqdm import tqdm
 
 from benchmarks.durability_runs import (
     CHECKPOINTS,
@@ -319,6 +321,8 @@ def main(
         print(f"{time.monotonic() - began:6.1f} s  {list(case.values())}  {ended}", flush=True)
 
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes: one that is killed would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     model(), text()  # loaded before forking
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as temporary:
         place = Path(temporary)
