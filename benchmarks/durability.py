@@ -280,16 +280,18 @@ def cost() -> dict[str, Any]:
         trainer.save_checkpoint_fn = lambda checkpoint_path: _save_rows(rows, checkpoint_path)
         for _ in range(2):
             trainer.step(torch.randn(512, d_in))
-        seconds = []
+        seconds, processor = [], []
         for number in range(5):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             trainer.save_checkpoint(str(number))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - began[0])
+            processor.append(time.process_time() - began[1])
         size = sum(p.stat().st_size for p in Path(folder, "4").rglob("*") if p.is_file())
     median = statistics.median(seconds)
     return {
         "d_in": d_in, "d_sae": d_sae, "bytes": size, "seconds": median,
-        "slowest_seconds": max(seconds), "share_at_one_a_minute": median / 60,
+        "slowest_seconds": max(seconds), "processor_seconds": statistics.median(processor),
+        "load": os.getloadavg()[0], "share_at_one_a_minute": median / 60,
     }  # fmt: skip
 
 
