@@ -64,7 +64,14 @@ PRIVATE = (
         _SET_TRAINER,
         "_update_pbar",
         ("step_outputs", "pbar", "update_interval"),
-        "overridden in transcoders/per_layer/runner.py: the last call of a step",
+        "overridden in transcoders/per_layer/runner.py: the last call of a step, where it shows "
+        "and saves",
+    ),
+    Private(
+        _SET_TRAINER,
+        "_checkpoint_if_needed",
+        (),
+        "overridden in transcoders/per_layer/runner.py: put off until the step is counted",
     ),
     Private(
         _SET_TRAINER,
