@@ -41,7 +41,7 @@ COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
     RESULTS / f"{name}.jsonl" for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
 )
 DURABILITY = RESULTS / "durability.jsonl"
-GEMMA = RESULTS / "compare_gemma_3.jsonl"
+SITES, HOSTILE = RESULTS / "sites.jsonl", RESULTS / "hostile.jsonl"
 SPARSIFY = RESULTS / "transcoders_vs_sparsify.json"
 
 # The row of the README, its architecture in the quality benchmark, its trainer in the speed one.
@@ -51,7 +51,11 @@ README_ROWS = (
     ("SAELens `batchtopk`", architectures.BATCHTOPK, "SAELens batchtopk"),
     ("**jumprelu-plugin**", architectures.PLUGIN_RECIPE, trainers.DEFAULT_CONFIG),
 )
-TITLES = {"tiny-gemma-2": "embedded Gemma 2", "smollm2-135m": "SmolLM2-135M"}
+TITLES = {
+    "tiny-gemma-2": "embedded Gemma 2",
+    "smollm2-135m": "SmolLM2-135M",
+    "gemma-3-270m": "Gemma 3 270M",
+}
 LOOK = {  # color, marker
     architectures.PLUGIN_RECIPE: ("#d55e00", "o"),
     architectures.BATCHTOPK: ("#0072b2", "s"),
@@ -115,24 +119,53 @@ def compared() -> str:
     return f"{table(header, rows, names=2)}\n\n{_setting(records)}; {commits(records)}."
 
 
-def gemma() -> str:
-    """Every architecture at each site of Gemma 3, one run a line."""
-    records = read(GEMMA)
-    rows = [
-        (
-            f"`{r['site'].removeprefix('blocks.')}`",
-            r["architecture"],
-            f"{r['lr']:g}",
-            f"{r['l0']:.2f}",
-            f"{r['fvu']:.4f}",
-            f"{r['delta_lm_loss']:.3f}",
-            f"{r['dead_share']:.1%}",
-            f"{r['share_above_10_percent']:.2%}",
+def sites() -> str:
+    """Every architecture at each site of three models, lowest FVU first."""
+    records = read(SITES)
+    groups = _by(records, "model", "site", "architecture")
+    order = sorted(groups, key=lambda key: (key[0], key[1], mean(groups[key], "fvu")))
+    rows = []
+    for model, site, architecture in order:
+        group = groups[model, site, architecture]
+        rows.append(
+            (
+                f"{TITLES[model]} `{site.removeprefix('blocks.')}`",
+                architecture,
+                f"{group[0]['lr']:g}",
+                str(len(group)),
+                f"{mean(group, 'l0'):.2f}",
+                spread(group, "fvu", 4) if len(group) > 1 else f"{mean(group, 'fvu'):.4f}",
+                f"{mean(group, 'delta_lm_loss'):.3f}",
+                f"{mean(group, 'dead_share'):.1%}",
+                f"{mean(group, 'share_above_10_percent'):.2%}",
+            )
         )
-        for r in sorted(records, key=lambda r: (r["site"], r["fvu"]))
-    ]
-    header = ("site", "", "lr", "L0", "FVU", "delta LM loss", "dead", "dense")
+    header = ("site", "", "lr", "seeds", "L0", "FVU", "delta LM loss", "dead", "dense")
     return f"{table(header, rows, names=2)}\n\n{commits(records).capitalize()}."
+
+
+def hostile() -> str:
+    """The default config and `batchtopk` at its best learning rate on data made to be hard."""
+    rows, records = [], read(HOSTILE)
+    for (name,), group in _by(records, "set").items():
+        (ours,) = (r for r in group if r["architecture"] == architectures.PLUGIN)
+        others = [r for r in group if r["architecture"] == architectures.BATCHTOPK]
+        best = min(others, key=lambda r: r["fvu"])
+        rows.append(
+            (
+                name,
+                f"{ours['l0']:.2f}",
+                f"{ours['fvu']:.4f}",
+                f"{ours['dead_share']:.1%}",
+                ", ".join(ours["alarms"]) or "–",
+                f"{best['lr']:g}",
+                f"{best['l0']:.2f}",
+                f"{best['fvu']:.4f}",
+                f"{best['dead_share']:.1%}",
+            )
+        )
+    header = ("", "L0", "FVU", "dead", "alarms", "`batchtopk`: lr", "L0", "FVU", "dead")
+    return f"{table(header, rows)}\n\n{commits(records).capitalize()}."
 
 
 def known_features() -> str:
@@ -251,7 +284,8 @@ WHEN = {"random": "at a random moment", "writing": "while writing a checkpoint"}
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "compared": compared,
-    "gemma": gemma,
+    "sites": sites,
+    "hostile": hostile,
     "known_features": known_features,
     "targets": targets,
     "l0_sweep": l0_sweep,
