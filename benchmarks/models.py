@@ -74,6 +74,7 @@ class BenchmarkModel:
     def digest(self) -> str:
         return model_digest(self.model)
 
+    @functools.cache  # noqa: B019 - the models are there as long as the process; tokenizing takes minutes
     def tokens(self, split: Split, sequences: int) -> Int[Tensor, "sequences positions"]:
         text = tokenized_dataset(
             self.model.tokenizer,
