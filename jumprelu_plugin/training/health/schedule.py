@@ -123,7 +123,7 @@ def _lr_findings(cfg: Any) -> list[Finding]:
             "warning",
             "lr",
             f"lr is {cfg.lr:g}; with target_l0, training works in units of the data's own spread, "
-            f"where {usual:g} (0.1/√d_in) was best or near it on every model measured",
+            f"where {usual:g} was best or near it on every model measured",
             f"set lr={usual:g}, as the recipe default does"
             + (", or less in a run of many billions of tokens" if ratio < 1 else ""),
         )
