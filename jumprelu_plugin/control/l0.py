@@ -141,18 +141,18 @@ class L0Controller:
             others: Σ_i ∂/∂θ_i of the loss without its sparsity penalty.
             penalty: Σ_i ∂/∂θ_i of the penalty, before its coefficient.
         """
-        device, others, penalty = penalty.device, others.detach(), penalty.detach()
-        size, known = self.size.to(device), self.coefficient.to(device)
+        others, penalty = others.detach(), penalty.detach()
+        size, known = self.size.to(penalty), self.coefficient.to(penalty)
         # The first measurement counts in full, and so does the first after an empty window.
-        weight = torch.where(self.penalty.to(device) == 0, 1.0, self.smoothing)
+        weight = torch.where(self.penalty.to(penalty) == 0, 1.0, self.smoothing)
         measured = others.abs() / penalty.abs().clamp_min(torch.finfo(penalty.dtype).tiny)
         limit = torch.where(size == 0, measured, FURTHEST_MEASUREMENT * size)
         self.size = torch.lerp(size, torch.minimum(measured, limit), weight)
         expected, furthest = -known * penalty, limit * penalty.abs()
         near = expected + torch.maximum(torch.minimum(others - expected, furthest), -furthest)
         counted = torch.where((others - expected).abs() <= furthest, others, near)
-        self.others = torch.lerp(self.others.to(device), counted, weight)
-        self.penalty = torch.lerp(self.penalty.to(device), penalty, weight)
+        self.others = torch.lerp(self.others.to(penalty), counted, weight)
+        self.penalty = torch.lerp(self.penalty.to(penalty), penalty, weight)
         negative = (others <= 0).to(penalty)
         self.unmeasured = torch.lerp(self.unmeasured.to(penalty), negative, self.smoothing)
 

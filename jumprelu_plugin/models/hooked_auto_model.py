@@ -46,12 +46,22 @@ class HookedAutoModel(HookedProxyLM):
             n_ctx=getattr(sizes, "max_position_embeddings", None),
         )
 
-    def forward(self, tokens: Tensor, return_type: Any = "logits", **options: Any) -> Any:
+    def forward(
+        self,
+        tokens: Tensor,
+        return_type: Any = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        _names_filter: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As SAELens' class; `return_type=None` runs the model and returns None."""
         if return_type is None:
             self.model(tokens)
             return None
-        return super().forward(tokens, return_type=return_type, **options)
+        return super().forward(
+            tokens, return_type, loss_per_token, stop_at_layer, _names_filter, **kwargs
+        )
 
     @torch.no_grad()
     def generate(

@@ -16,10 +16,10 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         DEFAULT,
-        MATRYOSHKA,
         GEMMA_SCOPE,
         GEMMA_SCOPE_2,
         ANTHROPIC_2025,
+        MATRYOSHKA,
         TRANSCODER,
         GEMMA_SCOPE_TRANSCODER,
     )

@@ -41,7 +41,7 @@ class JumpReLUTrainingSAE(StoredParameters):
     """A JumpReLU SAE in training (arXiv 2407.14435).
 
     Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold
-    [d_sae] (float32 whatever the SAE's dtype, never negative).
+    [d_sae] (float32 at least, whatever the SAE's dtype; never negative).
 
     Attributes:
         resolved: what the config's optional fields resolve to; all that training reads of them.

@@ -11,6 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
@@ -114,11 +115,12 @@ class StoredParameters(StockTrainingSAE):
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # θ stays in float32 whatever the SAE's dtype, as SAELens keeps a plain one.
+        # θ stays in float32 at least, whatever the SAE's dtype, as SAELens keeps a plain one.
         out = super()._apply(*args, **kwargs)
         if parametrized(self, "threshold") is not None:
             threshold = stored(self, "threshold")
-            threshold.data = threshold.data.float()
+            exact = torch.promote_types(threshold.dtype, torch.float32)
+            threshold.data = threshold.data.to(exact)
         return out  # type: ignore[return-value]
 
     # ---------------------------------------------------------------- folding

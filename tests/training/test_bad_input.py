@@ -157,7 +157,7 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
     [
         (["steer", "{root}/sae", "--latent", "41", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
         (["steer", "{root}/sae", "--latent", "-1", "--prompt", "w7"], ["d_sae 41", "0 to 40"]),
-        (["evaluate", "{root}/model"], ["model holds no SAE", "cfg.json"]),
+        (["evaluate", "{root}/model"], ["model holds no dictionary", "cfg.json"]),
         (["evaluate", "{root}/sae", "--model_name", "{root}/no_tokenizer"], ["has no tokenizer"]),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_hub_name_says_what_to_do_about_the_license() -> None:
         ),
         ({"pre_act_loss_latents": "all"}, "pre_act_loss_latents is 'all'.*coefficient"),
         (
-            {"target_l0": None, "l0_coefficient": 0.3, "matryoshka_loss_weight": 0.5},
+            {"matryoshka_loss_weight": 0.5, "matryoshka_widths": [97]},
             "matryoshka_loss_weight is 0.5.*matryoshka_widths",
         ),
     ],
