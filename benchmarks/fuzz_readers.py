@@ -31,6 +31,7 @@ from jumprelu_plugin.saes.parameters import Parameters
 from jumprelu_plugin.training.activations.hook_pairs import HookPair
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.store import ResumableActivationsStore
+from jumprelu_plugin.training.checkpoints import Checkpoints, write_manifest
 from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
@@ -169,7 +170,14 @@ def sae_trainer(checkpoints: Path | None = None) -> JumpReLUTrainer:
     )
 
 
+def sign(folder: Path) -> None:
+    """A manifest of the damaged files, as whoever damages them on purpose would write it."""
+    if all(path.is_file() or path.is_dir() for path in folder.rglob("*")):
+        write_manifest(folder, replaceable=True)
+
+
 def read_checkpoint(folder: Path) -> None:
+    sign(folder)
     refuse_wrong_checkpoint(str(folder), training_config())
     trainer = sae_trainer()
     trainer.sae.load_weights_from_checkpoint(folder)
@@ -228,7 +236,7 @@ def clt_trainer(folder: Path) -> CLTTrainer:
         CLTTrainingConfig(target_l0=5.0),
         Schedule(steps=7, lr=1e-3, decay_steps=2),
         kept_store(True),
-        checkpoints=folder,
+        checkpoints=Checkpoints(folder),
         metrics_path=folder / "metrics.jsonl",
     )
 
@@ -246,10 +254,13 @@ def write_clt_checkpoint(folder: Path) -> None:
         scaler.observe(torch.randn(BATCH, 2 * D_IN, generator=random))
         scaler.finish()
     folder.rmdir()
-    trainer.save().rename(folder)
+    saved = trainer.save()
+    assert saved is not None
+    saved.rename(folder)
 
 
 def read_clt_checkpoint(folder: Path) -> None:
+    sign(folder)
     clt_trainer(folder.parent).load(folder)
 
 

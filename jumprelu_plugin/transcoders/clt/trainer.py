@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from jumprelu_plugin.control.saved_state import require_same_shapes
+from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
 from jumprelu_plugin.records import read_json, write_json
 from jumprelu_plugin.saes.parameters import PairScale
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors, read_torch
@@ -253,6 +253,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["fused"] = None  # for the seam to switch on, which then turns what it has to
         self.scheduler.load_state_dict(moving["scheduler"])
+        require_same_form(state["step"], self.step, "its step")
         self.step = state["step"]
         for scaler, factors in zip(self.scalers, state["scales"], strict=True):
             scaler.scaling_factor = PairScale.of(factors)
