@@ -52,7 +52,7 @@ def test_faults_are_told_from_refusals(tmp_path: Path) -> None:
     wrapped.__cause__ = MemoryError()
     assert "more than" in str(judge(wrapped, tmp_path))
     with pytest.raises((MemoryError, RuntimeError)), limited_memory(MEMORY):
-        torch.ones(2 * MEMORY // 4)
+        torch.ones(64 * MEMORY // 4)  # more than a heap may have kept of what ran before
 
 
 # ---------------------------------------------------------------- sizes that lie
