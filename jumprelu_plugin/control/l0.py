@@ -146,11 +146,13 @@ class L0Controller:
         # The first measurement counts in full, and so does the first after an empty window.
         weight = torch.where(self.penalty.to(penalty) == 0, 1.0, self.smoothing)
         measured = others.abs() / penalty.abs().clamp_min(torch.finfo(penalty.dtype).tiny)
-        limit = torch.where(size == 0, measured, FURTHEST_MEASUREMENT * size)
-        self.size = torch.lerp(size, torch.minimum(measured, limit), weight)
-        expected, furthest = -known * penalty, limit * penalty.abs()
-        near = expected + torch.maximum(torch.minimum(others - expected, furthest), -furthest)
-        counted = torch.where((others - expected).abs() <= furthest, others, near)
+        most = FURTHEST_MEASUREMENT * size
+        self.size = torch.lerp(
+            size, torch.where(size == 0, measured, measured.minimum(most)), weight
+        )
+        expected = -known * penalty
+        furthest = torch.where(size == 0, others.abs(), most * penalty.abs())
+        counted = others.clamp(expected - furthest, expected + furthest)
         self.others = torch.lerp(self.others.to(penalty), counted, weight)
         self.penalty = torch.lerp(self.penalty.to(penalty), penalty, weight)
         negative = (others <= 0).to(penalty)
@@ -164,6 +166,5 @@ class L0Controller:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
         for name in _MEANS:
-            setattr(self, name, torch.tensor(state.get(name, 0.0)))
-        self.lr = state.get("lr", 0.0)
-        self.peak_lr, self.steps = state.get("peak_lr", self.lr), state["steps"]
+            setattr(self, name, torch.tensor(state[name]))
+        self.lr, self.peak_lr, self.steps = state["lr"], state["peak_lr"], state["steps"]

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from jumprelu_plugin.records import is_number
 
-# Written only by later versions than those whose checkpoints still resume.
-_OPTIONAL = ("lr",)
-
 
 def require_same_form(found: Any, expected: Any, name: str = "its state") -> None:
     """Refuse numbers, objects and lists that do not stand where `expected` has them.
@@ -32,12 +29,11 @@ def require_same_form(found: Any, expected: Any, name: str = "its state") -> Non
     elif isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
             raise ValueError(f"{name} is {found!r}; expected an object")
-        missing = [key for key in expected if key not in found and key not in _OPTIONAL]
+        missing = [key for key in expected if key not in found]
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}")
         for key in expected:
-            if key in found:
-                require_same_form(found[key], expected[key], f"{name}'s {key}")
+            require_same_form(found[key], expected[key], f"{name}'s {key}")
     elif isinstance(expected, list):
         if not isinstance(found, list) or len(found) != len(expected):
             raise ValueError(f"{name} is not a list of {len(expected)}")

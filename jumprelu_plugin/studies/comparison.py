@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from jumprelu_plugin.models.extras import require_extra
-from jumprelu_plugin.studies.html_page import Table
+from jumprelu_plugin.studies.report import Table
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from jumprelu_plugin.records import write_text
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; every cell is text."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+from jumprelu_plugin.studies.report import Table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from jumprelu_plugin.studies.explain.figures import correlation_violins, density
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent
 from jumprelu_plugin.studies.explain.settings import SMOLLM2
 from jumprelu_plugin.studies.explain.statistics import SCORES, Mean
-from jumprelu_plugin.studies.html_page import Section, Table, write_page
+from jumprelu_plugin.studies.html_page import Section, write_page
+from jumprelu_plugin.studies.report import Table
 
 if TYPE_CHECKING:
     from jumprelu_plugin.studies.explain.study import ExplanationResult

@@ -9,7 +9,7 @@ from typing import Any
 
 from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.studies.comparison import Comparison, compare_groups, comparison_table
-from jumprelu_plugin.studies.html_page import Section, Table, write_page
+from jumprelu_plugin.studies.html_page import Section, write_page
 from jumprelu_plugin.studies.rating.agreement import (
     Agreement,
     LabelRatings,
@@ -21,6 +21,7 @@ from jumprelu_plugin.studies.rating.agreement import (
 from jumprelu_plugin.studies.rating.figures import rating_bars
 from jumprelu_plugin.studies.rating.questions import RATINGS_FOLDER, read_key, read_study
 from jumprelu_plugin.studies.rating.ratings import RATINGS, Answers, read_answers
+from jumprelu_plugin.studies.report import Table
 
 RECORD_FILENAME, PAGE_FILENAME = "ratings.json", "ratings.html"
 
