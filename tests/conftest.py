@@ -14,7 +14,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several workers (pytest -n): it leaves the other cores to the others, and so do the
+    # processes that its tests start.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

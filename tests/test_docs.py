@@ -131,7 +131,7 @@ def test_the_readme_shows_the_commands_and_how_to_test() -> None:
     assert {"demo", "train", "evaluate", "steer", "recipes"} <= {
         line[0] for line in commands(README)
     }
-    test = 'python -m pip install -c constraints.txt -e ".[dev]" && python -m pytest'
+    test = 'python -m pip install -c constraints.txt -e ".[dev]" && python -m pytest -n 2'
     assert test in README.read_text()
 
 
