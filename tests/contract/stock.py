@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def config(architecture: str, **fields: Any) -> TrainingSAEConfig:
     else:
         cls = get_sae_training_class(architecture)[1]
     given = {"d_in": D_MODEL, "d_sae": D_SAE, "decoder_init_norm": 0.3}
-    return cls(**{**given, **FIELDS[architecture], **fields})
+    # A copy: SAELens completes the Matryoshka widths in place.
+    return cls(**{**given, **copy.deepcopy(FIELDS[architecture]), **fields})
 
 
 def run_config(
