@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sae_lens.synthetic.synthetic_model import SyntheticModelConfig
 from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
 
 import jumprelu_plugin
-from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, registration
 from tests.tiny import D_MODEL, RESIDUAL, tiny_hf, tiny_hooked, tiny_tokenizer, tiny_tokens
 
 StockConfig = sae_lens.JumpReLUTrainingSAEConfig
@@ -305,3 +306,49 @@ def test_one_of_our_configs_survives_a_round_trip_with_every_field() -> None:
     again = TrainingSAEConfig.from_dict(ours.to_dict())
     assert again == ours and again.to_dict()["max_latent_density"] == 0.3
     assert again != dataclasses.replace(ours, max_latent_density=0.4)
+
+
+# ---------------------------------------------------------------- versions
+
+
+def registered_with(monkeypatch: pytest.MonkeyPatch, **found: str) -> list[str]:
+    """The warnings of three registrations beside these versions."""
+    given = {name.replace("_", "-"): version for name, version in found.items()}
+    monkeypatch.setattr(registration, "version", given.__getitem__)
+    registration._warn_of_untested_versions.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            jumprelu_plugin.register()
+    registration._warn_of_untested_versions.cache_clear()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("found", ["6.53.1", "6.54.13", "6.100.0", "7.0.0rc1"])
+def test_an_untested_saelens_is_named_once(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    said = registered_with(monkeypatch, sae_lens=found, transformer_lens="3.9.0")
+    assert len(said) == 1
+    assert f"sae-lens {found} is installed" in said[0] and "6.54.0 to 6.54.12" in said[0]
+    assert "pip install sae-lens==6.54.12" in said[0] and "\n" not in said[0]
+
+
+def test_an_untested_transformer_lens_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    (said,) = registered_with(monkeypatch, sae_lens="6.54.7", transformer_lens="3.10.0")
+    assert "transformer-lens 3.10.0 is installed" in said and "tested with 3.9.0." in said
+
+
+def test_tested_versions_are_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in ("6.54.0", "6.54.9", "6.54.12"):
+        assert registered_with(monkeypatch, sae_lens=found, transformer_lens="3.9.0") == []
+
+
+def test_the_tested_versions_are_those_that_are_installed_for_tests() -> None:
+    root = Path(__file__).parents[1]
+    oldest = dict(line.split("==") for line in (root / "tools/oldest.txt").read_text().split())
+    newest = dict(
+        line.split("==") for line in (root / "constraints.txt").read_text().split() if "==" in line
+    )
+    bounds = (root / "pyproject.toml").read_text()
+    for name, versions in registration.TESTED_VERSIONS.items():
+        assert versions == (oldest[name], newest[name])
+        assert f'"{name}>={oldest[name].removesuffix(".0")},<' in bounds
