@@ -6,8 +6,9 @@
 
 All three paths give the same numbers, so trying one costs only its time. The dense step takes the
 same time at any density; the others take less time the fewer pairs are active. With `auto`, a few
-steps of each path are timed, the fastest path is kept, and the paths are timed again when the
-density has halved or doubled.
+steps of each path are timed, the path of the fastest step is kept, and the paths are timed again
+when the density has halved or doubled. Each path is judged by its fastest step, not its median:
+on a busy machine a step can take many times what it needs, and never takes less.
 
 A dense step also needs several times the memory and is by far the slowest when few pairs are
 active. It is therefore tried only where it could win: where every step of the others took longer
@@ -18,7 +19,6 @@ than the matrix products in a dense step would, whose time is measured on this d
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from typing import Literal
 
@@ -115,8 +115,7 @@ class PathChoice:
             return False
         if path != "dense" or self._needs_timing("sparse") or self._needs_timing("screened"):
             return True
-        # The minimum over all steps, so that a busy machine is no reason to try the dense path.
-        fastest = min(s for p in ("sparse", "screened") for s in self._seconds[p][WARM_UP_STEPS:])
+        fastest = min(self._fastest("sparse"), self._fastest("screened"))
         return fastest > self._dense_lower_bound()
 
     def _dense_lower_bound(self) -> float:
@@ -124,8 +123,8 @@ class PathChoice:
         one = None if self._sizes is None else product.seconds(*self._sizes)
         return 0.0 if one is None else DENSE_PRODUCTS * one
 
-    def _median(self, path: StepPath) -> float:
-        return statistics.median(self._seconds[path][WARM_UP_STEPS:])
+    def _fastest(self, path: StepPath) -> float:
+        return min(self._seconds[path][WARM_UP_STEPS:])
 
     def _density_changed(self, density: float) -> bool:
         if self._decided_density is None:
@@ -133,13 +132,13 @@ class PathChoice:
         return not 1 / RETRY_FACTOR < density / self._decided_density < RETRY_FACTOR
 
     def _decide(self, density: float) -> None:
-        medians: dict[StepPath, float] = {
-            path: self._median(path) for path in _ALL if self._seconds[path]
+        fastest: dict[StepPath, float] = {
+            path: self._fastest(path) for path in _ALL if self._seconds[path]
         }
-        self.current = min(medians, key=lambda path: medians[path])
+        self.current = min(fastest, key=lambda path: fastest[path])
         self._decided_density = max(density, 1e-12)
-        times = [f"{path} {1e3 * seconds:.1f} ms" for path, seconds in medians.items()]
-        if "dense" not in medians:
+        times = [f"{path} {1e3 * seconds:.1f} ms" for path, seconds in fastest.items()]
+        if "dense" not in fastest:
             bound = 1e3 * self._dense_lower_bound()
             times.append(f"dense not tried: its products alone take {bound:.1f} ms")
         library = None if self._sizes is None else product.backend(self._sizes[1])

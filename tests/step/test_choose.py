@@ -54,6 +54,21 @@ def test_the_first_step_of_a_path_is_not_counted(clock: Clock) -> None:
     assert choice.current == "sparse"
 
 
+def test_steps_that_lost_their_core_do_not_decide(clock: Clock) -> None:
+    """Two of three timed steps of the best path, and one of the others, met a busy machine."""
+    choice = PathChoice("auto")
+    needs = {"sparse": 0.7, "screened": 1.1, "dense": 2.3}
+    disturbed = {"sparse": (1, 3), "screened": (2,), "dense": (2,)}
+    taken = dict.fromkeys(needs, 0)
+    for _ in range(12):
+        path = choice.start(torch.device("cpu"))
+        clock.now += needs[path] * (16 if taken[path] in disturbed[path] else 1)
+        taken[path] += 1
+        choice.finish(0.03)
+    assert taken == {"sparse": 4, "screened": 4, "dense": 4}
+    assert choice.current == "sparse"
+
+
 def test_paths_are_timed_again_when_density_has_halved_and_not_before(clock: Clock) -> None:
     choice = PathChoice("auto")
     run_steps(choice, clock, 12, 0.2, {"sparse": 3.1, "screened": 3.3, "dense": 2.3})
