@@ -37,7 +37,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 }
 # The oldest version that tools/oldest_env.sh tests, and the newest, of constraints.txt.
 TESTED_VERSIONS = {
-    "sae-lens": ("6.54.0", "6.54.12"),
+    "sae-lens": ("6.54.2", "6.54.12"),
     "transformer-lens": ("3.9.0", "3.9.0"),
 }
 # The entries that `register` replaced; None where there was none. Empty while not registered.

@@ -324,11 +324,11 @@ def registered_with(monkeypatch: pytest.MonkeyPatch, **found: str) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("found", ["6.53.1", "6.54.13", "6.100.0", "7.0.0rc1"])
+@pytest.mark.parametrize("found", ["6.54.1", "6.54.13", "6.100.0", "7.0.0rc1"])
 def test_an_untested_saelens_is_named_once(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     said = registered_with(monkeypatch, sae_lens=found, transformer_lens="3.9.0")
     assert len(said) == 1
-    assert f"sae-lens {found} is installed" in said[0] and "6.54.0 to 6.54.12" in said[0]
+    assert f"sae-lens {found} is installed" in said[0] and "6.54.2 to 6.54.12" in said[0]
     assert "pip install sae-lens==6.54.12" in said[0] and "\n" not in said[0]
 
 
@@ -338,7 +338,7 @@ def test_an_untested_transformer_lens_is_named_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_tested_versions_are_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in ("6.54.0", "6.54.9", "6.54.12"):
+    for found in ("6.54.2", "6.54.9", "6.54.12"):
         assert registered_with(monkeypatch, sae_lens=found, transformer_lens="3.9.0") == []
 
 
