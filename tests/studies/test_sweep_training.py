@@ -116,8 +116,11 @@ def test_uniformity_is_one_for_equal_effects_and_one_over_l0_for_a_single_one() 
 
 
 @pytest.mark.parametrize("hook", [RESIDUAL, HEADS])
-def test_uniformity_is_of_the_losss_derivative_by_each_latent(model: Any, hook: str) -> None:
-    """Against derivatives by the latents themselves, one sequence at a time."""
+def test_uniformity_is_of_the_correct_logits_derivative_by_each_latent(
+    model: Any, hook: str
+) -> None:
+    """Against derivatives by the latents themselves where the SAE's error is kept, which leaves the
+    model's own activation in place, one sequence at a time."""
     sae, tokens = tiny_sae(hook), tiny_tokens()
     found = uniformity_of_importance(
         model, sae, tokens, hook=hook, special_token_ids=SPECIAL, batch_size=2
@@ -130,13 +133,14 @@ def test_uniformity_is_of_the_losss_derivative_by_each_latent(model: Any, hook: 
         def splice(activation: torch.Tensor, kept: dict[str, torch.Tensor] = kept) -> torch.Tensor:
             flat = flat_heads(activation)
             kept["f"] = sae.encode(flat[:, 1:]).detach().requires_grad_()
-            changed = torch.cat([flat[:, :1], sae.decode(kept["f"])], 1)
+            error = flat[:, 1:] - sae.decode(kept["f"]).detach()
+            changed = torch.cat([flat[:, :1], sae.decode(kept["f"]) + error], 1)
             return changed.reshape(activation.shape)
 
         with attached(model, hook, splice):
             logits = model(text[None], return_type="logits")
-        loss = torch.nn.functional.cross_entropy(logits[0, 1:-1], text[2:], reduction="sum")
-        loss.backward()
+        centered = logits[0] - logits[0].mean(-1, keepdim=True)
+        torch.stack([centered[i, text[i + 1]] for i in range(1, len(text) - 1)]).sum().backward()
         assert kept["f"].grad is not None
         effects = (kept["f"] * kept["f"].grad)[0].detach().double().abs()
         for row in effects[effects.sum(1) > 0]:

@@ -51,15 +51,22 @@ def uniformity_of_importance(
     special_token_ids: Sequence[int],
     batch_size: int = 8,
 ) -> float | None:
-    """How evenly a token's active latents matter: the mean of exp(entropy)/L0 over tokens.
+    """How evenly a token's active latents matter: the mean over tokens of exp(S(p))/L0.
 
-    After Gemma Scope (arXiv 2408.05147, "uniformity of active latent importance"). A latent's
-    importance at a token is |f_i · d_i·g|, its activation times the derivative of the model's loss
-    along its decoder row, where g is the gradient of the summed next-token cross-entropy at the
-    hook, with the reconstruction spliced in. Importances are divided by their sum over the token's
-    L0 active latents; exp of the entropy of that distribution is the number of latents that would
-    matter as much if all mattered equally. 1 where all do, 1/L0 where one alone does. Tokens
-    without an active latent, or where none matters, are left out.
+    Gemma Scope's "uniformity of active latent importance" (arXiv 2408.05147, C.3, eq. 12 to 14).
+    A latent's importance at a token is |y_i|, where
+
+        y = f(x) ⊙ W_decᵀ ∇ₓL,
+
+    ∇ₓL is taken at the model's own activation x, and L is the logit of the correct next token less
+    the mean of all logits. p is |y| divided by its sum, S its entropy, and L0 the number of y_i
+    that are not 0. exp(S) is the number of latents that would matter as much if all mattered
+    equally: the result is 1 where all do and 1/L0 where one alone does. Tokens without an active
+    latent, or where none matters, are left out.
+
+    The paper does not say which tokens' logits one L holds. Here it is the sum over the sequence's
+    counted predictions, so that one backward pass serves all tokens, and a latent's effect on later
+    tokens counts too.
 
     Returns:
         The mean, or None where no token counts.
@@ -83,23 +90,22 @@ def uniformity_of_importance(
 def _uniformity(model: Any, sae: Any, batch: ScoredText, hook: str) -> Float[Tensor, " tokens"]:
     kept: dict[str, Tensor] = {}
 
-    def splice(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            acts = sae.encode(x)
-            acts = acts.to_dense() if acts.layout != torch.strided else acts
-            made = sae.decode(acts)
-        kept["acts"], kept["made"] = acts, made.requires_grad_()
-        return kept["made"]
+    def keep(x: Tensor) -> Tensor:
+        kept["x"] = x.detach().requires_grad_()
+        return kept["x"]
 
-    with torch.enable_grad(), attached(model, hook, replacement(batch.evaluated, splice)):
+    with torch.enable_grad(), attached(model, hook, replacement(batch.evaluated, keep)):
         logits = model(batch.tokens, return_type="logits")
-        losses = [
-            torch.nn.functional.cross_entropy(row[:-1][counted], ids[1:][counted], reduction="sum")
+        correct = [
+            row[:-1][counted].gather(1, ids[1:][counted][:, None]).sum()
+            - row[:-1][counted].mean(1).sum()
             for row, ids, counted in zip(logits, batch.tokens, batch.counted, strict=True)
-            if counted.any()
         ]
-        (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), kept["made"])
-    return exp_entropy_per_latent(kept["acts"] * (gradient @ sae.W_dec.detach().T))
+        (gradient,) = torch.autograd.grad(torch.stack(correct).sum(), kept["x"])
+    with torch.no_grad():
+        acts = sae.encode(kept["x"])
+        acts = acts.to_dense() if acts.layout != torch.strided else acts
+    return exp_entropy_per_latent(acts * (gradient @ sae.W_dec.detach().T))
 
 
 def exp_entropy_per_latent(
