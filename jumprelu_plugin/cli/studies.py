@@ -111,6 +111,10 @@ def sweep(
     activations: Annotated[
         str | None, typer.Option("--activations", help="activation cache to read.")
     ] = None,
+    train_together: Annotated[
+        int | None,
+        typer.Option("--train_together", help="SAEs of one hook trained at one time. Default: 8."),
+    ] = None,
 ) -> None:
     """Train a grid of SAEs on shared activations, with one record for each.
 
@@ -140,6 +144,7 @@ def sweep(
         "cache_dtype": cache_dtype,
         "held_out": held_out,
         "activations": activations,
+        "train_together": train_together,
     }
     settings = read_grid(grid, {name: value for name, value in given.items() if value is not None})
     console.print(f"records: {run_sweep(output_path, settings, console=console)}", highlight=False)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
-from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES
+from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES, PLUGIN
 from jumprelu_plugin.training.activations.cache.coding import DTYPES
 
 # TransformerLens' names of the paper's three sites; on Gemma 2, hook_mlp_out is after the norm.
@@ -25,6 +25,15 @@ SITES = {
 DEFAULT_LR = 3e-3
 # One field or another says where the SAEs sit.
 _VARIED = ("architectures", "l0", "seeds", "sites", "layers", "hook_names")
+_AT_LEAST_ONE = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "context_size",
+    "held_out",
+    "train_together",
+)
+# These may change between two calls for one folder.
+_OF_A_CALL = ("lr", "activations", "device", "cache_dtype", "train_together")
 
 
 @dataclass(frozen=True)
@@ -36,19 +45,21 @@ class Cell:
         architecture: a name of `ARCHITECTURES`.
         target_l0: the L0 it is trained to.
         seed: of initialization and data order.
-        lr: learning rate.
+        lr: learning rate; None: by the width of the activations
+            (`control.standardization.learning_rate`).
     """
 
     hook: str
     architecture: str
     target_l0: float
     seed: int
-    lr: float
+    lr: float | None
 
     @property
     def name(self) -> str:
         """Its folder in the sweep's."""
-        varied = f"l0_{self.target_l0:g}_seed_{self.seed}_lr_{self.lr:g}"
+        lr = "by_width" if self.lr is None else f"{self.lr:g}"
+        varied = f"l0_{self.target_l0:g}_seed_{self.seed}_lr_{lr}"
         return f"{self.hook}/{self.architecture}/{varied}"
 
 
@@ -68,13 +79,16 @@ class SweepSettings:
         training_tokens: tokens that each SAE is trained on; a text with fewer is read repeatedly.
         train_batch_size_tokens: tokens in a step.
         lr: learning rate of all architectures, or a mapping of names to rates, in which "default"
-            is that of the others.
+            is that of the others. Where neither is given, `jumprelu-plugin` takes the rate that
+            belongs to the width of the activations (`control.standardization`), and the others
+            3e-3.
         model_name, model_class_name, dataset_path, device, dtype: as in `CacheSettings`.
         cached_tokens: tokens of text whose activations are written. Default: training_tokens.
         context_size: tokens in a sequence.
         cache_dtype: of the stored activations: float32, bfloat16 or int8.
         held_out: held-out sequences that every SAE is evaluated on.
         activations: folder of an activation cache to read instead of writing one.
+        train_together: SAEs of this package at one hook that are trained at one time, at most.
     """
 
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
@@ -86,7 +100,7 @@ class SweepSettings:
     d_sae: int = 2048
     training_tokens: int = 1_000_000
     train_batch_size_tokens: int = 1024
-    lr: float | Mapping[str, float] = DEFAULT_LR
+    lr: float | Mapping[str, float] | None = None
     model_name: str = EMBEDDED_MODEL
     model_class_name: str = "HookedSAETransformer"
     dataset_path: str = ""
@@ -97,6 +111,7 @@ class SweepSettings:
     cache_dtype: str = "float32"
     held_out: int = 128
     activations: str | None = None
+    train_together: int = 8
 
     def __post_init__(self) -> None:
         for name in _VARIED:
@@ -116,12 +131,13 @@ class SweepSettings:
         for value in self.l0:
             if isinstance(value, bool) or not 0 < value < self.d_sae:
                 raise ValueError(f"l0 has {value!r}; expected more than 0 and less than d_sae")
-        for name in ("training_tokens", "train_batch_size_tokens", "context_size", "held_out"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if isinstance(self.lr, Mapping):
             _require_known("architecture in lr", self.lr, {**ARCHITECTURES, "default": None})
-        if not all(self.lr_of(name) > 0 for name in self.architectures):
+        rates = [self.lr_of(name) for name in self.architectures]
+        if not all(rate is None or rate > 0 for rate in rates):
             raise ValueError(f"lr is {self.lr}; expected more than 0")
 
     @property
@@ -138,12 +154,14 @@ class SweepSettings:
         """Training steps of each SAE."""
         return max(1, self.training_tokens // self.train_batch_size_tokens)
 
-    def lr_of(self, architecture: str) -> float:
-        """The learning rate of an architecture."""
-        if isinstance(self.lr, Mapping):
-            default = self.lr.get("default", DEFAULT_LR)
-            return float(self.lr.get(architecture, default))
-        return float(self.lr)
+    def lr_of(self, architecture: str) -> float | None:
+        """The learning rate of an architecture; None: by the width of the activations."""
+        given = self.lr
+        if isinstance(given, Mapping):
+            given = given.get(architecture, given.get("default"))
+        if given is not None:
+            return float(given)
+        return None if architecture == PLUGIN else DEFAULT_LR
 
     def cells(self) -> list[Cell]:
         """All SAEs of the sweep, seed by seed, so that a whole grid is there early."""
@@ -158,9 +176,7 @@ class SweepSettings:
         """The fields that are the same for all SAEs of a sweep's folder."""
         values = dataclasses.asdict(self)
         return {
-            name: value
-            for name, value in values.items()
-            if name not in (*_VARIED, "lr", "activations", "device", "cache_dtype")
+            name: value for name, value in values.items() if name not in (*_VARIED, *_OF_A_CALL)
         }
 
 

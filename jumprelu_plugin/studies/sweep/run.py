@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,10 @@ from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import load_model, model_digest
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.records import digest, provenance, whole_folder, write_json
-from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES, centers_itself
+from jumprelu_plugin.studies.sweep.cells import TrainedCell, learning_rate_of, train_cells
 from jumprelu_plugin.studies.sweep.grid import Cell, SweepSettings
+from jumprelu_plugin.studies.sweep.groups import group_cells, largest_group
 from jumprelu_plugin.studies.sweep.measures import (
-    PeakMemory,
     density_histogram,
     threshold_histogram,
     uniformity_of_importance,
@@ -54,13 +54,7 @@ from jumprelu_plugin.studies.sweep.record_file import (
     append_record,
     without_broken_line,
 )
-from jumprelu_plugin.studies.sweep.training import (
-    TrainingRun,
-    as_saved,
-    less,
-    train,
-    trainer_config,
-)
+from jumprelu_plugin.studies.sweep.training import as_saved
 from jumprelu_plugin.training.activations.cache.reader import ActivationCache
 from jumprelu_plugin.training.activations.cache.store import require_same_model
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
@@ -125,11 +119,11 @@ def run_sweep(
         with _progress(console) as progress:
             bar = progress.add_task("SAEs", total=len(settings.cells()))
             progress.advance(bar, len(settings.cells()) - len(todo))
-            for cell in todo:
-                record = _run_cell(output_path, cell, settings, material, progress)
-                append_record(records, record)
-                progress.advance(bar)
-                progress.console.print(_line(cell, record), highlight=False)
+            for group in group_cells(todo, settings):
+                for cell, record in _run_group(output_path, group, settings, material, progress):
+                    append_record(records, record)
+                    progress.advance(bar)
+                    progress.console.print(_line(cell, record), highlight=False)
     except KeyboardInterrupt:
         raise InterruptedException(
             "interrupted; the same command goes on with the SAEs that have no record"
@@ -179,7 +173,8 @@ def _cells_without_record(folder: Path, settings: SweepSettings, console: Consol
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    return tuple(record.get(n) for n in ("site", "architecture", "target_l0", "seed", "lr"))
+    varied = tuple(record.get(n) for n in ("site", "architecture", "target_l0", "seed"))
+    return *varied, None if record.get("lr_by_width") else record.get("lr")
 
 
 def _key_of(cell: Cell) -> tuple[Any, ...]:
@@ -244,29 +239,53 @@ def _progress(console: Console) -> Iterator[Progress]:
 # ---------------------------------------------------------------- one cell
 
 
-def _run_cell(
-    folder: Path, cell: Cell, settings: SweepSettings, material: _Material, progress: Progress
+def _run_group(
+    folder: Path,
+    cells: Sequence[Cell],
+    settings: SweepSettings,
+    material: _Material,
+    progress: Progress,
+) -> Iterator[tuple[Cell, Record]]:
+    """Train cells of one hook together, as many as there is memory for, and measure each."""
+    left = list(cells)
+    while left:
+        count = 1
+        if len(left) > 1:
+            l0 = max(cell.target_l0 for cell in left)
+            d_in = material.cache.width(left[0].hook)
+            count = largest_group(settings, d_in, l0, torch.get_num_threads())
+        now, left = left[:count], left[count:]
+        with _bars(progress, now, settings.steps) as advance:
+            trained = train_cells(now, settings, material.cache, advance)
+        for cell in now:
+            yield cell, _finish(folder, cell, trained.pop(0), settings, material)
+
+
+def _finish(
+    folder: Path, cell: Cell, trained: TrainedCell, settings: SweepSettings, material: _Material
 ) -> Record:
-    """Train, save and measure one SAE; its folder appears with its record in it."""
-    with _steps(progress, cell, settings.steps) as step:
-        sae, center, run, memory = _train(cell, settings, material.cache, step)
+    """Save and measure one SAE; its folder appears with its record in it."""
+    run = trained.run
     with whole_folder(folder / "saes" / cell.name, replaces=True) as unfinished:
-        _describe(sae, cell, settings, material.cache)
-        saved = as_saved(sae, center, unfinished).to(settings.device)
+        _describe(trained.sae, cell, settings, material.cache)
+        saved = as_saved(trained.sae, trained.center, unfinished).to(settings.device)
         record = {
             "model": settings.model_name,
             "site": cell.hook,
             "architecture": cell.architecture,
             "target_l0": cell.target_l0,
             "seed": cell.seed,
+            "d_in": trained.sae.cfg.d_in,
             "d_sae": settings.d_sae,
             "steps": settings.steps,
             "batch": settings.train_batch_size_tokens,
-            "lr": cell.lr,
+            "lr": learning_rate_of(cell, trained.sae.cfg.d_in),
+            "lr_by_width": cell.lr is None,
             "cache_dtype": material.cache.manifest.dtype,
             "seconds": run.seconds,
             "cpu_seconds": run.cpu_seconds,
-            "peak_memory_bytes": memory,
+            "peak_memory_bytes": trained.memory,
+            "trained_together": run.trained_together,
             **_measure(saved, cell, material),
             "dynamics": run.dynamics,
             "folder": f"saes/{cell.name}",
@@ -277,33 +296,14 @@ def _run_cell(
 
 
 @contextmanager
-def _steps(progress: Progress, cell: Cell, total: int) -> Iterator[Callable[[], None]]:
-    task: TaskID = progress.add_task(cell.name, total=total)
+def _bars(progress: Progress, cells: Sequence[Cell], total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for each cell; what is given moves that of the cell at a place one step on."""
+    tasks: list[TaskID] = [progress.add_task(cell.name, total=total) for cell in cells]
     try:
-        yield lambda: progress.advance(task)
+        yield lambda place: progress.advance(tasks[place])
     finally:
-        progress.remove_task(task)
-
-
-def _train(
-    cell: Cell, settings: SweepSettings, cache: ActivationCache, on_step: Callable[[], None]
-) -> tuple[Any, Tensor | None, TrainingRun, int | None]:
-    """The trained SAE, what was subtracted from its data, and what the training took."""
-    batch = settings.train_batch_size_tokens
-    torch.manual_seed(cell.seed)
-    memory = PeakMemory(settings.device)
-    with memory.measured():
-        sae = ARCHITECTURES[cell.architecture](
-            cache.width(cell.hook), settings.d_sae, cell.target_l0
-        )
-        center = None if centers_itself(sae) else cache.mean(cell.hook)
-        stream = cache.batches(cell.hook, batch, cell.seed)
-        try:
-            cfg = trainer_config(settings.steps, batch, cell.lr, settings.device)
-            run = train(sae, less(stream, center), cfg, on_step=on_step)
-        finally:
-            stream.close()
-    return sae.to("cpu"), center, run, memory.bytes
+        for task in tasks:
+            progress.remove_task(task)
 
 
 def _describe(sae: Any, cell: Cell, settings: SweepSettings, cache: ActivationCache) -> None:

@@ -28,7 +28,7 @@ from jumprelu_plugin.evaluation.metrics import batch_fvu
 from jumprelu_plugin.step.activity import mean_l0
 
 THRESHOLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_SAMPLES = 60
+SAMPLES = 60
 
 
 @dataclass
@@ -36,8 +36,9 @@ class TrainingRun:
     """What a training took, and samples of how it went.
 
     Attributes:
-        seconds: wall-clock time of the training.
-        cpu_seconds: CPU time of this process in it.
+        seconds: wall-clock time of the training; of SAEs trained together, each one's share.
+        cpu_seconds: CPU time of this process in it, shared likewise.
+        trained_together: how many SAEs were trained at that time, this one included.
         dynamics: one entry a sampled step: step, l0, fvu and dead_share of its batch, the sparsity
             coefficient, and the thresholds' quantiles `THRESHOLD_QUANTILES` (None where an
             architecture has none).
@@ -45,6 +46,7 @@ class TrainingRun:
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    trained_together: int = 1
     dynamics: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -85,13 +87,73 @@ def trainer_config(steps: int, batch: int, lr: float, device: str = "cpu") -> SA
     )
 
 
+class SAETraining:
+    """One SAE in SAELens' trainer, taken a step at a time.
+
+    Args:
+        sae: trained in place.
+        cfg: of the trainer.
+        source: endless batches, from which the input scale is estimated where the SAE needs one.
+        samples: about how many steps are sampled.
+
+    Attributes:
+        steps: steps taken.
+        run: samples of them.
+    """
+
+    def __init__(
+        self,
+        sae: Any,
+        cfg: SAETrainerConfig,
+        source: Iterator[Float[Tensor, "batch d"]],
+        samples: int = SAMPLES,
+    ):
+        self._trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=source)
+        self.run = TrainingRun()
+        self._every = max(1, cfg.total_training_steps // samples)
+        sae.to(cfg.device)
+        if sae.cfg.normalize_activations == "expected_average_only_in":
+            with redirect_stderr(io.StringIO()):  # a progress bar
+                self._trainer.activation_scaler.estimate_scaling_factor(
+                    sae.cfg.d_in, source, cfg.n_batches_for_norm_estimate
+                )
+
+    @property
+    def steps(self) -> int:
+        return self._trainer.n_training_steps
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        cfg = self._trainer.cfg
+        return -(-cfg.total_training_samples // cfg.train_batch_size_samples)
+
+    def step(self, batch: Float[Tensor, "batch d"]) -> None:
+        """Take the next step; `batch` is left as it is."""
+        trainer = self._trainer
+        trainer.maybe_reset_sparsity()
+        output = trainer.step(batch)
+        trainer.n_training_steps += 1
+        if self.steps == 1 or self.steps % self._every == 0:
+            self.run.dynamics.append(_sample(trainer, output))
+
+    def finish(self) -> None:
+        """Fold the input scale, and write what SAELens records at the end."""
+        trainer = self._trainer
+        if trainer.activation_scaler.scaling_factor is not None:
+            trainer.sae.fold_activation_norm_scaling_factor(
+                trainer.activation_scaler.scaling_factor
+            )
+        trainer.set_final_sae_metadata()
+
+
 def train(
     sae: Any,
     source: Iterator[Float[Tensor, "batch d"]],
     cfg: SAETrainerConfig,
     *,
     on_step: Callable[[], None] | None = None,
-    samples: int = _SAMPLES,
+    samples: int = SAMPLES,
 ) -> TrainingRun:
     """Train in place with SAELens' trainer.
 
@@ -100,28 +162,14 @@ def train(
         on_step: called after every step.
         samples: about how many steps are sampled.
     """
-    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=source)
-    run = TrainingRun()
-    every = max(1, cfg.total_training_steps // samples)
     wall, cpu = time.perf_counter(), time.process_time()
-    sae.to(cfg.device)
-    if sae.cfg.normalize_activations == "expected_average_only_in":
-        with redirect_stderr(io.StringIO()):  # a progress bar
-            trainer.activation_scaler.estimate_scaling_factor(
-                sae.cfg.d_in, source, cfg.n_batches_for_norm_estimate
-            )
-    while trainer.n_training_samples < cfg.total_training_samples:
-        trainer.maybe_reset_sparsity()
-        output = trainer.step(next(source))
-        trainer.n_training_steps += 1
-        step = trainer.n_training_steps
-        if step == 1 or step % every == 0:
-            run.dynamics.append(_sample(trainer, output))
+    training = SAETraining(sae, cfg, source, samples)
+    while training.steps < training.total:
+        training.step(next(source))
         if on_step is not None:
             on_step()
-    if trainer.activation_scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
-    trainer.set_final_sae_metadata()
+    training.finish()
+    run = training.run
     run.seconds, run.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     return run
 
