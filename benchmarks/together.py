@@ -59,10 +59,22 @@ def training(place: int, data: Tensor, d_sae: int, batch: int) -> SAETraining:
     return SAETraining(sae, trainer, batches(data, batch, seed=0))
 
 
+def machine_seconds() -> float | None:
+    """CPU seconds of all processes since the start of the machine (proc(5)); None if not Linux."""
+    try:
+        user, nice, system, _, _, irq, softirq = map(
+            int, Path("/proc/stat").read_text().split()[1:8]
+        )
+    except OSError:
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(
     count: int, d_in: int, d_sae: int, batch: int, warm_up: int, seconds: float
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds and CPU seconds that both ways take for one step of every SAE.
+    """Seconds and CPU seconds that both ways take for one step of every SAE, and the share of the
+    machine's cores that other processes had meanwhile.
 
     Args:
         count: SAEs.
@@ -83,14 +95,19 @@ def measure(
         joint.take(until=trainings[0].steps + 1)
 
     ways = {"alone": take_alone, "together": take_together}
-    found = {name: {"seconds": [], "cpu_seconds": []} for name in ways}
+    found = {name: {"seconds": [], "cpu_seconds": [], "others": []} for name in ways}
+    print(f"warmed up; both take turns for {seconds:.0f} s", flush=True)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         for name, take in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu, all_cpu = time.perf_counter(), time.process_time(), machine_seconds()
             take()
-            found[name]["seconds"].append(time.perf_counter() - wall)
-            found[name]["cpu_seconds"].append(time.process_time() - cpu)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            found[name]["seconds"].append(wall)
+            found[name]["cpu_seconds"].append(cpu)
+            if all_cpu is not None and (now := machine_seconds()) is not None:
+                others = max(0.0, now - all_cpu - cpu) / (wall * (os.cpu_count() or 1))
+                found[name]["others"].append(others)
     return found
 
 

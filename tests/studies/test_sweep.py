@@ -22,6 +22,7 @@ from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.hooks import flat_heads
 from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.studies.sweep import cells as cells_module
 from jumprelu_plugin.studies.sweep import run as run_module
 from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES
 from jumprelu_plugin.studies.sweep.grid import SweepSettings, read_grid
@@ -112,7 +113,7 @@ def test_finished_cells_are_not_trained_again_and_new_ones_are_added(
     swept: Path, model_and_text: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (swept / RECORDS_FILENAME).read_text()
-    monkeypatch.setattr(run_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(cells_module, "train", lambda *_, **__: pytest.fail("trained again"))
     run_sweep(swept, grid(model_and_text), console=quiet())
     assert (swept / RECORDS_FILENAME).read_text() == before
     monkeypatch.undo()
@@ -152,9 +153,10 @@ def test_a_stopped_sweep_ends_with_the_same_table(
         return call
 
     name = "train" if moment == "in a training" else "append_record"
-    real = getattr(run_module, name)
+    module = cells_module if name == "train" else run_module
+    real = getattr(module, name)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, name, dying(real, moment == "in the line"))
+        patch.setattr(module, name, dying(real, moment == "in the line"))
         with pytest.raises(Killed):
             run_sweep(tmp_path / "s", grid(model_and_text), console=quiet())
     console = Console(record=True, width=300, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -201,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "train", interrupted)
+    monkeypatch.setattr(cells_module, "train", interrupted)
     path = tmp_path / "grid.yaml"
     path.write_text("sites: []\nlr: {default: 1e-3, topk: 0.002}\n")
     model, text = model_and_text

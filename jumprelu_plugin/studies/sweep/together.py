@@ -22,7 +22,12 @@ from jaxtyping import Float
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
-from jumprelu_plugin.studies.sweep.training import SAMPLES, SAETraining, TrainingRun
+from jumprelu_plugin.studies.sweep.training import (
+    SAMPLES,
+    SAETraining,
+    TrainingRun,
+    needs_input_scale,
+)
 
 # Steps that an SAE may be ahead of the slowest, so that no thread waits at the end of each batch.
 # As many batches are kept.
@@ -42,25 +47,19 @@ def train_together(
     The first step of each, which calibrates and finds its optimizer, is taken in turn.
 
     Args:
-        saes: of any size; none may need its input scale estimated from the source, which would
-            take batches from the others.
-        sources: endless batches for each; SAEs given the same iterator read the same batches.
+        saes: with any fields.
+        sources: endless batches for each; SAEs given the same iterator read the same batches. The
+            scale of their input, where they need one, is estimated once.
         cfg: of every trainer.
         on_step: called with an SAE's place after each of its steps, never twice at one time.
         samples: about how many steps of each are sampled.
 
     Raises:
-        ValueError: an SAE's input scale is estimated from its batches.
+        ValueError: of the SAEs that read the same batches only some need the scale of their input,
+            which takes the first batches.
     """
-    if any(sae.cfg.normalize_activations == "expected_average_only_in" for sae in saes):
-        raise ValueError(
-            "SAEs that estimate the scale of their input from the first batches cannot be trained "
-            "together; use train() for each"
-        )
     wall, cpu = time.perf_counter(), time.process_time()
-    trainings = [
-        SAETraining(sae, cfg, source, samples) for sae, source in zip(saes, sources, strict=True)
-    ]
+    trainings = trainings_of(saes, sources, cfg, samples)
     JointSteps(trainings, sources, on_step).take()
     share = 1 / len(trainings)
     for training in trainings:
@@ -69,6 +68,26 @@ def train_together(
         training.run.seconds = share * (time.perf_counter() - wall)
         training.run.cpu_seconds = share * (time.process_time() - cpu)
     return [training.run for training in trainings]
+
+
+def trainings_of(
+    saes: Sequence[Any],
+    sources: Sequence[Iterator[Float[Tensor, "batch d"]]],
+    cfg: SAETrainerConfig,
+    samples: int = SAMPLES,
+) -> list[SAETraining]:
+    """A training for each SAE, with one estimate of the input's scale for each source."""
+    trainings: list[SAETraining] = []
+    for place, (sae, source) in enumerate(zip(saes, sources, strict=True)):
+        first = next(i for i, other in enumerate(sources) if other is source)
+        if needs_input_scale(sae) != needs_input_scale(saes[first]):
+            raise ValueError(
+                "some SAEs estimate the scale of their input from the first batches and others do "
+                "not (normalize_activations): give them batches of their own"
+            )
+        scale = trainings[first].scaling_factor if first < place else None
+        trainings.append(SAETraining(sae, cfg, source, samples, scale))
+    return trainings
 
 
 class JointSteps:

@@ -87,6 +87,11 @@ def trainer_config(steps: int, batch: int, lr: float, device: str = "cpu") -> SA
     )
 
 
+def needs_input_scale(sae: Any) -> bool:
+    """Whether a scale of the SAE's input is estimated from its first batches."""
+    return sae.cfg.normalize_activations == "expected_average_only_in"
+
+
 class SAETraining:
     """One SAE in SAELens' trainer, taken a step at a time.
 
@@ -95,6 +100,7 @@ class SAETraining:
         cfg: of the trainer.
         source: endless batches, from which the input scale is estimated where the SAE needs one.
         samples: about how many steps are sampled.
+        scaling_factor: the input scale, where it is known; nothing is then read from `source`.
 
     Attributes:
         steps: steps taken.
@@ -107,16 +113,23 @@ class SAETraining:
         cfg: SAETrainerConfig,
         source: Iterator[Float[Tensor, "batch d"]],
         samples: int = SAMPLES,
+        scaling_factor: float | None = None,
     ):
         self._trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=source)
         self.run = TrainingRun()
         self._every = max(1, cfg.total_training_steps // samples)
         sae.to(cfg.device)
-        if sae.cfg.normalize_activations == "expected_average_only_in":
+        self._trainer.activation_scaler.scaling_factor = scaling_factor
+        if needs_input_scale(sae) and scaling_factor is None:
             with redirect_stderr(io.StringIO()):  # a progress bar
                 self._trainer.activation_scaler.estimate_scaling_factor(
                     sae.cfg.d_in, source, cfg.n_batches_for_norm_estimate
                 )
+
+    @property
+    def scaling_factor(self) -> float | None:
+        """The input scale; None where the SAE has none."""
+        return self._trainer.activation_scaler.scaling_factor
 
     @property
     def steps(self) -> int:
