@@ -1,6 +1,6 @@
 """What an int8 activation cache costs an SAE that is trained on it, and what it saves.
 
-    python -m benchmarks.int8_cache            three seeds on each cache, at two hooks
+    python -m benchmarks.int8_cache            three seeds on each cache
     python -m benchmarks.int8_cache --quick    a few steps, to check that it runs
 
 Both sweeps train the same SAEs (seeds, tokens, order of tokens) on activations of the embedded
@@ -22,7 +22,7 @@ from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.studies.sweep.record_file import read_records
 
 RESULTS = Path(__file__).parent / "results" / "int8_cache.jsonl"
-HOOKS = ("blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
+HOOKS = ("blocks.3.hook_resid_post",)
 MEASURES = ("fvu", "delta_lm_loss", "l0")
 console = terminal()
 
@@ -35,10 +35,10 @@ def settings(dtype: str, quick: bool) -> SweepSettings:
         seeds=(0, 1, 2),
         hook_names=HOOKS,
         d_sae=128 if quick else 1024,
-        training_tokens=5_000 if quick else 400_000,
+        training_tokens=5_000 if quick else 204_800,
         train_batch_size_tokens=256 if quick else 1024,
-        cached_tokens=5_000 if quick else 200_000,
-        held_out=4 if quick else 64,
+        cached_tokens=5_000 if quick else 100_000,
+        held_out=4 if quick else 48,
         cache_dtype=dtype,
     )
 
