@@ -1,0 +1,19 @@
+"""The benchmark of SAEs trained together takes both ways through the same steps."""
+
+from __future__ import annotations
+
+from benchmarks.together import measure, shares
+
+
+def test_both_ways_take_turns(one_thread: None) -> None:
+    found = measure(3, d_in=12, d_sae=64, batch=128, warm_up=1, seconds=0.05)
+    assert set(found) == {"alone", "together"}
+    for times in found.values():
+        assert times["seconds"] and all(seconds > 0 for seconds in times["seconds"])
+        assert all(0 <= share <= 1.5 for share in times["others"])
+
+
+def test_the_profile_has_shares_of_one(one_thread: None) -> None:
+    found = shares(d_in=12, d_sae=64, batch=128, steps=2)
+    assert 0.5 < sum(operator["share"] for operator in found) <= 1
+    assert {"aten::mm", "aten::sort"} & {operator["operator"] for operator in found}
