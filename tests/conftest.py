@@ -60,6 +60,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def tokenized_once() -> Iterator[None]:
+    """The factbook's 1.6 million tokens take the embedded model's tokenizer 4 s, and a dozen tests
+    want them: what it made of the same documents before is given again."""
+    from jumprelu_plugin.models import text
+    from jumprelu_plugin.models.language_models import embedded_model_folder
+
+    plain, known = text.token_stream, {}
+
+    def token_stream(tokenizer: Any, documents: Any) -> list[int]:
+        if tokenizer.name_or_path != str(embedded_model_folder()):
+            return plain(tokenizer, documents)
+        digest = text.documents_digest(documents)
+        if digest not in known:
+            known[digest] = plain(tokenizer, documents)
+        return known[digest]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "token_stream", token_stream)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The random Gemma 2 of `tests.tiny`, in TransformerLens' class that takes SAEs."""

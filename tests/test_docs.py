@@ -44,7 +44,7 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_readme_script_trains_a_stock_sae(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenized_once: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(README)

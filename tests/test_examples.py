@@ -11,11 +11,11 @@ import pytest
 import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
-STEPS = "12"
+STEPS = "7"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenized_once: None) -> Iterator[Path]:
     """Where all of them run. 01 has been run: what it trains is what others load."""
     folder = tmp_path_factory.mktemp("examples")
     threads = torch.get_num_threads()

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,8 +122,7 @@ def _factbook_paragraph(field: str, value: dict) -> str:
 
 
 def _is_prose(paragraph: str) -> bool:
-    letters = sum(character.isalpha() for character in paragraph)
-    return len(paragraph) >= 40 and letters >= 0.7 * len(paragraph)
+    return len(paragraph) >= 40 and sum(map(str.isalpha, paragraph)) >= 0.7 * len(paragraph)
 
 
 # --- King James Bible ---------------------------------------------------------------------------
@@ -189,8 +189,13 @@ def corpus(names: Sequence[str] | None = None) -> list[Document]:
             raise ImportError(
                 f"The corpus {name!r} is not installed. Install it with: {_SOURCES[name].install}"
             )
-        documents.extend(_SOURCES[name].read(folder))
+        documents.extend(_installed_documents(name, folder))
     return documents
+
+
+@cache  # Cleaning the factbook's 15 MB takes 3 s, and a script asks for several splits of it.
+def _installed_documents(name: str, folder: Path) -> tuple[Document, ...]:
+    return tuple(_SOURCES[name].read(folder))
 
 
 def _package_folder(name: str) -> Path | None:

@@ -13,12 +13,12 @@ from jumprelu_plugin.studies import demo
 from jumprelu_plugin.studies.demo import DemoSettings, run_demo
 
 QUICK = DemoSettings(
-    d_sae=257, target_l0=13.0, steps=24, train_batch_size_tokens=512, evaluation_sequences=24
+    d_sae=257, target_l0=13.0, steps=13, train_batch_size_tokens=512, evaluation_sequences=17
 )
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def quick(tmp_path_factory: pytest.TempPathFactory, tokenized_once: None) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("demo") / "result"
     console = Console(record=True, width=100)
     run_demo(output, QUICK, console)

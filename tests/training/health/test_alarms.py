@@ -163,7 +163,7 @@ def test_monitoring_changes_nothing_and_ends_with_the_run() -> None:
 def test_the_default_recipe_on_the_embedded_model_is_healthy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    steps, batch = 300, 256
+    steps, batch = 200, 256
     language_model = load_model("tiny-gemma-2")
     text = tokenized_dataset(language_model.tokenizer, 128, "train", corpus()[:100])
     cfg = LanguageModelSAERunnerConfig(
@@ -174,7 +174,7 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
         train_batch_size_tokens=batch,
         context_size=128,
         n_batches_in_buffer=128,
-        n_batches_for_norm_estimate=20,
+        n_batches_for_norm_estimate=7,
         exclude_special_tokens=True,
         lr=DEFAULT.learning_rate(256),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
