@@ -14,6 +14,6 @@ folder=${1:-.venv-circuits}
 [ -x "$folder/bin/python" ] || python3 -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet -c constraints.txt -e ".[dev,circuits]"
 "$folder/bin/python" -m pip install --quiet --no-deps -r tools/circuit_tools.txt
-HF_HUB_OFFLINE=1 WANDB_MODE=disabled "$folder/bin/python" -m pytest \
+HF_HUB_OFFLINE=1 WANDB_MODE=disabled "$folder/bin/python" -m pytest -n 2 \
     tests/formats tests/circuits tests/transcoders/clt tests/test_examples.py \
     -k "not test_example_runs or 10_circuit or 16_clt"

@@ -139,7 +139,8 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         train_batch_size_tokens=batch,
         context_size=settings.context_size,
         store_batch_size_prompts=64,
-        n_batches_in_buffer=512,
+        # A short demo fills no buffer that it will not train on.
+        n_batches_in_buffer=min(512, max(64, steps * batch // settings.context_size)),
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
         lr=DEFAULT.learning_rate(model.cfg.d_model),

@@ -7,6 +7,7 @@ So the comparison is in float64, thresholds included: no decision of these runs 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -72,13 +73,18 @@ def train(rows: Tensor, **fields: Any) -> JumpReLUTrainingSAE:
     return sae.eval()
 
 
+@cache
+def trained_as_they_are(normalization: Any) -> JumpReLUTrainingSAE:
+    return train(tokens(), normalize_activations=normalization)
+
+
 @pytest.mark.parametrize("normalization", ["expected_average_only_in", "none"])
 @pytest.mark.parametrize(("scale", "length"), [(0.013, 0.0), (1.0, 41.0), (0.37, 300.0)])
 def test_scale_and_offset_of_the_data_do_not_matter(
     normalization: Any, scale: float, length: float
 ) -> None:
     rows, v = tokens(), length * offset()
-    plain = train(rows, normalize_activations=normalization)
+    plain = trained_as_they_are(normalization)
     moved = train(scale * rows + v, normalize_activations=normalization)
     x = rows[:500]
     with torch.no_grad():
