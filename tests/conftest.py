@@ -14,6 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One of several workers (pytest -n): it leaves the other cores to the others, and so do the
     # processes that its tests start.

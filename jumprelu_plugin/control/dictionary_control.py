@@ -236,14 +236,17 @@ class DictionaryControl:
         dictionary: Any,
         optimizer: torch.optim.Optimizer | None,
         directions: EncoderDirections,
+        *,
+        by_kernels: bool = False,
     ) -> None:
         """Bring the dictionary back to its constraints after a step of its optimizer.
 
         Args:
             directions: see `resampling.EncoderDirections`.
+            by_kernels: use the kernels of `step.kernels.rows`.
         """
         if self.settings.unit_norm_decoder:
-            normalize_rows_(dictionary.W_dec.data)
+            normalize_rows_(dictionary.W_dec.data, by_kernels)
         if self.l0 is not None and self._l0_slope is not None:
             assert self.bandwidth is not None
             if optimizer is not None:

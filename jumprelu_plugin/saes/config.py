@@ -76,7 +76,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         unit_norm_decoder: hold decoder rows at unit norm, as in the paper; False leaves them free,
             as in SAELens. None means True where L0-controlled.
         step_kernel: how a step is computed (`step.choose`). `auto` times the ways there are and
-            takes the fastest; all give the same numbers.
+            takes the fastest; all give the same numbers. `triton` needs a GPU.
         target_l0_start_ratio, target_l0_warm_up_steps: an L0-controlled training starts at
             `target_l0_start_ratio` times the target and comes down to it over this many steps. By
             default it holds the target at once.
@@ -109,7 +109,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     hyperparameter_units: Literal["sqrt_d", "unit_rms"] = "sqrt_d"
     log_threshold: bool = False
     unit_norm_decoder: bool | None = None
-    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
+    step_kernel: Literal["auto", "sparse", "screened", "triton", "dense"] = "auto"
     target_l0_start_ratio: float = 1.0
     target_l0_warm_up_steps: int = 0
     jumprelu_bandwidth_std: float = 1.0

@@ -31,8 +31,9 @@ from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.dense import DenseEntries, encode_dense
-from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.entries import BufferOverflow, Entries
 from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.sparse import encode_sparse
 
@@ -48,6 +49,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         control: what is kept between two steps.
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
+        pair_buffers: the size of its buffers, where that is the way of the kernels.
 
     Raises:
         ValueError: on construction, if the config cannot train; on a step, if the activations or
@@ -76,6 +78,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         cfg.add_training_info_to_metadata()
         self.sparsity = sparsity_of(cfg, self.resolved)
         self.path_choice = PathChoice(cfg.step_kernel)
+        self.pair_buffers = PairBuffers()
         standardizes = self.standardizes_itself and self.resolved.standardize_activations
         known = self.resolved.jumprelu_init_threshold and self.resolved.jumprelu_bandwidth
         self.calibrated = bool(known) and cfg.initialization == "saelens" and not standardizes
@@ -112,7 +115,10 @@ class JumpReLUTrainingSAE(StoredParameters):
         # The estimators need θ, ε and z in full precision: at small ε, bfloat16 puts most of the
         # window on one side or the other. Autocast is therefore switched off inside the step.
         with torch.autocast(step_input.sae_in.device.type, enabled=False):
-            return self._step(step_input)
+            try:
+                return self._step(step_input)
+            except BufferOverflow:  # nothing was kept of the step, and the buffers have grown
+                return self._step(step_input)
 
     def input_and_target(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a batch's rows hold: here the input, which is also the target."""
@@ -181,8 +187,10 @@ class JumpReLUTrainingSAE(StoredParameters):
         if self.units.loss != 1.0:
             losses = {name: value / self.units.loss for name, value in losses.items()}
         loss = torch.stack(list(losses.values())).sum()
+        active = activations > 0
+        entries.require_complete(active)
         self._require_finite(loss, step_input.sae_in, step_input.n_training_steps)
-        feature_acts = entries.as_matrix(activations, where=activations > 0)
+        feature_acts = entries.as_matrix(activations, where=active)
         control.count_active(feature_acts)
         if self.training and loss.requires_grad:
             paid = coefficient / self.units.loss
@@ -220,16 +228,13 @@ class JumpReLUTrainingSAE(StoredParameters):
             entries = encode_dense(x, W_enc, b_enc, b_pre)
             entries.z = self.hook_sae_acts_pre(entries.z)
             return entries
-        return encode_sparse(
-            x,
-            W_enc,
-            b_enc,
-            b_pre,
-            threshold,
-            bandwidth,
-            screen=path == "screened",
-            keep_mean=self.resolved.pre_act_loss_coefficient > 0,
-        )
+        inputs = (x, W_enc, b_enc, b_pre, threshold, bandwidth)
+        keep_mean = self.resolved.pre_act_loss_coefficient > 0
+        if path == "triton" and x.dtype == torch.float32:
+            from jumprelu_plugin.step.kernels.entries import encode_buffered  # imports Triton
+
+            return encode_buffered(*inputs, self.pair_buffers, keep_mean=keep_mean)
+        return encode_sparse(*inputs, screen=path != "sparse", keep_mean=keep_mean)
 
     def _require_finite(self, loss: Tensor, rows: Tensor, step: int) -> None:
         hook = self.cfg.metadata.hook_name or "the activation source"
@@ -258,7 +263,8 @@ class JumpReLUTrainingSAE(StoredParameters):
                 self.W_dec, before=self._before_update, after=self._after_update
             )
             if self.resolved.unit_norm_decoder:
-                keep_gradient_tangential(self.W_dec)
+                choice = self.path_choice
+                keep_gradient_tangential(self.W_dec, lambda: choice.current == "triton")
         self.calibrate_if_needed(rows)
         keep_thresholds_positive_(self)
 
@@ -282,7 +288,12 @@ class JumpReLUTrainingSAE(StoredParameters):
 
     def _after_update(self) -> None:
         assert self.optimizer_hooks is not None
-        self.control.after_update(self, self.optimizer_hooks.optimizer, self.resampling_directions)
+        self.control.after_update(
+            self,
+            self.optimizer_hooks.optimizer,
+            self.resampling_directions,
+            by_kernels=self.path_choice.current == "triton",
+        )
 
     def resampling_directions(
         self, x: Tensor, residual: Tensor, tokens: Tensor

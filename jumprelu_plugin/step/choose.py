@@ -2,9 +2,10 @@
 
     sparse     only the pairs that matter, found by a product in full precision
     screened   the same pairs, found by a bfloat16 product and checked in full precision
+    triton     as screened, by kernels for a GPU (`kernels/`); only where they run
     dense      every pair (`dense.py`)
 
-All three paths give the same numbers, so trying one costs only its time. The dense step takes the
+All paths give the same numbers, so trying one costs only its time. The dense step takes the
 same time at any density; the others take less time the fewer pairs are active. With `auto`, a few
 steps of each path are timed, the path of the fastest step is kept, and the paths are timed again
 when the density has halved or doubled. Each path is judged by its fastest step, not its median:
@@ -20,18 +21,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from jumprelu_plugin.step import product
+from jumprelu_plugin.step import kernels, product
 
 logger = logging.getLogger(__name__)
 
-StepPath = Literal["sparse", "screened", "dense"]
-_ALL: tuple[StepPath, ...] = ("sparse", "screened", "dense")
+StepPath = Literal["sparse", "screened", "triton", "dense"]
+_ALL: tuple[StepPath, ...] = ("sparse", "screened", "triton", "dense")
 # Values of the configs' `step_kernel`.
 STEP_PATHS: tuple[str, ...] = ("auto", *_ALL)
+# Where the caller has no step by kernels.
+PLAIN_STEP_PATHS: tuple[str, ...] = tuple(path for path in STEP_PATHS if path != "triton")
 
 # The first step of a path includes page faults and library start-up, so it is not counted.
 WARM_UP_STEPS = 1
@@ -49,20 +53,22 @@ class PathChoice:
     Call `start` at the beginning of a step and `finish` when its gradients are computed.
 
     Args:
-        step_kernel: one of `STEP_PATHS`; `auto` measures, any other name is always used.
+        step_kernel: one of `paths`; `auto` measures, any other name is always used.
+        paths: what the caller can compute, `auto` among them.
 
     Attributes:
         current: the path of the current step.
 
     Raises:
-        ValueError: there is no such path.
+        ValueError: there is no such path; or, when a step starts, it does not run on the device.
     """
 
-    def __init__(self, step_kernel: str = "auto"):
-        if step_kernel not in STEP_PATHS:
+    def __init__(self, step_kernel: str = "auto", paths: Sequence[str] = STEP_PATHS):
+        if step_kernel not in paths:
             raise ValueError(
-                f"step_kernel is {step_kernel!r}; it must be one of {', '.join(STEP_PATHS)}"
+                f"step_kernel is {step_kernel!r}; it must be one of {', '.join(paths)}"
             )
+        self._paths: tuple[StepPath, ...] = tuple(path for path in _ALL if path in paths)
         self._forced = step_kernel != "auto"
         self.current: StepPath = step_kernel if self._forced else "sparse"  # type: ignore[assignment]
         self._logged = False
@@ -88,11 +94,12 @@ class PathChoice:
         """
         if self._forced and not self._logged:
             self._logged = True
+            if self.current == "triton":
+                kernels.require_available(device)
             logger.info("step path: %s, as configured", self.current)
         if self.measuring:
-            self._sizes = sizes
-            self.current = next(path for path in _ALL if self._needs_timing(path))
-            self._device = device
+            self._sizes, self._device = sizes, device
+            self.current = next(path for path in self._candidates() if self._needs_timing(path))
             product.synchronize(self._device)
             self._started = time.perf_counter()
         return self.current
@@ -103,19 +110,27 @@ class PathChoice:
             product.synchronize(self._device)
             self._seconds[self.current].append(time.perf_counter() - self._started)
             self._started = None
-            if not any(map(self._needs_timing, _ALL)):
+            if not any(map(self._needs_timing, self._candidates())):
                 self._decide(density)
         elif self._density_changed(density):
             self._decided_density = None
-            for path in ("sparse", "screened"):
+            for path in self._fast():
                 self._seconds[path].clear()
+
+    def _candidates(self) -> tuple[StepPath, ...]:
+        """The paths that `auto` chooses from on this device; an interpreted kernel is none."""
+        by_kernels = self._device.type == "cuda" and kernels.available(self._device)
+        return tuple(path for path in self._paths if path != "triton" or by_kernels)
+
+    def _fast(self) -> tuple[StepPath, ...]:
+        return tuple(path for path in self._candidates() if path != "dense")
 
     def _needs_timing(self, path: StepPath) -> bool:
         if len(self._seconds[path]) == WARM_UP_STEPS + TIMED_STEPS:
             return False
-        if path != "dense" or self._needs_timing("sparse") or self._needs_timing("screened"):
+        if path != "dense" or any(map(self._needs_timing, self._fast())):
             return True
-        fastest = min(self._fastest("sparse"), self._fastest("screened"))
+        fastest = min(map(self._fastest, self._fast()))
         return fastest > self._dense_lower_bound()
 
     def _dense_lower_bound(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -95,3 +95,20 @@ class Entries(ABC):
         `where` masks the entries to keep. A sparse result leaves out the others, which must be
         zero; a dense result ignores it.
         """
+
+    def require_complete(self, active: Bool[Tensor, "*entries"]) -> None:  # noqa: B027
+        """Check that no pair is missing that belongs here; call it before anything is kept.
+
+        Entries in buffers of a fixed size (`step.kernels`) read here how many pairs there were;
+        all others hold every pair.
+
+        Args:
+            active: the mask that `as_matrix` will be given.
+
+        Raises:
+            BufferOverflow: a buffer was too small. It has grown; compute the step again.
+        """
+
+
+class BufferOverflow(Exception):
+    """A step found more pairs than its buffers had room for, so its results are incomplete."""

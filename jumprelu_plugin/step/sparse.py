@@ -196,15 +196,34 @@ def encode_sparse(
         keep_mean: also compute each latent's mean pre-activation, for `threshold_deficit`.
         tile_bytes: size of the part of the pre-activations that exists at one time.
     """
+    edge = lower_edge(threshold, bandwidth)
+    pattern, values = select(
+        x, W_enc, b_enc, edge, center=b_pre, screen=screen, tile_bytes=tile_bytes
+    )
+    return SparseEntries(*differentiable(x, W_enc, b_enc, b_pre, pattern, values, keep_mean))
+
+
+def lower_edge(threshold: Float[Tensor, " d_sae"], bandwidth: float) -> Float[Tensor, " d_sae"]:
+    """The value that z must exceed to be represented: slightly below θ - ε/2, detached.
+
+    So rounding of the edge loses no pair. The estimators test every kept pair with the same
+    expressions as in the dense step.
+    """
     theta = threshold.detach()
-    # Slightly below θ - ε/2, so that rounding of the edge loses no pair. The estimators test every
-    # kept pair with the same expressions as in the dense step.
-    edge = theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
-    with torch.no_grad():
-        pattern, values = select(
-            x, W_enc, b_enc, edge, center=b_pre, screen=screen, tile_bytes=tile_bytes
-        )
-    z = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)
+    return theta - 0.5 * bandwidth - 1e-6 * (theta.abs() + bandwidth)
+
+
+def differentiable(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"] | None,
+    pattern: Pattern,
+    values: Float[Tensor, " nnz"],
+    keep_mean: bool,
+) -> tuple[Tensor, Pattern, Tensor | None, Callable[[Tensor], Tensor]]:
+    """The arguments of `SparseEntries`, from z at the pattern's pairs without gradients."""
+    z: Tensor = _SelectedPreActivations.apply(x, W_enc, b_enc, b_pre, pattern, values)  # type: ignore[assignment]
     mean_z = None
     if keep_mean:
         mean_x = x.mean(0) if b_pre is None else x.mean(0) - b_pre
@@ -215,4 +234,4 @@ def encode_sparse(
         weight = W_enc.t().index_select(0, latents)
         return subtract(x, b_pre) @ weight.t() + b_enc.index_select(0, latents)
 
-    return SparseEntries(z, pattern, mean_z, encode_columns)  # type: ignore[arg-type]
+    return z, pattern, mean_z, encode_columns

@@ -10,6 +10,7 @@ from torch import Tensor
 from jumprelu_plugin.step.dense import encode_dense
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
+from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import (
     L0,
     PreActivationLoss,
@@ -104,6 +105,11 @@ def encode(path: str, p: Problem, leaves: dict[str, Tensor], chunk: int = 10**9)
     inputs = leaves["x"], leaves["W_enc"], leaves["b_enc"], leaves.get("b_pre")
     if path == "dense":
         return encode_dense(*inputs)
+    if path == "triton":
+        from jumprelu_plugin.step.kernels.entries import encode_buffered
+
+        threshold, buffers = leaves["threshold"], PairBuffers()
+        return encode_buffered(*inputs, threshold, p.bandwidth, buffers, keep_mean=True)
     return encode_sparse(
         *inputs, leaves["threshold"], p.bandwidth, keep_mean=True, tile_bytes=8 * chunk
     )

@@ -170,7 +170,7 @@ def step_bytes(
     dense = int(arrays * array * steps)
     tile = min(array, TILE_BYTES.get(device_type, TILE_BYTES_ELSEWHERE))
     sparse = int(BYTES_PER_ENTRY * entries * batch * steps) + tile
-    if step_kernel in ("screened", "auto"):  # both matrices once more, in bfloat16
+    if step_kernel in ("screened", "triton", "auto"):  # both matrices once more, in bfloat16
         sparse += 2 * (batch + d_sae) * d_in
     if step_kernel == "dense":
         return dense

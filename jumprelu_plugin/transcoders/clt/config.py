@@ -22,7 +22,7 @@ from jumprelu_plugin.saes.validation import (
     unread_tanh_scale,
     yes_no_or_none,
 )
-from jumprelu_plugin.step.choose import STEP_PATHS
+from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS
 from jumprelu_plugin.training.activations.pairs import HookPair
 
 SPARSITY_MODES = ("step", "tanh")
@@ -200,7 +200,7 @@ CLT_RULES = (
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
     yes_no_or_none("unit_norm_decoder"),
     yes_no_or_none("resample_dead_latents"),
-    one_of("step_kernel", STEP_PATHS),
+    one_of("step_kernel", PLAIN_STEP_PATHS),
     no_fixed_penalty_to_warm_up("Give an l0_coefficient in place of target_l0, or leave it out"),
     unread_tanh_scale(),
     unread_bandwidth_std(),

@@ -21,7 +21,7 @@ from jumprelu_plugin.control.finite import require_finite
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
-from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
+from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.losses import (
     Step,
     outlier_token_weights,
@@ -99,7 +99,7 @@ class CLTTrainingStep:
             for index in range(n_layers)
         ]
         self._calibrated = False
-        self._path_choice = PathChoice(cfg.step_kernel)
+        self._path_choice = PathChoice(cfg.step_kernel, PLAIN_STEP_PATHS)
         self._optimizer_hooks = OptimizerHooks(
             model.sources[0].W_dec, before=self._before_update, after=self._after_update
         )

@@ -1,0 +1,119 @@
+"""The sparse step's entries in buffers, and the one place where the host waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from jumprelu_plugin.step.kernels.buffers import PairBuffers
+from jumprelu_plugin.step.kernels.pattern import BufferedPattern
+from jumprelu_plugin.step.kernels.prefixes import PrefixDecodeKernel
+from jumprelu_plugin.step.kernels.selection import select_into
+from jumprelu_plugin.step.sparse import SparseEntries, differentiable, lower_edge
+
+
+class BufferedEntries(SparseEntries):
+    """The represented pre-activations, with unused entries after them, z [capacity].
+
+    An unused entry's z is below every threshold, so its activation, its gate and its gradients are
+    zero. `require_complete` reads from the device how many pairs there are; before it, nothing in
+    a step waits, and after it, no shape is unknown.
+
+    Args:
+        z, pattern, mean_z, encode_columns: as in `SparseEntries`.
+        candidates: how many pairs could exceed the edge, on the device.
+        buffers: told how many candidates there were.
+    """
+
+    pattern: BufferedPattern
+
+    def __init__(
+        self,
+        z: Float[Tensor, " capacity"],
+        pattern: BufferedPattern,
+        mean_z: Float[Tensor, " d_sae"] | None,
+        encode_columns: Callable[[Int[Tensor, " n"]], Float[Tensor, "batch n"]],
+        candidates: Int[Tensor, ""],
+        buffers: PairBuffers,
+    ):
+        super().__init__(z, pattern, mean_z, encode_columns)
+        self._candidates, self._buffers = candidates, buffers
+        self._kept: int | None = None
+        self._active: tuple[Tensor, int] | None = None
+
+    @override
+    def require_complete(self, active: Bool[Tensor, " capacity"]) -> None:
+        counts = torch.stack((self._candidates, self.pattern.count, active.sum()))
+        candidates, self._kept, n_active = counts.tolist()
+        self._active = active, n_active
+        self._buffers.adapt(candidates, len(active))
+
+    @override
+    def decode_prefixes(
+        self,
+        activations: Float[Tensor, " capacity"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        offset: Float[Tensor, "*batch d_out"],
+        decoder_target: Float[Tensor, "batch d_out"],
+        loss_scale: Float[Tensor, " batch"],
+        widths: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
+        blocks = self.pattern.in_blocks([*widths, self.d_sae])
+        return PrefixDecodeKernel.apply(  # type: ignore[return-value]
+            activations, W_dec, offset, decoder_target, loss_scale, blocks, len(widths) + 1
+        )
+
+    @override
+    def as_matrix(self, values: Float[Tensor, " capacity"], where: Tensor | None = None) -> Tensor:
+        pairs, values = self.pattern.pairs, values.detach()
+        if where is not None:
+            places = self._places(where)
+        else:
+            kept = int(self.pattern.count) if self._kept is None else self._kept
+            places = slice(0, kept)
+        return torch.sparse_coo_tensor(
+            pairs[:, places],
+            values[places],
+            (self.batch, self.d_sae),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+
+    def _places(self, where: Bool[Tensor, " capacity"]) -> Int[Tensor, " true"]:
+        """The indices at which the mask is True; without waiting, if it is the one counted."""
+        if self._active is None or self._active[0] is not where:
+            return where.nonzero().squeeze(1)
+        size = self._active[1]
+        every = torch.arange(len(where), device=where.device)
+        to = torch.where(where, where.cumsum(0) - 1, size)
+        return every.new_empty(size + 1).scatter_(0, to, every)[:size]
+
+
+def encode_buffered(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"] | None,
+    threshold: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    buffers: PairBuffers,
+    *,
+    keep_mean: bool = False,
+) -> BufferedEntries:
+    """`sparse.encode_sparse` by kernels: the same pairs, in buffers.
+
+    Args:
+        x, W_enc, b_enc, b_pre, threshold, bandwidth, keep_mean: as in `encode_sparse`, in float32.
+        buffers: the size of this dictionary's buffers.
+    """
+    capacity = buffers.room(len(x), W_enc.shape[1])
+    edge = lower_edge(threshold, bandwidth)
+    pattern, values, candidates = select_into(capacity, x, W_enc, b_enc, edge, center=b_pre)
+    z, _, mean_z, encode_columns = differentiable(
+        x, W_enc, b_enc, b_pre, pattern, values, keep_mean
+    )
+    return BufferedEntries(z, pattern, mean_z, encode_columns, candidates, buffers)
