@@ -122,5 +122,20 @@ def test_a_forced_path_is_taken_whatever_it_costs(clock: Clock, forced: str) -> 
 
 
 def test_an_unknown_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fast'.*auto, sparse, screened, dense"):
+    with pytest.raises(ValueError, match="'fast'.*auto, sparse, screened, triton, dense"):
         PathChoice("fast")
+
+
+@pytest.mark.parametrize(("device", "tried"), [("cuda", True), ("cpu", False)])
+def test_kernels_are_timed_on_a_gpu_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, device: str, tried: bool
+) -> None:
+    monkeypatch.setattr("jumprelu_plugin.step.choose.kernels.available", lambda device: True)
+    monkeypatch.setattr("jumprelu_plugin.step.choose.product.synchronize", lambda device: None)
+    choice, paths = PathChoice("auto"), []
+    for _ in range(23):
+        paths.append(choice.start(torch.device(device), (37, 23, 101)))
+        clock.now += {"sparse": 0.7, "screened": 0.5, "triton": 0.3, "dense": 2.9}[paths[-1]]
+        choice.finish(0.03)
+    assert ("triton" in paths) == tried
+    assert choice.current == ("triton" if tried else "screened")

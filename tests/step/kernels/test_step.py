@@ -152,7 +152,8 @@ def test_the_device_is_waited_for_once_a_step() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # How many pairs there are, and whether the loss is finite: both at the end of the forward pass.
-    assert len(waits) <= 2, [str(w.message) for w in waits]
+    counted = [str(w.message) for w in waits if "synchronizing" in str(w.message)]
+    assert len(counted) <= 2, counted
 
 
 def test_a_buffer_is_one_dictionarys() -> None:
