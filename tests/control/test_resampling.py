@@ -129,7 +129,8 @@ def test_resampled_latents_are_new_and_the_others_are_not() -> None:
     record.lived += 300
     record.silent[[5, 71]] = torch.tensor([30, 31])
     record.silent[9] = 29
-    x, residual = torch.randn(23, 19), torch.randn(23, 19)
+    x = torch.randn(23, 19)
+    residual = x + 0.3 * torch.randn(23, 19)  # what the encoder reads is what is left to explain
     before = sae.W_dec.detach().clone()
 
     def aim(inputs: Any, left: Any, tokens: Any) -> Any:
@@ -141,6 +142,55 @@ def test_resampled_latents_are_new_and_the_others_are_not() -> None:
     assert moved == [5, 71] and record.checked == 301
     assert record.silent[[5, 9, 71]].tolist() == [0, 29, 0]
     assert record.lived[[5, 9, 71]].tolist() == [0, 300, 0]
+
+
+@pytest.mark.parametrize("useful", [True, False])
+def test_a_latent_that_would_add_to_the_error_stays_dead(useful: bool) -> None:
+    torch.manual_seed(23)
+    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=19, d_sae=83, target_l0=5.0))
+    dead = torch.arange(83) == 41
+    x = torch.randn(53, 19)
+    # Where the input points along the new latent, the residual does too, or points away from it.
+    direction = functional.normalize(torch.randn(1, 19), dim=1)
+    residual = (1.0 if useful else -1.0) * (x @ direction.t()) * direction + 0.1 * torch.randn_like(
+        x
+    )
+    before = sae.W_dec.detach().clone()
+    latents = dead.nonzero().flatten()
+    zero = torch.zeros(19)
+    started = resample_(
+        sae, latents, direction, direction, zero, ~dead, None,
+        inputs=x, residual=residual, densest=0.4,
+    )  # fmt: skip
+    assert started.tolist() == ([41] if useful else [])
+    if useful:
+        z = x @ sae.W_enc[:, 41]
+        written = (z * (z > sae.threshold[41]))[:, None] * sae.W_dec[41]
+        assert (residual - written).square().sum() < residual.square().sum()
+    else:
+        torch.testing.assert_close(sae.W_dec.detach(), before, atol=0, rtol=0)
+
+
+def test_a_useless_latent_is_tried_again_with_the_next_batch() -> None:
+    torch.manual_seed(29)
+    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=19, d_sae=83, target_l0=5.0))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    record = FiringRecord(83)
+    record.steps = 301
+    record.lived += 300
+    record.silent[[5, 71]] = 30
+    x = torch.randn(53, 19)
+
+    def away(inputs: Any, left: Any, tokens: Any) -> Any:
+        return -left[tokens], torch.zeros(19)
+
+    def towards(inputs: Any, left: Any, tokens: Any) -> Any:
+        return left[tokens], torch.zeros(19)
+
+    resample_dead_(sae, record, 17, x, x, away, optimizer, seed=3, mean_density=5 / 83)
+    assert record.silent[[5, 71]].tolist() == [30, 30] and record.useless == 1.0
+    resample_dead_(sae, record, 17, x, x, towards, optimizer, seed=4, mean_density=5 / 83)
+    assert record.silent[[5, 71]].tolist() == [0, 0] and record.useless == 0.0
 
 
 def test_no_latent_is_resampled_once_the_learning_rate_is_low() -> None:

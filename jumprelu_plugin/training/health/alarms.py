@@ -26,6 +26,7 @@ EVERY = 100
 # The bars. docs/guides/monitoring.md has what healthy runs read.
 STARVED_SHARE = 0.5
 DEAD_SHARE = 0.25
+USELESS_SHARE = 0.5
 ENCODER_GROWTH = 5.0
 FROZEN_SHARE = 0.5
 L0_RATIO = 1.25
@@ -226,11 +227,16 @@ class Monitor:
         dead = self.gauges["health/dead_share"] = (silent >= wait).float().mean().item()
         if dead <= DEAD_SHARE or dead < before:
             return None
+        firing = None if self._control is None else self._control.firing
+        useless = firing is not None and firing.useless > USELESS_SHARE
         return Alarm(
             "latents dying",
             step,
-            f"{dead:.0%} of the latents have not fired for {wait:,} steps",
-            "lower lr"
+            f"{dead:.0%} of the latents have not fired for {wait:,} steps"
+            + (", and most that were to replace them would add to the error" if useless else ""),
+            "lower d_sae: these activations have no use for so many latents at this L0"
+            if useless
+            else "lower lr"
             if self._controls_l0
             else "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which "
             "also resamples dead latents",

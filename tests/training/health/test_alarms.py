@@ -128,6 +128,25 @@ def test_a_multiplier_that_cannot_be_measured_is_an_alarm_above_the_target(
     assert [name for name in raised if name == "multiplier lost"] == alarms
 
 
+@pytest.mark.parametrize(("useless", "remedy"), [(0.8, "lower d_sae"), (0.3, "lower lr")])
+def test_latents_that_die_for_want_of_use_are_told_from_others(useless: float, remedy: str) -> None:
+    cfg = JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, target_l0=5, jumprelu_bandwidth=0.3)
+    sae = JumpReLUTrainingSAE(cfg)
+    monitor, firing = Monitor.of(sae, 3_000), sae.control.firing
+    assert firing is not None
+    firing.useless = useless
+    silent = torch.zeros(WIDTH)
+    silent[::3] = 2_000
+    raised = []
+    for step in range(1_900, 2_000):
+        stats = StepStats(5 * TOKENS, TOKENS, torch.tensor(1.7))
+        raised += monitor.step(stats, silent, step)
+    monitor.close()
+    (dying,) = (alarm for alarm in raised if alarm.name == "latents dying")
+    assert dying.suggestion.startswith(remedy)
+    assert ("would add to the error" in dying.message) is (useless > 0.5)
+
+
 def test_an_alarm_reaches_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
