@@ -39,10 +39,10 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         density_penalty_scale: ω₀. The sparsity term, whatever its mode, gains Σ_i f_i²/ω₀, f_i the
             latent density: the share of the batch's tokens on which latent i fires. Published with
             0.01. None leaves it out.
-        max_latent_density: the largest share of tokens on which a latent is to fire. A latent above
-            it pays a multiplier that rises to at most 2, or until it keeps to it; one that fires
-            more often at three times the cost stays (`control.density`). The recipe
-            `default`, made for text, has one. None is no limit. An L0-controlled training raises it
+        max_latent_density: the share of tokens on which a latent is to fire at most. Above it a
+            firing costs more, until the latent keeps to it, or up to a quarter more: a latent that
+            is worth that stays dense (`control.density`). The recipe `default`, made for text, has
+            one. None is no limit. An L0-controlled training raises it
             to twice the mean density, and has none where 1.5 times the mean is above what is given:
             it would hold most latents down (docs/ablations.md).
         matryoshka_widths: the first m latents also have to reconstruct the input on their own, for
