@@ -141,7 +141,7 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
 
 
 def test_the_density_limit_acts_in_every_layer(of_default_mode: Trained) -> None:
-    """A latent that is worth three times the cost of a firing may stay above it."""
+    """A latent that is worth a quarter more than the cost of a firing may stay above it."""
 
     def densities(training_step: CLTTrainingStep) -> Tensor:
         inputs, _ = structured(1009, 999)
@@ -151,8 +151,8 @@ def test_the_density_limit_acts_in_every_layer(of_default_mode: Trained) -> None
     without = densities(of_default_mode[0])
     torch.manual_seed(3)  # the same start
     limited = densities(trained(240, target_l0=5.0, max_latent_density=0.2)[0])
-    assert without.max() > 0.35 > limited.max()
-    assert ((limited - 0.2).relu().sum(1) < 0.5 * (without - 0.2).relu().sum(1)).all()
+    assert (limited > 0.2).sum() < 0.7 * (without > 0.2).sum()
+    assert ((limited - 0.2).relu().sum(1) < (without - 0.2).relu().sum(1)).all()
     torch.testing.assert_close(limited.sum(1), torch.full((LAYERS,), 5.0), rtol=0.05, atol=0)
 
 
