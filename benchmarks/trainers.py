@@ -34,12 +34,13 @@ LEARNING_RATE = 1e-7
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a step, and the mean number of active latents."""
+    """The sizes of a step, the mean number of active latents, and where the step runs."""
 
     d_in: int
     d_sae: int
     batch: int
     l0: float
+    device: str = "cpu"
 
 
 class TimedTrainer(Protocol):
@@ -57,14 +58,15 @@ class TimedTrainer(Protocol):
 
 def activations(shape: Shape) -> Tensor:
     """Gaussian activations, [batch, d_in]; a step's time depends only on shape and L0."""
-    return torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0))
+    return drawn.to(shape.device)
 
 
 class _SAELens:
     """An SAELens training SAE in SAELens' own trainer."""
 
-    def __init__(self, sae: Any, shape: Shape):
-        self.sae, self.x = sae, activations(shape)
+    def __init__(self, sae: Any, shape: Shape, autocast: bool = False):
+        self.sae, self.x = sae.to(shape.device), activations(shape)
         if hasattr(sae, "threshold"):
             z = (self.x[:256] - sae.b_dec) @ sae.W_enc + sae.b_enc
             sae.threshold.data.fill_(_quantile(z.detach(), shape))
@@ -74,6 +76,8 @@ class _SAELens:
                 train_batch_size_samples=shape.batch,
                 lr=LEARNING_RATE,
                 lr_end=LEARNING_RATE,
+                device=shape.device,
+                autocast=autocast,
             ),
             sae=sae,
             data_provider=repeat(self.x),
@@ -85,15 +89,16 @@ class _SAELens:
         self.trainer.n_training_steps += 1
 
     def forward_backward(self) -> None:
-        output = self.sae.training_forward_pass(
-            step_input=TrainStepInput(
-                sae_in=self.x,
-                coefficients=self.trainer.get_coefficients(),
-                dead_neuron_mask=self.trainer.dead_neurons,
-                n_training_steps=self.trainer.n_training_steps,
-                is_logging_step=False,
+        with self.trainer.autocast_if_enabled:
+            output = self.sae.training_forward_pass(
+                step_input=TrainStepInput(
+                    sae_in=self.x,
+                    coefficients=self.trainer.get_coefficients(),
+                    dead_neuron_mask=self.trainer.dead_neurons,
+                    n_training_steps=self.trainer.n_training_steps,
+                    is_logging_step=False,
+                )
             )
-        )
         output.loss.backward()
         self.trainer.optimizer.zero_grad()
 
@@ -161,20 +166,20 @@ def _plugin(path: str) -> Callable[[Shape], TimedTrainer]:
 
 def _default_config(shape: Shape) -> TimedTrainer:
     """Only the target L0 is set; L0 control and the rest are defaults."""
-    sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae}
+    sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae, "device": shape.device}
     return _SAELens(
         JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, target_l0=shape.l0)), shape
     )
 
 
-def _stock_jumprelu(shape: Shape) -> TimedTrainer:
+def _stock_jumprelu(shape: Shape, autocast: bool = False) -> TimedTrainer:
     cfg = sae_lens.JumpReLUTrainingSAEConfig(
         **_sizes(shape),
         jumprelu_init_threshold=0.1,
         jumprelu_bandwidth=BANDWIDTH,
         l0_coefficient=L0_COEFFICIENT,
     )
-    return _SAELens(StockJumpReLU(cfg), shape)
+    return _SAELens(StockJumpReLU(cfg), shape, autocast)
 
 
 def _topk(shape: Shape, *, sparse: bool) -> TimedTrainer:
@@ -206,7 +211,33 @@ def _standard(shape: Shape) -> TimedTrainer:
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:
-    return {"d_in": shape.d_in, "d_sae": shape.d_sae, "normalize_activations": "none"}
+    sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae, "device": shape.device}
+    return {**sizes, "normalize_activations": "none"}
+
+
+class _Sparsify:
+    """sparsify's TopK coder with Adam, as its trainer steps it."""
+
+    def __init__(self, shape: Shape):
+        from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
+
+        self.x = activations(shape)
+        cfg = SparseCoderConfig(num_latents=shape.d_sae, k=round(shape.l0))
+        self.coder = SparseCoder(shape.d_in, cfg, device=shape.device)
+        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=LEARNING_RATE)
+
+    def step(self) -> None:
+        self.coder(self.x).fvu.backward()
+        torch.nn.utils.clip_grad_norm_(self.coder.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def forward_backward(self) -> None:
+        self.coder(self.x).fvu.backward()
+        self.optimizer.zero_grad()
+
+    def l0(self) -> float | None:
+        return float(self.coder.cfg.k)
 
 
 STOCK = "SAELens jumprelu"
@@ -229,6 +260,20 @@ TRAINERS: dict[str, Callable[[Shape], TimedTrainer]] = {
     "SAELens gated": _gated,
     "SAELens standard": _standard,
     "dictionary_learning JumpReLU": _DictionaryLearning,
+}
+
+
+TRITON = "jumprelu-plugin, triton"
+TOPK_SPARSE = "SAELens topk, sparse activations"
+SPARSIFY = "sparsify TopK"
+STOCK_TF32 = "SAELens jumprelu, TF32"
+STOCK_AUTOCAST = "SAELens jumprelu, bf16 autocast"
+# What only a GPU has: kernels for it, and matrix products in fewer bits.
+GPU_TRAINERS: dict[str, Callable[[Shape], TimedTrainer]] = {
+    TRITON: _plugin("triton"),
+    STOCK_TF32: _stock_jumprelu,
+    STOCK_AUTOCAST: lambda shape: _stock_jumprelu(shape, autocast=True),
+    SPARSIFY: _Sparsify,
 }
 
 
