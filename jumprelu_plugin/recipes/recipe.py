@@ -103,7 +103,7 @@ class Recipe:
             )
             values["matryoshka_widths"] = f"{fractions} of d_sae, and d_sae"
         if self.lr_from_width:
-            values["lr"] = "0.1/√d_in, at most 6.3e-3"
+            values["lr"] = "0.1/√d_in, at most 8.8e-3"
         if self.l0_warm_up_fraction:
             values["l0_warm_up_steps"] = f"{self.l0_warm_up_fraction:.0%} of the run"
         if self.lr_decay_fraction:

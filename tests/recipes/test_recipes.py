@@ -94,7 +94,7 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d_in", "lr"), [(32, 6.3e-3), (576, 4.2e-3), (640, 4.0e-3), (2304, 2.1e-3)]
+    ("d_in", "lr"), [(32, 8.8e-3), (256, 6.3e-3), (576, 4.2e-3), (640, 4.0e-3), (2304, 2.1e-3)]
 )
 def test_the_default_learning_rate_follows_the_width(d_in: int, lr: float) -> None:
     assert RECIPES["default"].learning_rate(d_in) == pytest.approx(lr, rel=1e-9)
