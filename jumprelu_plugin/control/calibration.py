@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jumprelu_plugin.control.decoder_norm import normalize_rows_
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 # Of the pre-activations' standard deviation: two that are closer are one token's.
 SAME = 1e-5
@@ -36,14 +37,18 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    z: Float[Tensor, "batch d_sae"], start_l0: float, jumprelu_bandwidth_std: float
+    z: Float[Tensor, "batch d_sae"],
+    start_l0: float,
+    jumprelu_bandwidth_std: float,
+    processes: OneProcess = ONE_PROCESS,
 ) -> Calibration:
     """θ₀ at the quantile of each latent that makes `start_l0` latents active, ε from z's spread.
 
     Args:
         z: pre-activations of one batch at initialisation.
-        start_l0: how many latents of a token should be active at the start.
+        start_l0: how many latents of a token should be active at the start, of those in z.
         jumprelu_bandwidth_std: ε as a multiple of the standard deviation of z.
+        processes: that hold the dictionary, whose spread decides; z is of this one's latents.
 
     Raises:
         ValueError: the pre-activations are not finite, or all the same.
@@ -55,7 +60,7 @@ def calibrate(
         )
     if (z == z[:1]).all():
         raise ValueError("the first batch's activations are all the same: nothing to learn from")
-    spread = z.std().item()
+    spread = processes.std(z)
     batch, d_sae = z.shape
     share = min(0.5, start_l0 / d_sae)
     rank = min(max(1, round(share * batch)), batch - 1)

@@ -34,6 +34,7 @@ from jumprelu_plugin.control.saved_state import require_same_form, require_same_
 from jumprelu_plugin.control.units import LogParameter, parametrized, set_value, stored
 from jumprelu_plugin.step.activity import active_count
 from jumprelu_plugin.step.losses import Step, Term, threshold_slopes
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 # The L0 that calibration starts from where there is no target, as a share of the latents.
 START_SHARE = 0.05
@@ -78,6 +79,7 @@ class DictionaryControl:
         keep_firing_record: also where no latent is resampled.
         index, of: which of how many dictionaries that train together. Resampling then draws other
             tokens for each.
+        processes: that hold the dictionary, and what is kept of its latents.
 
     Attributes:
         bandwidth: ε; None before calibration.
@@ -94,8 +96,10 @@ class DictionaryControl:
         keep_firing_record: bool = False,
         index: int = 0,
         of: int = 1,
+        processes: OneProcess = ONE_PROCESS,
     ):
-        self.settings = settings
+        self.settings, self.processes = settings, processes
+        held = processes.held(settings.d_sae)
         self.bandwidth: float | None = settings.jumprelu_bandwidth or None
         self.batch_l0 = 0.0
         self.l0 = (
@@ -108,12 +112,12 @@ class DictionaryControl:
             else None
         )
         self.density = (
-            DensityMultipliers(settings.d_sae, settings.max_latent_density)
+            DensityMultipliers(held, settings.max_latent_density)
             if settings.max_latent_density < 1
             else None
         )
         self.firing = (
-            FiringRecord(settings.d_sae)
+            FiringRecord(held)
             if settings.resample_dead_latents or keep_firing_record
             else None
         )
@@ -140,7 +144,12 @@ class DictionaryControl:
         Raises:
             ValueError: the pre-activations are not finite, or all the same.
         """
-        found = calibrate(z, self.start_l0(), self.settings.jumprelu_bandwidth_std)
+        found = calibrate(
+            z,
+            self.start_l0() * z.shape[1] / self.settings.d_sae,
+            self.settings.jumprelu_bandwidth_std,
+            self.processes,
+        )
         if not self.settings.jumprelu_init_threshold and not keep_thresholds:
             set_value(dictionary, "threshold", found.threshold)
         if self.bandwidth is None:
@@ -160,7 +169,8 @@ class DictionaryControl:
     def count_active(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Measure the L0 of a batch; activations dense or sparse COO of the active ones."""
         self._batch = len(feature_acts)
-        self.batch_l0 = float(active_count(feature_acts)) / self._batch
+        active = self.processes.count_over_shards(active_count(feature_acts))
+        self.batch_l0 = active / self._batch
 
     def observe(
         self,
@@ -199,10 +209,13 @@ class DictionaryControl:
         self._l0_slope = slopes.l0
         paid = coefficient * slopes.penalty
 
-        def update(gradient: Tensor) -> None:
-            controller.update_multiplier(gradient.sum() - paid, slopes.penalty)
+        def update(total: Tensor) -> None:
+            controller.update_multiplier(total - paid, slopes.penalty)
 
-        step.threshold.register_hook(update)
+        def sum_gradient(gradient: Tensor) -> None:
+            self.processes.after_backward(gradient.sum(), update)
+
+        step.threshold.register_hook(sum_gradient)
 
     def resampling_is_due(self) -> bool:
         """Whether this step's batch is wanted for resampling; see `keep_for_resampling`."""
@@ -285,6 +298,7 @@ class DictionaryControl:
             optimizer,
             seed,
             mean_density=self._mean_density(),
+            processes=self.processes,
         )
 
     def dead(self) -> Bool[Tensor, " d_sae"]:

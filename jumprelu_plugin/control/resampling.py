@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jumprelu_plugin.control.units import set_value, stored
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 # A latent at the average rate L0/d_sae misses this many firings in a row with a chance of e^-50.
 PATIENCE_IN_FIRINGS = 50
@@ -146,8 +147,9 @@ class FiringRecord:
 def draw(
     dead: Bool[Tensor, " d_sae"],
     residual: Float[Tensor, "batch d_out"],
-    W_dec: Float[Tensor, "d_sae d_out"],
+    W_dec: Float[Tensor, "held d_out"],
     seed: int,
+    processes: OneProcess = ONE_PROCESS,
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Dead latents and, for each, the token whose residual it takes.
 
@@ -158,6 +160,11 @@ def draw(
     No more latents are drawn than the batch has tokens with an error, no token twice, and at most
     one latent in twenty (or 16), so that their firings hardly move L0. `seed` alone decides, on
     every device: a resumed run draws what the uninterrupted one draws.
+
+    Args:
+        dead: of the whole dictionary.
+        W_dec: this process's rows of it.
+        processes: that hold the dictionary; all draw the same.
     """
     random = torch.Generator().manual_seed(seed)
     latents = dead.nonzero().flatten()
@@ -168,7 +175,8 @@ def draw(
     if not count:
         return latents[:0], latents[:0]
     tokens = torch.multinomial(error, min(CANDIDATES * count, wrong), generator=random)
-    new = unexplained(residual[tokens.to(residual.device)], W_dec, ~dead).cpu()
+    living = ~processes.part_of(dead)
+    new = unexplained(residual[tokens.to(residual.device)], W_dec, living, processes).cpu()
     # Never zero: a residual along a living latent is drawn where there is no other.
     weight = new.pow(UNEXPLAINED_EXPONENT).clamp_min(1e-30)
     tokens = tokens[torch.multinomial(weight, count, generator=random)]
@@ -177,8 +185,9 @@ def draw(
 
 def unexplained(
     vectors: Float[Tensor, "n d_out"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    living: Bool[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "held d_out"],
+    living: Bool[Tensor, " held"],
+    processes: OneProcess = ONE_PROCESS,
 ) -> Float[Tensor, " n"]:
     """The share of each vector's squared norm that its best living latent would leave."""
     unit = functional.normalize(vectors, dim=1)
@@ -189,7 +198,7 @@ def unexplained(
         directions = functional.normalize(W_dec[piece][living[piece]].to(unit.dtype), dim=1)
         if len(directions):
             best = torch.maximum(best, (unit @ directions.t()).amax(1))
-    return 1 - best.clamp(0, 1).square()
+    return 1 - processes.max_over_shards(best).clamp(0, 1).square()
 
 
 @torch.no_grad()
@@ -203,6 +212,7 @@ def resample_dead_(
     optimizer: torch.optim.Optimizer,
     seed: int,
     mean_density: float,
+    processes: OneProcess = ONE_PROCESS,
 ) -> None:
     """Look for dead latents and resample each where the residual of a batch is large.
 
@@ -213,10 +223,12 @@ def resample_dead_(
         directions: given inputs, residual and the tokens drawn, the new encoders and their center.
         seed: of the draw; another for each layer, or all would take the same tokens.
         mean_density: L0/d_sae.
+        processes: that hold the dictionary.
     """
     firing.checked = firing.steps
-    dead = firing.dead(patience)
-    latents, tokens = draw(dead, residual, dictionary.W_dec, seed)  # type: ignore[arg-type]
+    own_dead = firing.dead(patience)
+    dead = processes.gather_latents(own_dead)
+    latents, tokens = draw(dead, residual, dictionary.W_dec, seed, processes)  # type: ignore[arg-type]
     encoders, center = directions(inputs, residual, tokens)
     started = resample_(
         dictionary,
@@ -224,13 +236,15 @@ def resample_dead_(
         encoders,
         residual[tokens],
         center,
-        ~dead,
+        ~own_dead,
         optimizer,
         inputs=inputs,
         residual=residual,
         densest=DENSEST_START * mean_density,
+        processes=processes,
     )
-    firing.silent[started] = firing.lived[started] = 0
+    _, own = processes.own(started)
+    firing.silent[own] = firing.lived[own] = 0
     firing.useless = 1 - len(started) / len(latents) if len(latents) else 0.0
 
 
@@ -252,18 +266,20 @@ def resample_(
     encoders: Float[Tensor, "n d_in"],
     decoders: Float[Tensor, "n d_out"],
     center: Float[Tensor, " d_in"],
-    living: Bool[Tensor, " d_sae"],
+    living: Bool[Tensor, " held"],
     optimizer: torch.optim.Optimizer | None,
     *,
     inputs: Float[Tensor, "batch d_in"] | None = None,
     residual: Float[Tensor, "batch d_out"] | None = None,
     densest: float = 1.0,
+    processes: OneProcess = ONE_PROCESS,
 ) -> Int[Tensor, " started"]:
     """Give latents new directions (of any norm), with norms and thresholds taken from living ones.
 
     Args:
         dictionary: has W_enc, b_enc, W_dec and threshold, plain or parametrized (`control.units`).
         center: the encoder's input that gives the resampled latents z = 0.
+        latents: places in the whole dictionary; `encoders` and `decoders` are of all of them.
         living: latents to measure norms, threshold and Adam's second moment on; all of them if
             none is alive.
         optimizer: Adam's first moment for these latents is set to 0, the second to the living
@@ -271,23 +287,25 @@ def resample_(
         inputs, residual: of one batch. Thresholds are raised so that a latent fires on at most
             `densest` of its tokens, latents that would add to its error are left as they are, and
             encoders are shortened so that the new latents together do not overshoot its residual.
+        processes: that hold the dictionary. `living` and `dictionary` are of this one's latents.
 
     Returns:
-        The latents that were given a new direction.
+        The latents that were given a new direction, of the whole dictionary.
     """
     if not len(latents):
         return latents
-    if not living.any():
+    if not processes.any_over_shards(living.any()):
         living = torch.ones_like(living)
     W_enc, W_dec = (getattr(dictionary, name).data for name in ("W_enc", "W_dec"))
     threshold, b_enc = (
         getattr(dictionary, name).detach().clone() for name in ("threshold", "b_enc")
     )
-    encoder_norm = ENCODER_SHARE * W_enc.norm(dim=0)[living].mean()
-    decoder_norm = W_dec.norm(dim=1)[living].mean()
+    encoder_norm = ENCODER_SHARE * processes.mean_over_shards(W_enc.norm(dim=0)[living])
+    decoder_norm = processes.mean_over_shards(W_dec.norm(dim=1)[living])
     encoders = (encoder_norm * functional.normalize(encoders, dim=1)).to(W_enc.dtype)
     decoders = (decoder_norm * functional.normalize(decoders, dim=1)).to(W_dec.dtype)
-    start = (THRESHOLD_SHARE * threshold[living].median()).expand(len(latents))
+    usual = processes.median_over_shards(threshold, living)
+    start = (THRESHOLD_SHARE * usual).expand(len(latents))
     if inputs is not None and residual is not None:
         read = inputs - center
         start = torch.maximum(start, _threshold_at_density(read, encoders, densest))
@@ -297,10 +315,12 @@ def resample_(
         )
         short = _joint_length(read, residual, encoders, decoders, start)
         encoders, start = short * encoders, short * start
-    W_enc[:, latents] = encoders.t()
-    W_dec[latents] = decoders
-    threshold[latents] = start.to(threshold)
-    b_enc[latents] = -(encoders @ center.to(W_enc.dtype)).to(b_enc.dtype)
+    bias = -(encoders @ center.to(W_enc.dtype))
+    of_these, own = processes.own(latents)
+    W_enc[:, own] = encoders[of_these].t()
+    W_dec[own] = decoders[of_these]
+    threshold[own] = start[of_these].to(threshold)
+    b_enc[own] = bias[of_these].to(b_enc.dtype)
     set_value(dictionary, "threshold", threshold)
     set_value(dictionary, "b_enc", b_enc)
     if optimizer is None:
@@ -308,11 +328,11 @@ def resample_(
     for name, axis in (("W_enc", 1), ("W_dec", 0), ("threshold", 0), ("b_enc", 0)):
         moments = optimizer.state.get(stored(dictionary, name), {})
         if "exp_avg" in moments:
-            moments["exp_avg"].index_fill_(axis, latents, 0.0)
+            moments["exp_avg"].index_fill_(axis, own, 0.0)
         if "exp_avg_sq" in moments:
             squares = moments["exp_avg_sq"]
             of_each = squares if squares.ndim == 1 else squares.mean(dim=1 - axis)
-            squares.index_fill_(axis, latents, of_each[living].mean())
+            squares.index_fill_(axis, own, processes.mean_over_shards(of_each[living]))
     return latents
 
 

@@ -52,7 +52,7 @@ def start_from(sae: JumpReLUTrainingSAE, sample: Float[Tensor, "batch d_in"]) ->
         sample = sample - sae.b_dec
     z = sample @ full_precision(sae.W_enc) + sae.b_enc
     if cfg.initialization == "anthropic" and not loaded:
-        share = ANTHROPIC_START_L0 / cfg.d_sae
+        share = ANTHROPIC_START_L0 / sae.resolved.d_sae
         raised = raise_to_fire(z[:_BIAS_SAMPLE], sae.threshold, share)
         set_value(sae, "b_enc", sae.b_enc + raised)
         z = z + raised

@@ -8,7 +8,7 @@ steps to its `control.DictionaryControl`, and is saved as a stock `jumprelu` fol
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from jumprelu_plugin.step.entries import BufferOverflow, Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
 
 
@@ -49,7 +50,12 @@ class JumpReLUTrainingSAE(StoredParameters):
         control: what is kept between two steps.
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
+<<<<<<< HEAD
         pair_buffers: the size of its buffers, where that is the way of the kernels.
+=======
+        processes: that hold the dictionary; where they are several, `cfg` and the shapes are of
+            this one's latents, and `resolved` is of the whole dictionary.
+>>>>>>> 6e023dd (Latents of one dictionary over several processes: the sums of a step are taken over shards)
 
     Raises:
         ValueError: on construction, if the config cannot train; on a step, if the activations or
@@ -60,6 +66,7 @@ class JumpReLUTrainingSAE(StoredParameters):
     rules = SAE_RULES
     # Or whoever scales its rows does.
     standardizes_itself: ClassVar[bool] = True
+    processes: OneProcess = ONE_PROCESS
 
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
         cfg = as_plugin_config(cfg)
@@ -67,14 +74,15 @@ class JumpReLUTrainingSAE(StoredParameters):
         if not cfg.is_stock:
             require(cfg, EFFECT_RULES)
         self.resolved = cfg.resolve()
-        self.control = DictionaryControl(self.resolved)
+        self.control = DictionaryControl(self.resolved, processes=self.processes)
         self.units = units_of(cfg.hyperparameter_units, cfg.d_in)
         threshold = self.resolved.jumprelu_init_threshold or self.units.activation
+        held = self.config_of_held(cfg)
         super().__init__(
-            dataclasses.replace(cfg, jumprelu_init_threshold=threshold),  # type: ignore[arg-type]
+            dataclasses.replace(held, jumprelu_init_threshold=threshold),  # type: ignore[arg-type]
             use_error_term,
         )
-        self.cfg = cfg
+        self.cfg = held
         cfg.add_training_info_to_metadata()
         self.sparsity = sparsity_of(cfg, self.resolved)
         self.path_choice = PathChoice(cfg.step_kernel)
@@ -95,6 +103,10 @@ class JumpReLUTrainingSAE(StoredParameters):
     def bandwidth(self, value: float) -> None:
         pass  # SAELens sets the config's number, which may be in other units than training
 
+    def config_of_held(self, cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAEConfig:
+        """The config of the latents that this process holds."""
+        return cfg
+
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -104,7 +116,7 @@ class JumpReLUTrainingSAE(StoredParameters):
             normalize_rows_(self.W_dec.data)
             self.W_enc.data = self.W_dec.data.t().clone()
         if self.cfg.initialization == "anthropic":
-            self.W_enc.data = self.cfg.d_in / self.cfg.d_sae * self.W_dec.data.t()
+            self.W_enc.data = self.cfg.d_in / self.resolved.d_sae * self.W_dec.data.t()
         self.W_enc.data = by_latent(self.W_enc.data)
 
     # ---------------------------------------------------------------- one step
@@ -154,11 +166,12 @@ class JumpReLUTrainingSAE(StoredParameters):
         if widths := resolved.matryoshka_widths:
             wanted, scale = decoder_target(self, target)
             scale = scale if weights is None else scale * weights
-            decoded, prefix_errors = entries.decode_prefixes(
-                activations, W_dec, offset, wanted, scale, widths
+            decoded, prefix_errors = self.decode_prefixes(
+                entries, activations, W_dec, offset, wanted, scale, widths
             )
         else:
-            decoded = entries.decode(activations, W_dec).add_(offset)
+            decoded = self.processes.sum_over_shards(entries.decode(activations, W_dec))
+            decoded = decoded.add_(offset)
         x_hat = self.run_time_activation_norm_fn_out(self.hook_sae_recons(decoded))
         x_hat = self.reshape_fn_out(x_hat, self.d_head)
 
@@ -171,6 +184,7 @@ class JumpReLUTrainingSAE(StoredParameters):
             W_dec,
             dead=step_input.dead_neuron_mask,
             density_multipliers=control.density_multipliers(x.device),
+            processes=self.processes,
         )
         coefficient = step_input.coefficients["l0"] * self.units.loss * control.multiplier
         penalty = self.sparsity(step)
@@ -210,6 +224,12 @@ class JumpReLUTrainingSAE(StoredParameters):
             losses=losses,
             metrics={"measured_l0_coefficient": coefficient} if control.l0 else {},
         )
+
+    def decode_prefixes(
+        self, entries: Entries, *arguments: Any
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
+        """`Entries.decode_prefixes` of the whole dictionary."""
+        return entries.decode_prefixes(*arguments)
 
     def _encode(
         self,
@@ -284,7 +304,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         start_from(self, sample)
 
     def _before_update(self) -> None:
-        self.path_choice.finish(self.control.batch_l0 / self.cfg.d_sae)
+        self.path_choice.finish(self.control.batch_l0 / self.resolved.d_sae)
 
     def _after_update(self) -> None:
         assert self.optimizer_hooks is not None

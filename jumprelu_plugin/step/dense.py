@@ -36,6 +36,16 @@ class DenseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return activations @ W_dec
 
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, "batch d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> Float[Tensor, "batch blocks d_out"]:
+        starts = [0, *ends[:-1]]
+        blocks = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        return torch.stack([activations[:, block] @ W_dec[block] for block in blocks], dim=1)
+
     def decode_prefixes(
         self,
         activations: Float[Tensor, "batch d_sae"],

@@ -48,6 +48,19 @@ class Entries(ABC):
         """activations @ W_dec, differentiable in both."""
 
     @abstractmethod
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, "*entries"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> Float[Tensor, "batch blocks d_out"]:
+        """What each block of latents decodes to, differentiable in both.
+
+        Args:
+            ends: where each block ends, ascending; the last is d_sae.
+        """
+
+    @abstractmethod
     def decode_prefixes(
         self,
         activations: Float[Tensor, "*entries"],

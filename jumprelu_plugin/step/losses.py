@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import heaviside
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Step:
             dead latents are not tracked.
         density_multipliers: μ ≥ 0, [d_sae], the multiplier of each latent's density limit
             (`control.density`); None without a limit.
+        processes: that hold the dictionary. What is indexed by latent is this process's; the terms
+            are the whole dictionary's.
     """
 
     entries: Entries
@@ -46,6 +49,7 @@ class Step:
     W_dec: Float[Tensor, "d_sae d_out"]
     dead: Bool[Tensor, " d_sae"] | None = None
     density_multipliers: Float[Tensor, " d_sae"] | None = None
+    processes: OneProcess = ONE_PROCESS
 
     def gates(self) -> Float[Tensor, "*entries"]:
         """H(z - θ), with the straight-through estimator's gradient."""
@@ -115,7 +119,7 @@ class L0:
     """Mean number of active latents (arXiv 2407.14435, eq. 9)."""
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        return step.l0().mean()
+        return step.processes.sum_over_shards(step.l0().mean())
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ class QuadraticL0:
     target: float
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        return (2 / self.target * (step.l0() - self.target) ** 2).mean()
+        l0 = step.processes.sum_over_shards(step.l0())
+        return (2 / self.target * (l0 - self.target) ** 2).mean()
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class TanhL0:
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         norms = step.entries.per_latent(step.decoder_norms())
         soft_gates = torch.tanh(self.scale * step.activations * norms)
-        return step.entries.sum_latents(soft_gates).mean()
+        return step.processes.sum_over_shards(step.entries.sum_latents(soft_gates).mean())
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class WithDensityPenalty:
     density_penalty_scale: float
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        return self.term(step) + step.latent_densities().square().sum() / self.density_penalty_scale
+        squares = step.processes.sum_over_shards(step.latent_densities().square().sum())
+        return self.term(step) + squares / self.density_penalty_scale
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ class WithDensityLimit:
         if step.density_multipliers is None:
             return self.term(step)
         excess = step.latent_densities() - self.max_latent_density
-        return self.term(step) + step.density_multipliers @ excess
+        penalty = step.density_multipliers.to(excess) @ excess
+        return self.term(step) + step.processes.sum_over_shards(penalty)
 
 
 @dataclass(frozen=True)
@@ -203,10 +210,11 @@ class PreActivationLoss:
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         weight = step.decoder_norms()
         if self.latents == "dead":
-            if step.dead is None or not step.dead.any():
+            if step.dead is None or not step.processes.any_over_shards(step.dead.any()):
                 return step.W_dec.new_zeros(())
             weight = weight * step.dead
-        return step.entries.threshold_deficit(step.threshold, weight)
+        deficit = step.entries.threshold_deficit(step.threshold, weight)
+        return step.processes.sum_over_shards(deficit)
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,8 @@ def threshold_slopes(term: Term, step: Step, penalty: Float[Tensor, ""]) -> Thre
     """The slopes on this batch, detached; `penalty` is term(step), whose graph is kept."""
 
     def slope(value: Tensor) -> Tensor:
-        return torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
+        own = torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
+        return step.processes.sum_over_shards(own)
 
     penalty_slope = slope(penalty)
     l0_slope = penalty_slope if isinstance(term, L0) else slope(step.l0().mean())

@@ -129,6 +129,16 @@ class SparseEntries(Entries):
     ) -> Float[Tensor, "batch d_out"]:
         return _SparseDecode.apply(activations, W_dec, self.pattern)  # type: ignore[return-value]
 
+    def decode_blocks(
+        self,
+        activations: Float[Tensor, " nnz"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        ends: Sequence[int],
+    ) -> Float[Tensor, "batch blocks d_out"]:
+        blocks = self.pattern.in_blocks(ends)
+        decoded: Tensor = _SparseDecode.apply(activations, W_dec, blocks)  # type: ignore[assignment]
+        return decoded.view(self.batch, len(ends), -1)
+
     def decode_prefixes(
         self,
         activations: Float[Tensor, " nnz"],
