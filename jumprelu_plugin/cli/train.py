@@ -42,6 +42,14 @@ CheckpointMinutes = Annotated[
         "kept until the SAE is saved; 0: none. Default: 10.",
     ),
 ]
+ModelParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--model_parallel_size",
+        help="processes over which the latents are sharded: torchrun --nproc-per-node N -m "
+        "jumprelu_plugin train … --model_parallel_size N. Default: 1.",
+    ),
+]
 
 
 @app.command(context_settings=SAELENS_FLAGS)
@@ -58,6 +66,7 @@ def train(
             help="whether to check the run first, as `jumprelu check` does. Default: yes.",
         ),
     ] = True,
+    model_parallel_size: ModelParallelSize = 1,
 ) -> None:
     """Train an SAE or a transcoder with SAELens' own runner flags, plus our fields.
 
@@ -65,16 +74,21 @@ def train(
     text of the `demo` extra. Interrupted (Ctrl-C), it saves a checkpoint and exits with 130.
     --resume_from_checkpoint auto goes on from the newest whole checkpoint of the same run.
     """
+    from jumprelu_plugin.training.distributed.launch import is_one_of_many
+    from jumprelu_plugin.training.distributed.runner import train_sharded
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context, recipe)
-    JumpReLUTrainingRunner(
-        cfg,
-        save_buffer=save_buffer,
-        check_first=check_first,
-        checkpoint_every_n_minutes=checkpoint_every_n_minutes,
-        activations=activations,
-    ).run()
+    options: dict[str, Any] = {
+        "save_buffer": save_buffer,
+        "check_first": check_first,
+        "checkpoint_every_n_minutes": checkpoint_every_n_minutes,
+        "activations": activations,
+    }
+    if model_parallel_size != 1 or is_one_of_many():
+        train_sharded(cfg, model_parallel_size, **options)
+    else:
+        JumpReLUTrainingRunner(cfg, **options).run()
 
 
 @app.command(context_settings=SAELENS_FLAGS)

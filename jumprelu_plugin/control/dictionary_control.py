@@ -117,9 +117,7 @@ class DictionaryControl:
             else None
         )
         self.firing = (
-            FiringRecord(held)
-            if settings.resample_dead_latents or keep_firing_record
-            else None
+            FiringRecord(held) if settings.resample_dead_latents or keep_firing_record else None
         )
         self._index, self._of = index, of
         self._batch = 1

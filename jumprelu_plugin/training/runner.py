@@ -203,7 +203,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         # Not SAELens' handling: it saves no weights, and cuts a step in two.
-        self.trainer = JumpReLUTrainer(
+        self.trainer = self.make_trainer(
             cfg=trainer.cfg,
             sae=trainer.sae,
             data_provider=trainer.data_provider,
@@ -213,9 +213,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         self.trainer.metrics_path = self.metrics_path
         self.trainer.activation_scaler = self.activation_scaler()
         if self.cfg.checkpoint_path is not None:
-            self.trainer.checkpoints = Checkpoints(
-                self.cfg.checkpoint_path, self.checkpoint_every_n_minutes
-            )
+            self.trainer.checkpoints = self.make_checkpoints(self.cfg.checkpoint_path)
         if self.cfg.resume_from_checkpoint is not None:
             self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
             if self.metrics_path is not None:
@@ -223,6 +221,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         elif self.metrics_path is not None:
             self.metrics_path.unlink(missing_ok=True)
         return self.trainer.fit()
+
+    def make_trainer(self, **parts: Any) -> JumpReLUTrainer:
+        """The trainer of this run."""
+        return JumpReLUTrainer(**parts)
+
+    def make_checkpoints(self, folder: str) -> Checkpoints:
+        """Where its checkpoints are saved."""
+        return Checkpoints(folder, self.checkpoint_every_n_minutes)
 
     def activation_scaler(self) -> ActivationScaler:
         """The scaler the training starts with; it estimates its scale if it has none."""

@@ -225,9 +225,14 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
 
     def _show(self, step_output: TrainStepOutput, pbar: tqdm) -> None:
         fvu = batch_fvu(step_output.sae_in, step_output.sae_out)
+        l0, dead = self.l0_and_dead_share(step_output)
         pbar.set_postfix(
             loss=f"{step_output.loss.item():.3g}",
-            L0=f"{mean_l0(step_output.feature_acts):.1f}",
+            L0=f"{l0:.1f}",
             FVU=f"{fvu.item():.3f}",
-            dead=f"{self.dead_neurons.float().mean().item():.1%}",
+            dead=f"{dead:.1%}",
         )
+
+    def l0_and_dead_share(self, step_output: TrainStepOutput) -> tuple[float, float]:
+        """The L0 of a step, and the share of latents that have not fired within the window."""
+        return mean_l0(step_output.feature_acts), self.dead_neurons.float().mean().item()

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.control.units import stored
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
+from jumprelu_plugin.saes.first_batch import full_precision
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
@@ -211,10 +212,9 @@ class OwnRows(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        target = kwargs.pop("tensor", None) if func in self._DRAWS and not args else None
-        target = args[0] if target is None and args else target
-        if func not in self._DRAWS or len(target) != self._layout.held:
+        if func not in self._DRAWS or len(args[0]) != self._layout.held:
             return func(*args, **kwargs)
+        target = args[0]
         draw_rows(
             target,
             self._layout,
@@ -233,7 +233,8 @@ def draw_rows(
 ) -> None:
     """In place, fill a shard's rows with what `draw` fills them with in the whole dictionary."""
     slices = layout.slices(shard)
-    done = {piece.start: sum(p.stop - p.start for p in slices[:i]) for i, piece in enumerate(slices)}
+    sizes = [piece.stop - piece.start for piece in slices]
+    done = {piece.start: sum(sizes[:i]) for i, piece in enumerate(slices)}
     for start in range(0, layout.d_sae, _ROWS_AT_ONCE):
         rows = own.new_empty(min(_ROWS_AT_ONCE, layout.d_sae - start), own.shape[1])
         draw(rows)
@@ -245,4 +246,4 @@ def draw_rows(
 
 
 def _square(gradient: Tensor) -> Tensor:
-    return gradient.float().square().sum() if gradient.element_size() < 4 else gradient.square().sum()
+    return full_precision(gradient).square().sum()

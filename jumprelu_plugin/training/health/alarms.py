@@ -20,6 +20,7 @@ from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.resampling import longest_patience
 from jumprelu_plugin.control.units import stored
 from jumprelu_plugin.step.activity import active_count
+from jumprelu_plugin.step.processes import ONE_PROCESS
 
 EVERY = 100
 
@@ -109,6 +110,8 @@ class Monitor:
         self.gauges: dict[str, float] = {}
         self.raised: dict[str, Alarm] = {}
         self._dictionary, self._control = dictionary, control
+        self._processes = ONE_PROCESS if control is None else control.processes
+        self._d_sae = dictionary.W_enc.shape[1] if control is None else control.settings.d_sae
         self._target_l0, self._warm_up_steps = target_l0, warm_up_steps
         self._steps, self._every = steps, every
         self._seen = 0  # steps since the last look
@@ -188,7 +191,7 @@ class Monitor:
     # ---------------------------------------------------------------- every now and then
 
     def _look(self, silent: Tensor, step: int, batch: int) -> list[Alarm]:
-        l0 = float(self._active) / self._tokens
+        l0 = self._processes.count_over_shards(self._active) / self._tokens
         found = [
             self._thresholds(step),
             self._dead(silent, l0, step, batch),
@@ -205,7 +208,8 @@ class Monitor:
     def _thresholds(self, step: int) -> Alarm | None:
         if self._control is None:
             return None
-        starved = 1.0 if self._moved is None else 1.0 - self._moved.float().mean().item()
+        moved = stored(self._dictionary, "threshold") * 0 if self._moved is None else self._moved
+        starved = 1.0 - float(self._processes.mean_over_shards(moved.float()))
         self._moved = None
         self.gauges["health/thresholds_without_gradient"] = starved
         if starved <= STARVED_SHARE:
@@ -220,11 +224,12 @@ class Monitor:
         )
 
     def _dead(self, silent: Tensor, l0: float, step: int, batch: int) -> Alarm | None:
-        wait = longest_patience(len(silent), self._target_l0 or max(1.0, l0), batch)
+        wait = longest_patience(self._d_sae, self._target_l0 or max(1.0, l0), batch)
         if step < wait:
             return None
         before = self.gauges.get("health/dead_share", 0.0)
-        dead = self.gauges["health/dead_share"] = (silent >= wait).float().mean().item()
+        dead = float(self._processes.mean_over_shards((silent >= wait).float()))
+        self.gauges["health/dead_share"] = dead
         if dead <= DEAD_SHARE or dead < before:
             return None
         firing = None if self._control is None else self._control.firing
@@ -246,7 +251,8 @@ class Monitor:
         """Mean over the probed latents of ‖encoder‖ · ‖decoder‖: 1 where z is a fair guess."""
         every = max(1, self._dictionary.W_enc.shape[1] // PROBED)
         encoders, decoders = self._dictionary.W_enc[:, ::every], self._dictionary.W_dec[::every]
-        return (encoders.float().norm(dim=0) * decoders.float().norm(dim=1)).mean().item()
+        lengths = encoders.float().norm(dim=0) * decoders.float().norm(dim=1)
+        return float(self._processes.mean_over_shards(lengths))
 
     def _encoder(self, step: int) -> Alarm | None:
         assert self._first_gain is not None
@@ -271,9 +277,10 @@ class Monitor:
         fired = silent[:: max(1, len(silent) // PROBED)] < self._seen
         same = (now == self._probe)[fired]
         self._probe = now
-        if not len(same):
+        if not self._processes.count_over_shards(len(same)):
             return None
-        frozen = self.gauges["health/frozen_share"] = same.float().mean().item()
+        frozen = float(self._processes.mean_over_shards(same.float()))
+        self.gauges["health/frozen_share"] = frozen
         if frozen <= FROZEN_SHARE:
             return None
         dtype = self._dictionary.W_enc.dtype
@@ -288,7 +295,7 @@ class Monitor:
         )
 
     def _l0(self, l0: float, step: int) -> Alarm | None:
-        target, d_sae = self._target_l0, self._dictionary.W_enc.shape[1]
+        target, d_sae = self._target_l0, self._d_sae
         if step < self._warm_up_steps:
             return None
         if target is None:
@@ -320,7 +327,7 @@ class Monitor:
                 if self._controls_l0
                 else "leave out l0_coefficient: thresholds then hold the target",
             )
-        few, d_sae = l0 < 1.0, self._dictionary.W_enc.shape[1]
+        few, d_sae = l0 < 1.0, self._d_sae
         return Alarm(
             "L0 off target",
             step,
