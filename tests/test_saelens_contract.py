@@ -58,7 +58,14 @@ PRIVATE = (
         _TRAINER,
         "_build_sparsity_log_dict",
         (),
-        "overridden in training/trainer.py: no wandb histogram in a run without wandb",
+        "overridden in training/trainer.py: no wandb histogram in a run without wandb; in "
+        "training/distributed/trainer.py: of all shards' latents",
+    ),
+    Private(
+        _TRAINER,
+        "_train_step",
+        ("sae", "sae_in"),
+        "overridden in training/distributed/trainer.py: what a log needs of all shards",
     ),
     Private(
         _SET_TRAINER,

@@ -77,7 +77,9 @@ class JumpReLUTrainingSAE(StoredParameters):
         self.control = DictionaryControl(self.resolved, processes=self.processes)
         self.units = units_of(cfg.hyperparameter_units, cfg.d_in)
         threshold = self.resolved.jumprelu_init_threshold or self.units.activation
-        held = self.config_of_held(cfg)
+        held = cfg
+        if (latents := self.processes.held(cfg.d_sae)) != cfg.d_sae:
+            held = dataclasses.replace(cfg, d_sae=latents)
         super().__init__(
             dataclasses.replace(held, jumprelu_init_threshold=threshold),  # type: ignore[arg-type]
             use_error_term,
@@ -102,10 +104,6 @@ class JumpReLUTrainingSAE(StoredParameters):
     @bandwidth.setter
     def bandwidth(self, value: float) -> None:
         pass  # SAELens sets the config's number, which may be in other units than training
-
-    def config_of_held(self, cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAEConfig:
-        """The config of the latents that this process holds."""
-        return cfg
 
     @override
     def initialize_weights(self) -> None:

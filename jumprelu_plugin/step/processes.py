@@ -25,7 +25,7 @@ class OneProcess:
         """The sum of every shard's `partial`. Its gradient reaches each shard's as it is."""
         return partial
 
-    def count_over_shards(self, count: int | Tensor) -> float:
+    def count_over_shards(self, count: float | Tensor) -> float:
         """The sum of a count, on the host."""
         return float(count)
 

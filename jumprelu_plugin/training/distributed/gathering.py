@@ -142,7 +142,8 @@ def gather(part: Tensor, axis: int | None, processes: ManyProcesses) -> Tensor |
 def _empty_whole(shard: ShardOfSAE) -> JumpReLUTrainingSAE:
     whole = whole_like(shard)
     for field in _SET_IN_TRAINING:
-        setattr(whole.cfg, field, getattr(shard.cfg, field))
+        if hasattr(shard.cfg, field):
+            setattr(whole.cfg, field, getattr(shard.cfg, field))
     if not shard.parametrized_names():
         whole.store_plainly()
         whole.standardization = shard.standardization

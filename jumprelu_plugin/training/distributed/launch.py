@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,6 +178,26 @@ def joined(model_parallel_size: int, device: str) -> Iterator[Launch]:
     except Exception as error:
         _end(launch, error)
     dist.destroy_process_group()
+
+
+@contextmanager
+def without_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM ends nothing where nobody listens to it.
+
+    torchrun sends one to all that are left when a process dies, and what these have to say about it
+    takes them a moment. A trainer still stops at the end of its step; after half a minute torchrun
+    kills.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    except Exception:
+        raise  # the process is about to end: it goes on ignoring the signal
+    else:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(launch: Launch, error: Exception) -> None:

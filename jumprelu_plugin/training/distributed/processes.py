@@ -66,7 +66,7 @@ class ManyProcesses(OneProcess):
         return self._reduced(values, dist.ReduceOp.SUM)
 
     @override
-    def count_over_shards(self, count: int | Tensor) -> float:
+    def count_over_shards(self, count: float | Tensor) -> float:
         value = torch.as_tensor(count, dtype=torch.float64, device=self._device(count))
         return float(self.sum_in_place(value.clone()))
 
@@ -137,7 +137,7 @@ class ManyProcesses(OneProcess):
         dist.all_reduce(values, op=operation, group=self.group)
         return values
 
-    def _device(self, like: int | Tensor) -> torch.device:
+    def _device(self, like: float | Tensor) -> torch.device:
         if isinstance(like, Tensor):
             return like.device
         nccl = dist.get_backend(self.group) == "nccl"

@@ -21,7 +21,7 @@ from typing_extensions import override
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.activations.scaler import pair_scaler
 from jumprelu_plugin.training.distributed.gathering import gather_whole
-from jumprelu_plugin.training.distributed.launch import Launch, joined
+from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.sharded_sae import ShardOfSAE, shard_of
 from jumprelu_plugin.training.distributed.trainer import AgreedCheckpoints, ShardTrainer
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
@@ -183,4 +183,5 @@ def train_sharded(cfg: Any, model_parallel_size: int, **options: Any) -> None:
             metrics = Path(cfg.output_path, "metrics.jsonl")
         runner = ShardedTrainingRunner(launch, cfg, **options)
         runner.metrics_path = Path(metrics) if metrics and launch.rank == 0 else None
-        runner.run()
+        with without_sigterm():
+            runner.run()

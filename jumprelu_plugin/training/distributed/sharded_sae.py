@@ -7,7 +7,6 @@ it starts from, the prefixes' errors, and the gradients of what every process ho
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,12 +70,6 @@ class ShardOfSAE(JumpReLUTrainingSAE):
         self._finished = True
 
     whole_cfg: JumpReLUTrainingSAEConfig
-
-    @override
-    def config_of_held(self, cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAEConfig:
-        held = dataclasses.replace(cfg, d_sae=self.processes.layout.held)
-        held.metadata = cfg.metadata
-        return held
 
     @override
     def initialize_weights(self) -> None:
@@ -212,14 +205,18 @@ class OwnRows(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in self._DRAWS or len(args[0]) != self._layout.held:
+        if func not in self._DRAWS:
             return func(*args, **kwargs)
-        target = args[0]
+        named = dict(kwargs)
+        # `nn.init` hands its tensor on by name.
+        target: Tensor = args[0] if args else named.pop("tensor")
+        if len(target) != self._layout.held:
+            return func(*args, **kwargs)
         draw_rows(
             target,
             self._layout,
             self._shard,
-            lambda rows: func(rows, *args[1:], **kwargs),
+            lambda rows: func(rows, *args[1:], **named),
         )
         return target
 

@@ -1,0 +1,154 @@
+"""A run on two processes: its folder is one process's, and any number of processes resumes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from jumprelu_plugin import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.training.checkpoints import damage, numbered
+from jumprelu_plugin.training.distributed.launch import joined, require_sizes
+from jumprelu_plugin.training.distributed.runner import train_sharded
+from tests.tiny import D_MODEL
+from tests.training.distributed.processes import run_on
+from tests.training.runs import BATCH, config, run, token_rows
+
+STEPS = 40
+SAE_CONFIG = {
+    "target_l0": 7,
+    "step_kernel": "sparse",
+    "matryoshka_loss_weight": 0.5,
+    "matryoshka_widths": [8, 16],
+    "max_latent_density": 0.2,
+}
+
+
+def small(folder: Path, **fields: Any) -> Any:
+    sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=fields.pop("d_sae", 48), **SAE_CONFIG)
+    given = {"training_tokens": STEPS * BATCH, "lr_decay_steps": 8, "n_checkpoints": 1, **fields}
+    return config(folder, sae=sae, **given)
+
+
+def sharded(model: Any, folder: Path, fields: dict[str, Any]) -> str | None:
+    """What ends the run on this process; None where it went well."""
+    try:
+        train_sharded(
+            small(folder, **fields),
+            2,
+            override_model=model,
+            override_dataset=token_rows(),
+            check_first=False,
+        )
+    except (ValueError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+    return None
+
+
+def last_checkpoint(folder: Path) -> Path:
+    (place,) = (folder / "checkpoints").iterdir()
+    return numbered(place)[-1]
+
+
+def assert_same_output(found: Path, expected: Path) -> None:
+    ours, theirs = (SAE.load_from_disk(f / "output").state_dict() for f in (found, expected))
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+    cfgs = [json.loads((f / "output" / "cfg.json").read_text()) for f in (found, expected)]
+    for cfg in cfgs:
+        assert cfg["metadata"].pop("l0") == pytest.approx(7, abs=1)
+    assert cfgs[0] == cfgs[1]
+
+
+@pytest.fixture(scope="module")
+def one(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run(model, small(folder), token_rows(), check_first=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    assert run_on(2, sharded, folder / "results", model, folder, {}) == [None, None]
+    return folder
+
+
+def test_the_folder_is_one_processs(one: Path, two: Path) -> None:
+    assert_same_output(two, one)
+    lines = [
+        [json.loads(line) for line in (folder / "output" / "metrics.jsonl").open()]
+        for folder in (one, two)
+    ]
+    for expected, found in zip(*lines, strict=True):
+        assert found.keys() == expected.keys()
+        for name in ("losses/overall_loss", "metrics/l0", "sparsity/below_1e-5"):
+            if name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_two_processes_checkpoint_goes_on_in_one(
+    model: Any, one: Path, two: Path, tmp_path: Path
+) -> None:
+    checkpoint = last_checkpoint(two)
+    assert damage(checkpoint) is None
+    cfg = small(tmp_path, resume_from_checkpoint=str(checkpoint))
+    run(model, cfg, token_rows(), check_first=False)
+    assert_same_output(tmp_path, one)
+
+
+def test_one_processs_checkpoint_goes_on_in_two(model: Any, one: Path, tmp_path: Path) -> None:
+    fields = {"resume_from_checkpoint": str(last_checkpoint(one))}
+    assert run_on(2, sharded, tmp_path / "results", model, tmp_path, fields) == [None, None]
+    assert_same_output(tmp_path, one)
+
+
+def test_an_error_ends_every_process_and_the_first_says_why(
+    model: Any, one: Path, tmp_path: Path
+) -> None:
+    for fields, message in (
+        ({"d_sae": 49}, "ValueError d_sae is 49, which model_parallel_size=2 does not divide"),
+        (
+            {"d_sae": 64, "resume_from_checkpoint": str(last_checkpoint(one))},
+            "ValueError the checkpoint .* has d_sae 48 and this run 64",
+        ),
+    ):
+        first, second = run_on(2, sharded, tmp_path / "results", model, tmp_path, fields)
+        assert second == "SystemExit 2"
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(first)
+
+
+def different_seeds(folder: Path) -> str:
+    import os
+
+    cfg = dataclasses.replace(small(folder), seed=int(os.environ["RANK"]))
+    try:
+        train_sharded(cfg, 2)
+    except (ValueError, SystemExit) as error:
+        return str(error)
+    return ""
+
+
+def test_processes_with_different_configs_are_refused(tmp_path: Path) -> None:
+    first, second = run_on(2, different_seeds, tmp_path / "results", tmp_path)
+    assert "process 1 has another config than process 0" in first and second == "2"
+
+
+def test_sizes_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="there is one process: start the run with torchrun"):
+        require_sizes(2, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with (
+        pytest.raises(ValueError, match="is 2, and torchrun started 3 processes"),
+        joined(2, "cpu"),
+    ):
+        pass
+    if not torch.distributed.is_nccl_available():
+        with pytest.raises(ValueError, match="this PyTorch has no NCCL"):
+            require_sizes(3, "cuda")
