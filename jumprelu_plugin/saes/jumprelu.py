@@ -50,12 +50,9 @@ class JumpReLUTrainingSAE(StoredParameters):
         control: what is kept between two steps.
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
-<<<<<<< HEAD
         pair_buffers: the size of its buffers, where that is the way of the kernels.
-=======
         processes: that hold the dictionary; where they are several, `cfg` and the shapes are of
             this one's latents, and `resolved` is of the whole dictionary.
->>>>>>> 6e023dd (Latents of one dictionary over several processes: the sums of a step are taken over shards)
 
     Raises:
         ValueError: on construction, if the config cannot train; on a step, if the activations or
