@@ -26,8 +26,8 @@ from jumprelu_plugin.step.losses import outlier_token_weights
 OUTLIER_NORM_RATIO = 10.0
 # Adam's step in each of a unit row's numbers, times √width: how far a direction turns at most.
 _TURN = 0.1
-# Below this width latents die of so large a step: on data 67 wide 1 % at 6.3e-3, 2 % at 9e-3 and 16 %
-# at 1.3e-2, with FVU 0.207, 0.200 and 0.200.
+# Below this width latents die of so large a step: on data 67 wide 1 % at 6.3e-3, 2 % at 9e-3 and
+# 16 % at 1.3e-2, with FVU 0.207, 0.200 and 0.200.
 _NARROWEST = 128
 # From the median of each coordinate to the mean of the tokens that are no outliers.
 _ROUNDS = 2

@@ -24,6 +24,7 @@ from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
     JumpReLUTrainingTranscoder,
 )
+from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.processes import ManyProcesses, ShareOfGradient
@@ -61,11 +62,17 @@ class ShardOfSAE(JumpReLUTrainingSAE):
                 "aux_loss_coefficient needs every dead latent in one process: leave it out "
                 "(resample_dead_latents does its work), or give model_parallel_size=1"
             )
+        if cfg.step_kernel == "triton":
+            raise ValueError(
+                "step_kernel='triton' was never tried on shards: give 'auto', or "
+                "model_parallel_size=1"
+            )
         resolved = cfg.resolve()
         layout = LatentLayout(cfg.d_sae, shards, resolved.matryoshka_widths)
         vars(self)["processes"] = ManyProcesses(layout, group)
         vars(self)["whole_cfg"] = cfg
         super().__init__(cfg)
+        self.path_choice = PathChoice(cfg.step_kernel, PLAIN_STEP_PATHS)
         self._ready = 0  # parameters whose gradient of this step is there
         self._finished = True
 

@@ -121,7 +121,13 @@ def one_whole(size: int, steps: int, fields: dict[str, Any]) -> Any:
     return found, None if whole is None else result(whole)
 
 
+# The same sums in another order. In float32, 100 steps of training make 1.5e-6 of it, in biases;
+# in a float64 SAE 5e-7, in thresholds, which are float32 there too.
+TOLERANCE = {"float32": 2e-6, "float64": 1e-6}
+
+
 def assert_same_training(size: int, folder: Path, steps: int, **fields: Any) -> None:
+    tolerance = TOLERANCE[fields.get("dtype", "float32")]
     expected, weights = one_process(steps, fields)
     # A latent that was resampled has lived for less than the run.
     assert (weights["lived"][DEAD] < steps - 5).all()
@@ -130,15 +136,14 @@ def assert_same_training(size: int, folder: Path, steps: int, **fields: Any) -> 
     for found, _ in everywhere:
         for ours, theirs in zip(found, expected, strict=True):
             assert ours[:3] == pytest.approx(theirs[:3], rel=1e-6)
-            assert ours[3] == pytest.approx(theirs[3], rel=1e-6, abs=1e-6 * largest_coefficient)
+            assert ours[3] == pytest.approx(theirs[3], rel=0, abs=tolerance * largest_coefficient)
     for name, value in everywhere[0][1].items():
-        # A bias is added to pre-activations, and as exact as these.
-        scale = weights["threshold" if name == "b_enc" else name].abs().max()
-        assert (value - weights[name]).abs().max() <= 1e-6 * scale, name
+        assert (value - weights[name]).abs().max() <= tolerance * weights[name].abs().max(), name
 
 
-def test_two_processes_train_as_one(tmp_path: Path, one_thread: None) -> None:
-    assert_same_training(2, tmp_path, 100)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_processes_train_as_one(dtype: str, tmp_path: Path, one_thread: None) -> None:
+    assert_same_training(2, tmp_path, 100, dtype=dtype)
 
 
 @pytest.mark.slow
@@ -172,3 +177,5 @@ def test_memory_and_traffic_of_a_shard(tmp_path: Path, one_thread: None) -> None
 def test_what_needs_all_latents_in_one_place_is_refused() -> None:
     with pytest.raises(ValueError, match="aux_loss_coefficient needs every dead latent"):
         shard_of(config(aux_loss_coefficient=0.03), 2)
+    with pytest.raises(ValueError, match="step_kernel='triton' was never tried on shards"):
+        shard_of(config(step_kernel="triton"), 2)
