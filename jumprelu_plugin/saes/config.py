@@ -40,7 +40,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
             latent density: the share of the batch's tokens on which latent i fires. Published with
             0.01. None leaves it out.
         max_latent_density: the share of tokens on which a latent is to fire at most. Above it a
-            firing costs more, until the latent keeps to it, or up to a quarter more: a latent that
+            firing costs more, until the latent keeps to it, or up to half more: a latent that
             is worth that stays dense (`control.density`). The recipe `default`, made for text, has
             one. None is no limit. An L0-controlled training raises it
             to twice the mean density, and has none where 1.5 times the mean is above what is given:

@@ -141,7 +141,7 @@ def test_an_outlier_in_the_first_batch_moves_no_bias_and_no_bandwidth() -> None:
 
 
 def test_the_density_limit_acts_in_every_layer(of_default_mode: Trained) -> None:
-    """A latent that is worth a quarter more than the cost of a firing may stay above it."""
+    """A latent that is worth half more than the cost of a firing may stay above it."""
 
     def densities(training_step: CLTTrainingStep) -> Tensor:
         inputs, _ = structured(1009, 999)
