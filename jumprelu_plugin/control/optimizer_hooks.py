@@ -1,12 +1,17 @@
 """Hooks around the steps of the optimizer that SAELens' trainer builds; the trainer is not touched.
 
 The trainer makes a plain `torch.optim.Adam` over the SAE's parameters and never shows it to the
-SAE. PyTorch lets anyone listen to every optimizer's steps; `OptimizerHooks` listens until an
+SAE. PyTorch lets anyone listen to every optimizer's steps; `OptimizerHooks` waits until an
 optimizer that holds the SAE's parameters makes its first step, then listens to that one alone.
+
+One listener serves all that wait, and is never taken back: PyTorch walks through the listeners at
+every step of every optimizer, and one that goes meanwhile, in another thread or because the garbage
+collector found its SAE, is an error in that step.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+# By the id of the parameter that they wait for.
+_waiting: dict[int, weakref.ref[OptimizerHooks]] = {}
 
 
 class OptimizerHooks:
@@ -35,14 +44,15 @@ class OptimizerHooks:
         fuse: bool = True,
     ):
         self.optimizer: torch.optim.Optimizer | None = None
-        self._owned = weakref.ref(owned)
+        self._owned = id(owned)
         self._before = _held_weakly(before)
         self._after = _held_weakly(after)
         self._fuse = fuse
         self._transposed: list[nn.Parameter] = []
-        self._search = register_optimizer_step_pre_hook(_weakly(self, OptimizerHooks._find))
-        # Nobody can step parameters that are gone.
-        weakref.finalize(owned, self._search.remove)
+        _waiting[self._owned] = weakref.ref(self)
+        # Nobody can step parameters that are gone, and another may get their id.
+        weakref.finalize(owned, _waiting.pop, self._owned, None)
+        _listen()
 
     def restore_layout(self) -> None:
         """Bring every parameter back to its shape, after a step or one that was interrupted."""
@@ -52,18 +62,15 @@ class OptimizerHooks:
             self._transposed.pop()
 
     def close(self) -> None:
-        """Stop listening to other optimizers' steps."""
-        self._search.remove()
+        """Stop waiting for an optimizer."""
+        _waiting.pop(self._owned, None)
 
-    def _find(self, optimizer: torch.optim.Optimizer) -> None:
-        owned = self._owned()
-        if owned is None or self.optimizer is not None:
-            return
-        if not any(p is owned for group in optimizer.param_groups for p in group["params"]):
-            return
+    def listen_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Run the callbacks around this optimizer's steps, from the one that starts now."""
+        self.close()
         self.optimizer = optimizer
         fused = _fuse(optimizer) if self._fuse else []
-        # This step's own pre-hooks run after the search, so the new one is called for it too.
+        # An optimizer's own pre-hooks run after those of all, so the new one is called at once.
         optimizer.register_step_pre_hook(lambda *_: self._before_step(fused))
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
@@ -77,8 +84,6 @@ class OptimizerHooks:
 
     def _after_step(self) -> None:
         self.restore_layout()
-        # Only now: PyTorch walks through the search hooks while they run.
-        self.close()
         self._after()
 
 
@@ -124,16 +129,22 @@ def _transpose(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Non
             state[name] = value.t()
 
 
-def _weakly(hooks: OptimizerHooks, method: Callable[..., None]) -> Callable[..., None]:
-    """A step hook that does not keep its hooks alive."""
-    reference = weakref.ref(hooks)
+@functools.cache
+def _listen() -> None:
+    """Listen to every optimizer's steps, from the first `OptimizerHooks` on."""
+    register_optimizer_step_pre_hook(_find)
 
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            method(alive, optimizer)
 
-    return hook
+def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Hand an optimizer to those who wait for one of its parameters."""
+    if not _waiting:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reference = _waiting.get(id(parameter))
+            hooks = None if reference is None else reference()
+            if hooks is not None:
+                hooks.listen_to(optimizer)
 
 
 def _held_weakly(callback: Callable[[], None]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from jumprelu_plugin import JumpReLUTrainingSAE
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
@@ -85,6 +86,28 @@ def test_hooks_let_go_of_parameters_that_are_gone() -> None:
     take_step(other, torch.optim.Adam(other.parameters()))
     take_step(other, torch.optim.Adam(other.parameters()))
     assert events == [] and seam.optimizer is None
+
+
+def test_an_sae_may_be_freed_or_made_while_another_optimizer_steps() -> None:
+    """PyTorch walks through its listeners then, and refuses one that comes or goes."""
+    ours, other = two_models()
+    kept = [OptimizerHooks(ours.weight, before=lambda: None, after=lambda: None)]
+    waiting: list[nn.Linear] = [ours]
+    del ours
+
+    def change(*_: object) -> None:
+        waiting.clear()
+        gc.collect()
+        waiting.append(nn.Linear(7, 5))
+        kept.append(OptimizerHooks(waiting[0].weight, before=lambda: None, after=lambda: None))
+
+    # With one listener after it, or PyTorch's walk would be over.
+    with register_optimizer_step_pre_hook(change), register_optimizer_step_pre_hook(lambda *_: None):
+        take_step(other, torch.optim.Adam(other.parameters()))
+    assert len(kept) == 2 and kept[0].optimizer is None
+    optimizer = torch.optim.Adam(waiting[0].parameters())
+    take_step(waiting[0], optimizer)
+    assert kept[1].optimizer is optimizer
 
 
 def test_an_sae_that_is_never_stepped_can_be_freed() -> None:

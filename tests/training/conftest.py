@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jumprelu_plugin.cli.console import console
 from tests.tiny import tiny_hf, tiny_sae, tiny_tokenizer
 
 
@@ -17,6 +18,8 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """No line breaks in messages."""
     monkeypatch.setenv("TERMINAL_WIDTH", "2000")
     monkeypatch.setenv("COLUMNS", "2000")
+    # A console that was made while another test had set COLUMNS keeps that width.
+    monkeypatch.setattr(console, "_width", None)
 
 
 @pytest.fixture(scope="module")
