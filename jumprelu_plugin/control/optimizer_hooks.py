@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-
 # By the id of the parameter that they wait for.
 _waiting: dict[int, weakref.ref[OptimizerHooks]] = {}
 

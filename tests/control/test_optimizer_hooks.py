@@ -102,7 +102,10 @@ def test_an_sae_may_be_freed_or_made_while_another_optimizer_steps() -> None:
         kept.append(OptimizerHooks(waiting[0].weight, before=lambda: None, after=lambda: None))
 
     # With one listener after it, or PyTorch's walk would be over.
-    with register_optimizer_step_pre_hook(change), register_optimizer_step_pre_hook(lambda *_: None):
+    with (
+        register_optimizer_step_pre_hook(change),
+        register_optimizer_step_pre_hook(lambda *_: None),
+    ):
         take_step(other, torch.optim.Adam(other.parameters()))
     assert len(kept) == 2 and kept[0].optimizer is None
     optimizer = torch.optim.Adam(waiting[0].parameters())
