@@ -15,6 +15,7 @@ from jumprelu_plugin.control.standardization import learning_rate
 EXPECTED = {
     "massive tokens": {"loss spike"},
     "heavy tails": {"loss spike"},
+    "still coordinates": {"latents dying"},
     "low rank": {"latents dying"},
     "32 wide": {"latents dying"},
 }
