@@ -17,7 +17,7 @@ backward pass. Nothing is approximated: everything that is left out is zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -102,6 +102,8 @@ class SparseEntries(Entries):
         encode_columns: computes the pre-activations of given latents for every token.
     """
 
+    prefix_decode: ClassVar[type[torch.autograd.Function]] = PrefixDecode
+
     def __init__(
         self,
         z: Float[Tensor, " nnz"],
@@ -149,7 +151,7 @@ class SparseEntries(Entries):
         widths: Sequence[int],
     ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
         blocks = self.pattern.in_blocks([*widths, self.d_sae])
-        return PrefixDecode.apply(  # type: ignore[return-value]
+        return self.prefix_decode.apply(  # type: ignore[return-value]
             activations, W_dec, offset, decoder_target, loss_scale, blocks, len(widths) + 1
         )
 

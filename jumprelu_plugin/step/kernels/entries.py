@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,7 @@ class BufferedEntries(SparseEntries):
     """
 
     pattern: BufferedPattern
+    prefix_decode = PrefixDecodeKernel
 
     def __init__(
         self,
@@ -51,21 +52,6 @@ class BufferedEntries(SparseEntries):
         candidates, self._kept, n_active = counts.tolist()
         self._active = active, n_active
         self._buffers.adapt(candidates, len(active))
-
-    @override
-    def decode_prefixes(
-        self,
-        activations: Float[Tensor, " capacity"],
-        W_dec: Float[Tensor, "d_sae d_out"],
-        offset: Float[Tensor, "*batch d_out"],
-        decoder_target: Float[Tensor, "batch d_out"],
-        loss_scale: Float[Tensor, " batch"],
-        widths: Sequence[int],
-    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
-        blocks = self.pattern.in_blocks([*widths, self.d_sae])
-        return PrefixDecodeKernel.apply(  # type: ignore[return-value]
-            activations, W_dec, offset, decoder_target, loss_scale, blocks, len(widths) + 1
-        )
 
     @override
     def as_matrix(self, values: Float[Tensor, " capacity"], where: Tensor | None = None) -> Tensor:
