@@ -242,13 +242,14 @@ def api_page() -> str:
 
 
 def public_names() -> dict[str, list[str]]:
-    """The names of the facade's stub, by the room they live in."""
-    stub = Path(jumprelu_plugin.__file__).with_suffix(".pyi")
+    """The names of the facade, by the room they live in."""
+    facade = ast.parse(Path(jumprelu_plugin.__file__).read_text(encoding="utf-8"))
     found: dict[str, list[str]] = {}
-    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(facade):
+        if isinstance(node, ast.ImportFrom) and node.col_offset:
             for alias in node.names:
-                room = (node.module or alias.name).split(".")[0]
+                _, _, module = (node.module or "").partition(".")
+                room = (module or alias.name).split(".")[0]
                 found.setdefault(room, []).append(alias.name)
     return found
 

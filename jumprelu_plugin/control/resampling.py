@@ -309,12 +309,10 @@ def resample_(
     if inputs is not None and residual is not None:
         read = inputs - center
         start = torch.maximum(start, _threshold_at_density(read, encoders, densest))
-        useful = _error_saved(read, residual, encoders, decoders, start) > 0
+        useful, short = _useful_and_length(read, residual, encoders, decoders, start)
         latents, encoders, decoders, start = (
-            values[useful] for values in (latents, encoders, decoders, start)
+            values[useful] for values in (latents, short * encoders, decoders, short * start)
         )
-        short = _joint_length(read, residual, encoders, decoders, start)
-        encoders, start = short * encoders, short * start
     bias = -(encoders @ center.to(W_enc.dtype))
     of_these, own = processes.own(latents)
     W_enc[:, own] = encoders[of_these].t()
@@ -349,40 +347,27 @@ def _threshold_at_density(
     return torch.cat(pieces)
 
 
-def _error_saved(
+def _useful_and_length(
     inputs: Float[Tensor, "batch d_in"],
     residual: Float[Tensor, "batch d_out"],
     encoders: Float[Tensor, "n d_in"],
     decoders: Float[Tensor, "n d_out"],
     threshold: Float[Tensor, " n"],
-) -> Float[Tensor, " n"]:
-    """By how much each of these latents alone reduces the batch's squared error."""
-    rows = max(1, PRODUCT_BYTES // (4 * len(inputs)))
-    saved = []
-    pieces = zip(encoders.split(rows), decoders.split(rows), threshold.split(rows), strict=True)
-    for encoder, decoder, theta in pieces:
-        z = inputs.to(encoder.dtype) @ encoder.t()
-        written = z * (z > theta)
-        towards = written * (residual.to(encoder.dtype) @ decoder.to(encoder.dtype).t())
-        length = written.square().sum(0) * decoder.to(encoder.dtype).square().sum(1)
-        saved.append(2 * towards.sum(0) - length)
-    return torch.cat(saved)
-
-
-def _joint_length(
-    inputs: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_out"],
-    encoders: Float[Tensor, "n d_in"],
-    decoders: Float[Tensor, "n d_out"],
-    threshold: Float[Tensor, " n"],
-) -> float:
-    """The factor, at most 1, by which what these latents write together fits the residual best."""
+) -> tuple[Bool[Tensor, " n"], float]:
+    """Whether each of these latents alone reduces the batch's squared error, and the factor, at
+    most 1, by which what those that do write together fits the residual best."""
+    useful = []
     written = torch.zeros_like(residual)
     rows = max(1, PRODUCT_BYTES // (4 * len(inputs)))
     pieces = zip(encoders.split(rows), decoders.split(rows), threshold.split(rows), strict=True)
     for encoder, decoder, theta in pieces:
         z = inputs.to(encoder.dtype) @ encoder.t()
-        written += (z * (z > theta)).to(residual.dtype) @ decoder.to(residual.dtype)
+        acts = z * (z > theta)
+        towards = (acts * (residual.to(encoder.dtype) @ decoder.to(encoder.dtype).t())).sum(0)
+        alone = acts.square().sum(0) * decoder.to(encoder.dtype).square().sum(1)
+        useful.append(2 * towards > alone)
+        kept, rest = acts[:, useful[-1]], decoder[useful[-1]]
+        written += kept.to(residual.dtype) @ rest.to(residual.dtype)
     length = written.square().sum()
     best = (written * residual).sum() / length if length > 0 else length.new_ones(())
-    return float(best.clamp(SHORTEST, 1.0))
+    return torch.cat(useful), float(best.clamp(SHORTEST, 1.0))
