@@ -87,6 +87,7 @@ class ScoredText:
         if size < 1:
             raise ValueError(f"batch_size must be at least 1; got {size}.")
         for start in tqdm(range(0, len(self.tokens), size), desc=description, disable=not progress):
+            spinning.adapt()
             rows = slice(start, start + size)
             yield ScoredText(self.tokens[rows], self.evaluated[rows], self.counted[rows])
 

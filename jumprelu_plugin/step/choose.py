@@ -9,7 +9,9 @@ All paths give the same numbers, so trying one costs only its time. The dense st
 same time at any density; the others take less time the fewer pairs are active. With `auto`, a few
 steps of each path are timed, the path of the fastest step is kept, and the paths are timed again
 when the density has halved or doubled. Each path is judged by its fastest step, not its median:
-on a busy machine a step can take many times what it needs, and never takes less.
+on a busy machine a step can take many times what it needs, and never takes less. The fast
+paths take turns, so that a slow second, such as the first one beside a busy process
+(`spinning.py`), slows each of them.
 
 A dense step also needs several times the memory and is by far the slowest when few pairs are
 active. It is therefore tried only where it could win: where every step of the others took longer
@@ -26,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from jumprelu_plugin.step import kernels, product
+from jumprelu_plugin.step import kernels, product, spinning
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,8 @@ class PathChoice:
             device: where the step runs.
             sizes: (batch, d_in, d_sae), from which the least time of a dense step follows.
         """
+        if device.type == "cpu":
+            spinning.adapt()
         if self._forced and not self._logged:
             self._logged = True
             if self.current == "triton":
@@ -99,7 +103,9 @@ class PathChoice:
             logger.info("step path: %s, as configured", self.current)
         if self.measuring:
             self._sizes, self._device = sizes, device
-            self.current = next(path for path in self._candidates() if self._needs_timing(path))
+            left = [path for path in self._candidates() if self._needs_timing(path)]
+            fast = [path for path in left if path != "dense"]
+            self.current = min(fast or left, key=lambda path: len(self._seconds[path]))
             product.synchronize(self._device)
             self._started = time.perf_counter()
         return self.current

@@ -139,3 +139,14 @@ def test_kernels_are_timed_on_a_gpu_alone(
         choice.finish(0.03)
     assert ("triton" in paths) == tried
     assert choice.current == ("triton" if tried else "screened")
+
+
+def test_a_slow_beginning_slows_every_path_alike(clock: Clock) -> None:
+    """A process that takes a core: steps are slow until the spins of waiting threads are short."""
+    choice = PathChoice("auto")
+    needs = {"sparse": 0.7, "screened": 1.1, "dense": 2.3}
+    for step in range(12):
+        path = choice.start(torch.device("cpu"))
+        clock.now += needs[path] * (16 if step < 5 else 1)
+        choice.finish(0.03)
+    assert choice.current == "sparse"

@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
+from jumprelu_plugin.step import spinning
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class PairStore(ActivationsStore):
         }
         kept = 0
         for _ in range(self.chunk_sequences // self.store_batch_size_prompts):
+            spinning.adapt()
             activations = self._get_filtered_multi_hook_llm_batch()
             count = len(next(iter(activations.values())))
             for hook, values in activations.items():

@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
+from jumprelu_plugin.step import spinning
 
 MAX_EMPTY_BATCHES = 100
 
@@ -122,6 +123,7 @@ class ResumableActivationsStore(ActivationsStore):
     def _iterate_filtered_activations(self) -> Generator[Tensor, None, None]:
         empty = 0
         for activations in super()._iterate_filtered_activations():
+            spinning.adapt()
             empty = 0 if len(activations) else empty + 1
             if empty == MAX_EMPTY_BATCHES:
                 raise ValueError(

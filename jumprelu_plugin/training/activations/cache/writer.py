@@ -24,6 +24,7 @@ from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooks import flat_heads, hook_point
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.records import digest, provenance
+from jumprelu_plugin.step import spinning
 from jumprelu_plugin.training.activations.cache.coding import (
     DTYPES,
     Standardization,
@@ -200,6 +201,7 @@ def _harvest(
     stop = max((_stop_at(name) for name in names), key=lambda layer: layer or 10**9)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for text, chosen in zip(tokens.split(batch_size), kept.split(batch_size), strict=True):
+        spinning.adapt()
         text = text.long().to(next(model.parameters()).device)
         _, cache = model.run_with_cache(
             text, names_filter=names, stop_at_layer=stop, prepend_bos=False

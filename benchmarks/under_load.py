@@ -1,0 +1,197 @@
+"""What a busy process on one of two cores costs training, with short spins and without them.
+
+    python -m benchmarks.under_load            two shapes and a harvest, two minutes
+    python -m benchmarks.under_load --quick    small sizes, to check that it runs
+
+Two processes of two threads take turns, and each is measured undisturbed and beside a process that
+keeps one core busy: one as this package is (`jumprelu_plugin.step.spinning`), one with libgomp's
+own number of spins given by the user, which switches that off. Steps are the whole steps of
+SAELens' trainer on the path that `auto` chose under the same condition; the harvest is the forward
+pass of the embedded model. Needs Linux and two cores that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "2"  # before PyTorch loads
+
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from benchmarks.tables import RESULTS, terminal
+from benchmarks.trainers import AUTO, TRAINERS, Shape
+from jumprelu_plugin import load_model
+from jumprelu_plugin.records import append_jsonl, provenance
+from jumprelu_plugin.step import spinning
+
+CASES: dict[str, Shape | None] = {
+    "step at 256 × 2,048, batch 1,024": Shape(256, 2048, 1024, 32),
+    "step at 576 × 8,192, batch 2,048": Shape(576, 8192, 2048, 40),
+    "harvest, 16 sequences of 256": None,
+}
+SMALL: dict[str, Shape | None] = {"step at 16 × 64, batch 256": Shape(16, 64, 256, 4)}
+HARVEST = (16, 256)
+POLICIES = {"adapted": {}, "libgomp's own": {"GOMP_SPINCOUNT": "300000"}}
+CHOOSING_STEPS = 13  # after them `auto` has chosen
+
+
+class Worker:
+    """A process that repeats one case at a time, under one policy."""
+
+    def __init__(self, policy: str):
+        self._pipe, its_end = multiprocessing.get_context("spawn").Pipe()
+        for name in spinning.USER_SETTINGS:
+            os.environ.pop(name, None)
+        os.environ.update(POLICIES[policy])  # a new process reads it when it loads PyTorch
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(its_end,), daemon=True
+        )
+        self._process.start()
+
+    def measure(self, case: str, shape: Shape | None, key: str, seconds: float) -> dict[str, Any]:
+        """Tokens a second, and the path of the steps; `key` names what is kept for the next."""
+        self._pipe.send((case, shape, key, seconds))
+        found = self._pipe.recv()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self._process.kill()
+
+
+def _serve(pipe: Connection) -> None:
+    kept: dict[tuple[str, str], tuple[Callable[[], object], int, str | None]] = {}
+    while True:
+        case, shape, key, seconds = pipe.recv()
+        try:
+            if (case, key) not in kept:
+                kept[case, key] = _prepare(shape)
+            act, tokens, path = kept[case, key]
+            _repeat(act, seconds / 3)  # until it has adapted to what changed since the last
+            pipe.send({"tokens_per_second": tokens * _repeat(act, seconds), "path": path})
+        except BaseException as error:
+            pipe.send(error)
+            raise
+
+
+def _prepare(shape: Shape | None) -> tuple[Callable[[], object], int, str | None]:
+    """What is repeated, the tokens of each time, and the path that was chosen."""
+    torch.manual_seed(0)
+    if shape is None:
+        model = load_model()
+        tokens = torch.randint(1, model.cfg.d_vocab, HARVEST)
+
+        def harvest() -> None:
+            spinning.adapt()
+            with torch.no_grad():
+                model(tokens, return_type=None)
+
+        return harvest, tokens.numel(), None
+    trainer: Any = TRAINERS[AUTO](shape)
+    for _ in range(CHOOSING_STEPS):
+        trainer.step()
+    return trainer.step, shape.batch, trainer.sae.path_choice.current
+
+
+def _repeat(act: Callable[[], object], seconds: float) -> float:
+    """How often a second."""
+    began, times = time.perf_counter(), 0
+    while times < 2 or time.perf_counter() - began < seconds:
+        act()
+        times += 1
+    return times / (time.perf_counter() - began)
+
+
+@contextmanager
+def busy_core(busy: bool) -> Iterator[None]:
+    """A process that keeps this process's last core busy, if it shall."""
+    if not busy:
+        yield
+        return
+    loop = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\nwhile 1: pass"
+    process = subprocess.Popen([sys.executable, "-S", "-c", loop])
+    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(cases: dict[str, Shape | None], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Every case under both policies, undisturbed and not, `rounds` times in turn."""
+    workers = {policy: Worker(policy) for policy in POLICIES}
+    found: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    try:
+        for case, shape in cases.items():
+            for number in range(rounds):
+                for busy in (False, True):
+                    with busy_core(busy):
+                        for policy, worker in workers.items():
+                            one = worker.measure(case, shape, f"busy {busy}", seconds)
+                            record = found.setdefault(
+                                (case, policy, busy),
+                                {"case": case, "spins": policy, "busy_core": busy,
+                                 "path": one["path"], "tokens_per_second": []},
+                            )  # fmt: skip
+                            record["tokens_per_second"].append(one["tokens_per_second"])
+                print(f"{case}: round {number + 1} of {rounds}", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.end()
+    return list(found.values())
+
+
+def show(records: list[dict[str, Any]]) -> Table:
+    table = Table(title="tokens a second, two threads")
+    for name in ("", "spins", "undisturbed", "one core busy", "share", "path"):
+        table.add_column(name, justify="right" if name and name != "spins" else "left")
+    by = {(r["case"], r["spins"], r["busy_core"]): r for r in records}
+    for case, spins, busy in by:
+        if busy:
+            continue
+        alone, beside = by[case, spins, False], by[case, spins, True]
+        before, after = (statistics.median(r["tokens_per_second"]) for r in (alone, beside))
+        paths = dict.fromkeys(str(r["path"] or "") for r in (alone, beside))
+        table.add_row(
+            case, spins, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.2f}",
+            " / ".join(paths),
+        )  # fmt: skip
+    return table
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Small sizes, to check that it runs.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of each condition.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Of each turn; a third more to adapt.")] = 2.5,
+    output: Annotated[Path | None, typer.Option(help="A record is added to this file.")] = None,
+) -> None:
+    """Measure, print a table, and add one record."""
+    if not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2:
+        raise typer.BadParameter("it needs Linux and two cores: one process is bound to one")
+    if quick:
+        rounds, seconds = 1, 0.3
+    records = measure(SMALL if quick else CASES, rounds, seconds)
+    terminal().print(show(records))
+    append_jsonl(
+        output or RESULTS / f"under_load{'_quick' * quick}.jsonl",
+        {"seconds": seconds, "records": records, "provenance": provenance(seed=0)},
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
