@@ -103,8 +103,8 @@ class PathChoice:
             logger.info("step path: %s, as configured", self.current)
         if self.measuring:
             self._sizes, self._device = sizes, device
-            left = [path for path in self._candidates() if self._needs_timing(path)]
-            fast = [path for path in left if path != "dense"]
+            left: list[StepPath] = [path for path in self._candidates() if self._needs_timing(path)]
+            fast: list[StepPath] = [path for path in left if path != "dense"]
             self.current = min(fast or left, key=lambda path: len(self._seconds[path]))
             product.synchronize(self._device)
             self._started = time.perf_counter()
