@@ -46,6 +46,8 @@ SMALL: dict[str, Shape | None] = {"step at 16 × 64, batch 256": Shape(16, 64, 2
 HARVEST = (16, 256)
 POLICIES = {"adapted": {}, "libgomp's own": {"GOMP_SPINCOUNT": "300000"}}
 CHOOSING_STEPS = 13  # after them `auto` has chosen
+TURNS = 4
+SETTLING = 1.0  # seconds in which it adapts to what changed
 
 
 class Worker:
@@ -61,28 +63,38 @@ class Worker:
         )
         self._process.start()
 
-    def measure(self, case: str, shape: Shape | None, key: str, seconds: float) -> dict[str, Any]:
-        """Tokens a second, and the path of the steps; `key` names what is kept for the next."""
-        self._pipe.send((case, shape, key, seconds))
+    def measure(self, *task: Any) -> dict[str, Any]:
+        """What `_serve` answers to a task of its kind."""
+        self._pipe.send(task)
         found = self._pipe.recv()
         if isinstance(found, BaseException):
             raise found
         return found
 
     def end(self) -> None:
+        """Let the process end, which it does when nobody can ask it any more."""
+        self._pipe.close()
+        self._process.join(timeout=30)
         self._process.kill()
 
 
 def _serve(pipe: Connection) -> None:
+    """Answer tasks (case, shape, what is kept for the next one by this name, seconds before and
+    within the measurement) until nobody asks."""
     kept: dict[tuple[str, str], tuple[Callable[[], object], int, str | None]] = {}
     while True:
-        case, shape, key, seconds = pipe.recv()
         try:
-            if (case, key) not in kept:
-                kept[case, key] = _prepare(shape)
-            act, tokens, path = kept[case, key]
-            _repeat(act, seconds / 3)  # until it has adapted to what changed since the last
-            pipe.send({"tokens_per_second": tokens * _repeat(act, seconds), "path": path})
+            case, shape, name, settling, seconds = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if (case, name) not in kept:
+                kept[case, name] = _prepare(shape)
+            act, tokens, path = kept[case, name]
+            _repeat(act, settling)
+            rate = tokens * _repeat(act, seconds)
+            short = spinning.SPINS.short
+            pipe.send({"tokens_per_second": rate, "short_spins": short, "path": path})
         except BaseException as error:
             pipe.send(error)
             raise
@@ -133,7 +145,11 @@ def busy_core(busy: bool) -> Iterator[None]:
 
 
 def measure(cases: dict[str, Shape | None], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Every case under both policies, undisturbed and not, `rounds` times in turn."""
+    """Every case under both policies, undisturbed and not, `rounds` times in turn.
+
+    Args:
+        seconds: of each policy under each condition of a round, in `TURNS` turns.
+    """
     workers = {policy: Worker(policy) for policy in POLICIES}
     found: dict[tuple[str, str, bool], dict[str, Any]] = {}
     try:
@@ -141,14 +157,15 @@ def measure(cases: dict[str, Shape | None], rounds: int, seconds: float) -> list
             for number in range(rounds):
                 for busy in (False, True):
                     with busy_core(busy):
-                        for policy, worker in workers.items():
-                            one = worker.measure(case, shape, f"busy {busy}", seconds)
-                            record = found.setdefault(
-                                (case, policy, busy),
-                                {"case": case, "spins": policy, "busy_core": busy,
-                                 "path": one["path"], "tokens_per_second": []},
-                            )  # fmt: skip
-                            record["tokens_per_second"].append(one["tokens_per_second"])
+                        for turn in range(TURNS):
+                            for policy, worker in workers.items():
+                                settling = SETTLING if turn == 0 else 0.0
+                                task = (case, shape, f"busy {busy}", settling, seconds / TURNS)
+                                one = worker.measure(*task)
+                                about = {"case": case, "spins": policy, "busy_core": busy}
+                                record = found.setdefault((case, policy, busy), about)
+                                for name, value in one.items():
+                                    record.setdefault(name, []).append(value)
                 print(f"{case}: round {number + 1} of {rounds}", flush=True)
     finally:
         for worker in workers.values():
@@ -166,7 +183,7 @@ def show(records: list[dict[str, Any]]) -> Table:
             continue
         alone, beside = by[case, spins, False], by[case, spins, True]
         before, after = (statistics.median(r["tokens_per_second"]) for r in (alone, beside))
-        paths = dict.fromkeys(str(r["path"] or "") for r in (alone, beside))
+        paths = dict.fromkeys(path or "" for r in (alone, beside) for path in r["path"])
         table.add_row(
             case, spins, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.2f}",
             " / ".join(paths),
@@ -176,8 +193,8 @@ def show(records: list[dict[str, Any]]) -> Table:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Small sizes, to check that it runs.")] = False,
-    rounds: Annotated[int, typer.Option(help="Turns of each condition.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of each turn; a third more to adapt.")] = 2.5,
+    rounds: Annotated[int, typer.Option(help="Of all conditions.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Of each condition in a round.")] = 2.5,
     output: Annotated[Path | None, typer.Option(help="A record is added to this file.")] = None,
 ) -> None:
     """Measure, print a table, and add one record."""

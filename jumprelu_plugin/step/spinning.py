@@ -166,5 +166,5 @@ def libgomp() -> ctypes.CDLL | None:
     return ours if hasattr(ours, "GOMP_parallel") else None
 
 
-_spins = Spins(nanoseconds_waited)
-adapt = _spins.adapt
+SPINS = Spins(nanoseconds_waited)
+adapt = SPINS.adapt

@@ -26,5 +26,5 @@ def test_every_case_is_measured_undisturbed_and_not(tmp_path: Path) -> None:
     assert cases == {(s, b) for s in ("adapted", "libgomp's own") for b in (False, True)}
     for found in record["records"]:
         assert min(found["tokens_per_second"]) > 0
-        assert found["path"] in ("sparse", "screened", "dense")
+        assert set(found["path"]) <= {"sparse", "screened", "dense"}
     assert "undisturbed" in done.stdout and "one core busy" in done.stdout
