@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jumprelu_plugin.step.pattern import SUM_COLUMNS, Pattern, row_sums, slabs
+from jumprelu_plugin.step.pattern import Pattern, row_sums, slabs, sum_columns
 
 
 class PrefixDecode(torch.autograd.Function):
@@ -94,7 +94,7 @@ def _residuals(
 
     The last of the `blocks` residuals is that of the whole dictionary.
     """
-    for columns, slab in slabs(W_dec, SUM_COLUMNS):
+    for columns, slab in slabs(W_dec, sum_columns(W_dec)):
         decoded = row_sums(pattern.cols, pattern.row_ends, activations, slab)
         residuals = decoded.view(len(decoder_target), blocks, -1)
         residuals[:, 0] += offset[..., columns] - decoder_target[:, columns]

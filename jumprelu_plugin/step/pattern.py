@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 
 # Columns at a time on a CPU. A GPU hides the latency of memory, so it processes all at once.
-SUM_COLUMNS = 64
 SAMPLE_COLUMNS = 128
 
 
@@ -59,7 +58,7 @@ class Pattern:
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae+1"]]:
         """The order that sorts entries by latent, their tokens in it, and each latent's offsets."""
         if self.latent_order is None:
-            latents, order = torch.sort(self.cols, stable=True)
+            latents, order = torch.sort(_short(self.cols, self.d_sae), stable=True)
             ends = _ends(latents, self.d_sae)
         else:
             order, ends = self.latent_order
@@ -149,9 +148,19 @@ def _weighted_sums(
 ) -> Float[Tensor, "sums k"]:
     """Sums of weights · (matrix - center)[index] between consecutive offsets in `ends`."""
     sums = matrix.new_empty(len(ends) - 1, matrix.shape[1])
-    for columns, slab in slabs(matrix, SUM_COLUMNS, center):
+    for columns, slab in slabs(matrix, sum_columns(matrix), center):
         sums[:, columns] = row_sums(index, ends, weights, slab)
     return sums
+
+
+def sum_columns(matrix: Float[Tensor, "rows k"]) -> int:
+    """Columns at a time of a matrix whose rows are summed on a CPU: 128 if those take no more than
+    a megabyte, else 64.
+
+    On a Xeon with 2 MB of L2 cache and one thread, sums of rows of 1,024 tokens took 6.8 ms with
+    128 and 10.5 with 64; of 4,096 tokens 170 and 135.
+    """
+    return 128 if 128 * len(matrix) * matrix.element_size() <= 2**20 else 64
 
 
 def row_sums(
@@ -193,9 +202,20 @@ def slabs(
         yield piece, slab
 
 
+def _short(indices: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " nnz"]:
+    """The same indices, below `size`, in the shortest type that also holds `size`.
+
+    144,000 of them are sorted in 2.0 ms instead of 6.8 in 16 bits and in 3.5 in 32 (Xeon).
+    """
+    if size <= torch.iinfo(torch.int16).max:
+        return indices.short()
+    return indices.int() if size <= torch.iinfo(torch.int32).max else indices
+
+
 def _ends(ascending: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size+1"]:
     """For ascending indices, how many are below 0, 1, …, size."""
-    return torch.searchsorted(ascending, torch.arange(size + 1, device=ascending.device))
+    bounds = torch.arange(size + 1, dtype=ascending.dtype, device=ascending.device)
+    return torch.searchsorted(ascending, bounds)
 
 
 @cache

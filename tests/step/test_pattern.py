@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,3 +58,19 @@ def test_a_slab_is_contiguous_and_lies_where_the_last_one_lay() -> None:
         seen.append((columns.start, columns.stop, slab.data_ptr()))
     assert [s[:2] for s in seen] == [(0, 64), (64, 128), (128, 131)]
     assert len({pointer for *_, pointer in seen}) == 1
+
+
+@pytest.mark.parametrize("d_sae", [32_749, 32_767, 32_768, 65_537])
+def test_the_order_by_latent_is_a_stable_sort_at_every_width(d_sae: int) -> None:
+    """Indices are sorted in 16 bits where they fit: with 32,768 latents the last offset does not."""
+    random = torch.Generator().manual_seed(3)
+    tokens = torch.arange(1009).repeat_interleave(3)
+    latents = torch.randint(d_sae, (len(tokens),), generator=random)
+    latents[:6] = torch.tensor([0, 1, d_sae - 1, 0, d_sae - 2, d_sae - 1])
+    order, rows, ends = Pattern(torch.stack((tokens, latents)), 1009, d_sae).by_latent
+
+    expected = np.argsort(latents.numpy(), kind="stable")
+    assert np.array_equal(order.numpy(), expected)
+    assert np.array_equal(rows.numpy(), tokens.numpy()[expected])
+    counts = np.bincount(latents.numpy(), minlength=d_sae)
+    assert np.array_equal(ends.numpy(), np.concatenate(([0], np.cumsum(counts))))
