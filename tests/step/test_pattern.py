@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jumprelu_plugin.step import pattern as module
-from jumprelu_plugin.step.pattern import Pattern
+from jumprelu_plugin.step.pattern import Pattern, sum_columns
 
 BATCH, D_SAE = 37, 101
 # One column, less than a slab of either kind, more than one of one kind, more than two of both.
@@ -62,7 +62,7 @@ def test_a_slab_is_contiguous_and_lies_where_the_last_one_lay() -> None:
 
 @pytest.mark.parametrize("d_sae", [32_749, 32_767, 32_768, 65_537])
 def test_the_order_by_latent_is_a_stable_sort_at_every_width(d_sae: int) -> None:
-    """Indices are sorted in 16 bits where they fit: with 32,768 latents the last offset does not."""
+    """Indices are sorted in 16 bits where they fit: of 32,768 latents the last offset does not."""
     random = torch.Generator().manual_seed(3)
     tokens = torch.arange(1009).repeat_interleave(3)
     latents = torch.randint(d_sae, (len(tokens),), generator=random)
@@ -74,3 +74,16 @@ def test_the_order_by_latent_is_a_stable_sort_at_every_width(d_sae: int) -> None
     assert np.array_equal(rows.numpy(), tokens.numpy()[expected])
     counts = np.bincount(latents.numpy(), minlength=d_sae)
     assert np.array_equal(ends.numpy(), np.concatenate(([0], np.cumsum(counts))))
+
+
+def test_sums_over_many_tokens_take_fewer_columns_at_a_time() -> None:
+    tokens, width = 2_053, 131
+    g = torch.Generator().manual_seed(5)
+    kept = torch.rand(tokens, 7, generator=g) < 0.3
+    found = Pattern(kept.nonzero().t().contiguous(), tokens, 7)
+    values = torch.randn(found.cols.numel(), generator=g, dtype=torch.float64)
+    x = torch.randn(tokens, width, generator=g, dtype=torch.float64)
+    assert (sum_columns(x), sum_columns(x[:7])) == (64, 128)
+    V = torch.zeros(tokens, 7, dtype=torch.float64)
+    V[found.rows, found.cols] = values
+    torch.testing.assert_close(found.transposed_times(values, x), V.t() @ x)
