@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +46,7 @@ SMALL: dict[str, Shape | None] = {"step at 16 × 64, batch 256": Shape(16, 64, 2
 HARVEST = (16, 256)
 POLICIES = {"adapted": {}, "libgomp's own": {"GOMP_SPINCOUNT": "300000"}}
 CHOOSING_STEPS = 13  # after them `auto` has chosen
-TURNS = 4
+TURNS = 5
 SETTLING = 1.0  # seconds in which it adapts to what changed
 
 
@@ -82,22 +82,19 @@ def _serve(pipe: Connection) -> None:
     """Answer tasks (case, shape, what is kept for the next one by this name, seconds before and
     within the measurement) until nobody asks."""
     kept: dict[tuple[str, str], tuple[Callable[[], object], int, str | None]] = {}
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             case, shape, name, settling, seconds = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if (case, name) not in kept:
-                kept[case, name] = _prepare(shape)
-            act, tokens, path = kept[case, name]
-            _repeat(act, settling)
-            rate = tokens * _repeat(act, seconds)
-            short = spinning.SPINS.short
-            pipe.send({"tokens_per_second": rate, "short_spins": short, "path": path})
-        except BaseException as error:
-            pipe.send(error)
-            raise
+            try:
+                if (case, name) not in kept:
+                    kept[case, name] = _prepare(shape)
+                act, tokens, path = kept[case, name]
+                _repeat(act, settling)
+                rate = tokens * _repeat(act, seconds)
+                short = spinning.SPINS.short
+                pipe.send({"tokens_per_second": rate, "short_spins": short, "path": path})
+            except Exception as error:
+                pipe.send(error)
 
 
 def _prepare(shape: Shape | None) -> tuple[Callable[[], object], int, str | None]:
@@ -144,17 +141,19 @@ def busy_core(busy: bool) -> Iterator[None]:
         process.wait()
 
 
-def measure(cases: dict[str, Shape | None], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Every case under both policies, undisturbed and not, `rounds` times in turn.
+def measure(
+    cases: dict[str, Shape | None], rounds: int, seconds: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Of each case, its records under both policies, undisturbed and not, `rounds` times in turn.
 
     Args:
         seconds: of each policy under each condition of a round, in `TURNS` turns.
     """
     workers = {policy: Worker(policy) for policy in POLICIES}
-    found: dict[tuple[str, str, bool], dict[str, Any]] = {}
     try:
         for case, shape in cases.items():
-            for number in range(rounds):
+            found: dict[tuple[str, bool], dict[str, Any]] = {}
+            for _ in range(rounds):
                 for busy in (False, True):
                     with busy_core(busy):
                         for turn in range(TURNS):
@@ -163,14 +162,13 @@ def measure(cases: dict[str, Shape | None], rounds: int, seconds: float) -> list
                                 task = (case, shape, f"busy {busy}", settling, seconds / TURNS)
                                 one = worker.measure(*task)
                                 about = {"case": case, "spins": policy, "busy_core": busy}
-                                record = found.setdefault((case, policy, busy), about)
+                                record = found.setdefault((policy, busy), about)
                                 for name, value in one.items():
                                     record.setdefault(name, []).append(value)
-                print(f"{case}: round {number + 1} of {rounds}", flush=True)
+            yield list(found.values())
     finally:
         for worker in workers.values():
             worker.end()
-    return list(found.values())
 
 
 def show(records: list[dict[str, Any]]) -> Table:
@@ -193,21 +191,20 @@ def show(records: list[dict[str, Any]]) -> Table:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Small sizes, to check that it runs.")] = False,
-    rounds: Annotated[int, typer.Option(help="Of all conditions.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of each condition in a round.")] = 2.5,
-    output: Annotated[Path | None, typer.Option(help="A record is added to this file.")] = None,
+    rounds: Annotated[int, typer.Option(help="Of all conditions.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Of each condition in a round.")] = 3.0,
+    output: Annotated[Path | None, typer.Option(help="Records are added to this file.")] = None,
 ) -> None:
-    """Measure, print a table, and add one record."""
+    """Measure, print a table of each case, and add its records."""
     if not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2:
         raise typer.BadParameter("it needs Linux and two cores: one process is bound to one")
     if quick:
         rounds, seconds = 1, 0.3
-    records = measure(SMALL if quick else CASES, rounds, seconds)
-    terminal().print(show(records))
-    append_jsonl(
-        output or RESULTS / f"under_load{'_quick' * quick}.jsonl",
-        {"seconds": seconds, "records": records, "provenance": provenance(seed=0)},
-    )
+    path, origin = output or RESULTS / f"under_load{'_quick' * quick}.jsonl", provenance(seed=0)
+    for records in measure(SMALL if quick else CASES, rounds, seconds):
+        for record in records:
+            append_jsonl(path, {**record, "provenance": origin})
+        terminal().print(show(records))
 
 
 if __name__ == "__main__":
