@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from jumprelu_plugin.models.hooks import attached, flat_heads, flat_input, with_heads
 from jumprelu_plugin.models.trained_on import excluded_tokens
+from jumprelu_plugin.step import spinning
 
 # Latents are dense on this many tokens at once: 2 GB in float32 at a width of 131,072.
 _TOKENS_PER_ENCODE = 4096

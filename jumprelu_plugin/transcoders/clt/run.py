@@ -17,17 +17,13 @@ from sae_lens.util import get_special_token_ids
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
-from jumprelu_plugin.models.sequences import fitting_context, read_sequences
-from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.checkpoints import explained_at_the_end, refuse_negative_minutes
-from jumprelu_plugin.training.runner import refuse_empty_text
-from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
+from jumprelu_plugin.training.text_source import without_remote_code_errors
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt
@@ -48,6 +44,7 @@ from jumprelu_plugin.transcoders.settings import (
     CLTSettings,
     refuse_two_penalties,
 )
+from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 RECORD_FILENAME = "cross_layer_record.json"
 
@@ -90,25 +87,11 @@ def train_clt(
     training = _training_config(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
-    if model is None:
-        model = load_hooked_model(
-            settings.model_name, settings.model_class_name, settings.device, settings.dtype
-        )
-    fitting_context(model, settings.context_size)
+    model = model_of(settings, model)
     cfg = _config(model, settings)
     chunk, estimate = _within_memory(model, cfg, settings)
     schedule = _schedule(settings)
-    held_out = None
-    if dataset is None and settings.dataset_path:
-        dataset = local_dataset(settings.dataset_path, streaming=True)  # None: from the hub
-        refuse_empty_text(dataset)
-    elif dataset is None:
-        dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        if settings.evaluation_sequences > 0:
-            size = settings.context_size
-            _, held_out = read_sequences(
-                model, context_size=size, held_out=settings.evaluation_sequences
-            )
+    dataset, held_out = texts_of(model, settings, dataset)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     torch.manual_seed(settings.seed)
     trainer = Trainer(

@@ -18,19 +18,16 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
 from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcoders
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
-from jumprelu_plugin.models.sequences import fitting_context, read_sequences
-from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.recipes import get_transcoder_recipe
 from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
-from jumprelu_plugin.training.runner import quiet, refuse_empty_text
-from jumprelu_plugin.training.text_source import local_dataset, without_remote_code_errors
+from jumprelu_plugin.training.runner import quiet
+from jumprelu_plugin.training.text_source import without_remote_code_errors
 from jumprelu_plugin.transcoders.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -52,6 +49,7 @@ from jumprelu_plugin.transcoders.settings import (
     TranscoderSettings,
     refuse_two_penalties,
 )
+from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 RECORD_FILENAME = "transcoders.json"
 
@@ -90,27 +88,13 @@ def train_transcoders(
     output = Path(output)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
-    if model is None:
-        model = load_hooked_model(
-            settings.model_name, settings.model_class_name, settings.device, settings.dtype
-        )
-    fitting_context(model, settings.context_size)
+    model = model_of(settings, model)
     pairs = _pairs(model, settings)
     widths = pair_widths(model, pairs.values())
     configs = {name: _config(pair, widths, settings) for name, pair in pairs.items()}
     settings_now, estimate = _within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
-    held_out = None
-    if dataset is None and settings.dataset_path:
-        dataset = local_dataset(settings.dataset_path, streaming=True)  # None: from the hub
-        refuse_empty_text(dataset)
-    elif dataset is None:
-        dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")
-        if settings.evaluation_sequences > 0:
-            size = settings.context_size
-            _, held_out = read_sequences(
-                model, context_size=size, held_out=settings.evaluation_sequences
-            )
+    dataset, held_out = texts_of(model, settings, dataset)
     start_output_folder(output, settings)
     with whole_files(output) as unfinished:
         with quiet(), without_remote_code_errors():
