@@ -1,7 +1,7 @@
 """Kill training runs, damage their checkpoints, take their disk away, and compare what they end as.
 
     python -m benchmarks.durability            # 160 kills, 50 damages, 3 disks
-    python -m benchmarks.durability --kills 10 --layer_kills 5 --damages 3
+    python -m benchmarks.durability --kills 10 --layer-kills 5 --damages 3
 
 Every run is a small one of `jumprelu train`, `train-transcoders` or `train-clt`. It is killed with
 SIGKILL, started again with the same command, and its final weights are compared, bit for bit, with

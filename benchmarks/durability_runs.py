@@ -37,7 +37,7 @@ from tests.tiny import D_MODEL, RESIDUAL, VOCABULARY, tiny_hf, tiny_hooked, tiny
 from tests.training.runs import BATCH, CONTEXT, D_SAE, config, token_rows
 
 STEPS = 48
-PATIENCE = 600.0  # seconds that a small run may take on a busy machine
+PATIENCE = 3600.0  # seconds that a small run may take on a busy machine
 POLL = 0.0005
 # Of the run that is interrupted: a checkpoint in 5 steps, and on a busy machine some by the clock.
 CHECKPOINTS, OFTEN = 9, 0.02

@@ -192,6 +192,7 @@ def show(records: list[dict[str, Any]]) -> Table:
 def main(
     quick: Annotated[bool, typer.Option(help="Small sizes, to check that it runs.")] = False,
     rounds: Annotated[int, typer.Option(help="Of all conditions.")] = 1,
+    only: Annotated[str, typer.Option(help="The cases with this in their name.")] = "",
     seconds: Annotated[float, typer.Option(help="Of each condition in a round.")] = 3.0,
     output: Annotated[Path | None, typer.Option(help="Records are added to this file.")] = None,
 ) -> None:
@@ -201,7 +202,8 @@ def main(
     if quick:
         rounds, seconds = 1, 0.3
     path, origin = output or RESULTS / f"under_load{'_quick' * quick}.jsonl", provenance(seed=0)
-    for records in measure(SMALL if quick else CASES, rounds, seconds):
+    cases = SMALL if quick else {name: shape for name, shape in CASES.items() if only in name}
+    for records in measure(cases, rounds, seconds):
         for record in records:
             append_jsonl(path, {**record, "provenance": origin})
         terminal().print(show(records))
