@@ -40,10 +40,10 @@ from jumprelu_plugin.step import spinning
 CASES: dict[str, Shape | None] = {
     "step at 256 × 2,048, batch 1,024": Shape(256, 2048, 1024, 32),
     "step at 576 × 8,192, batch 2,048": Shape(576, 8192, 2048, 40),
-    "harvest, 16 sequences of 256": None,
+    "harvest, 8 sequences of 128": None,
 }
 SMALL: dict[str, Shape | None] = {"step at 16 × 64, batch 256": Shape(16, 64, 256, 4)}
-HARVEST = (16, 256)
+HARVEST = (8, 128)
 POLICIES = {"adapted": {}, "libgomp's own": {"GOMP_SPINCOUNT": "300000"}}
 CHOOSING_STEPS = 13  # after them `auto` has chosen
 TURNS = 5
