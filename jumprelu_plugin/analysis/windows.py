@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jumprelu_plugin.analysis.activations import latent_activations
+from jumprelu_plugin.analysis.activations import latent_activations, left_out
 from jumprelu_plugin.analysis.contexts import distinct_positions
 from jumprelu_plugin.analysis.top_activations import TopActivations
 
@@ -97,7 +97,8 @@ def collect_windows(
         latents: the latents.
         counts: the windows wanted.
         batch_size: sequences in a batch.
-        special_token_ids: tokens whose activations are not counted.
+        special_token_ids: tokens whose activations are not counted, beside those that the SAE was
+            not trained on (`activations.left_out`).
         seed: of the sample.
 
     Raises:
@@ -105,11 +106,11 @@ def collect_windows(
     """
     chosen = torch.tensor(list(latents), dtype=torch.long)
     text, length = top.tokens.flatten(), top.tokens.shape[1]
-    special = torch.isin(text, torch.tensor(special_token_ids or [], dtype=text.dtype))
+    ignored = left_out(sae, top.tokens, special_token_ids or ())
     draw = _Draw(chosen, text.numel(), length, counts, seed)
     for start, acts in latent_activations(model, sae, top.tokens, batch_size):
         acts = acts[:, chosen]
-        acts[special[start : start + len(acts)]] = 0.0
+        acts[ignored[start : start + len(acts)]] = 0.0
         draw.add(start, acts)
     reach = counts.before + counts.after  # closer windows would overlap
     highest = distinct_positions(
@@ -129,7 +130,7 @@ def collect_windows(
     rows = torch.arange(len(chosen))[:, None, None].expand_as(flat)
     for start, acts in latent_activations(model, sae, top.tokens, batch_size):
         acts = acts[:, chosen]
-        acts[special[start : start + len(acts)]] = 0.0
+        acts[ignored[start : start + len(acts)]] = 0.0
         here = inside & (flat >= start) & (flat < start + len(acts))
         activation[here] = acts[flat[here] - start, rows[here]]
     return Windows(chosen, text[flat], activation, inside, kind, position)

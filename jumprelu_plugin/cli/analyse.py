@@ -116,11 +116,11 @@ def dashboard(
 ) -> None:
     """Write a searchable HTML page of a dictionary's latents; it needs no network."""
     from jumprelu_plugin.analysis.dashboard import write_dashboard
+    from jumprelu_plugin.formats.explanations import read_explanations
     from jumprelu_plugin.formats.saved import load_saved
-    from jumprelu_plugin.studies.explain.record import read_explanations
 
     chosen = None if latents is None else whole_numbers("--latents", latents)
-    texts = None if explanations is None else read_explanations(explanations, folder)
+    texts = None if explanations is None else read_explanations(explanations, folder).texts
     saved = load_saved(folder, options, context_size=context_size)
     _, tokens = saved.sequences(sequences)
     path = write_dashboard(

@@ -60,6 +60,12 @@ def export(
     scan: Annotated[
         str | None, typer.Option("--scan", help="name of the set, for circuit-tracer.")
     ] = None,
+    explanations: Annotated[
+        Path | None,
+        typer.Option(
+            "--explanations", help="explanations.json of `study explain`, for neuronpedia."
+        ),
+    ] = None,
 ) -> None:
     """Write a dictionary in another tool's format, read it back with that tool and compare."""
     from jumprelu_plugin import formats
@@ -82,6 +88,7 @@ def export(
         "n_layers": n_layers,
         "pad_missing": pad_missing,
         "scan": scan,
+        "explanations": explanations,
     }
     check = formats.export(
         folder, to, output_path, unchecked=unchecked, **{k: v for k, v in given.items() if v}

@@ -157,13 +157,14 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 @app.command()
 def plot(
     records: Annotated[
-        list[Path], typer.Argument(help="files of records, or folders of jumprelu sweep.")
+        list[Path],
+        typer.Argument(help="folders or records of sweeps, of a study by a model or of ratings."),
     ],
     output_path: Annotated[
         Path, typer.Option("--output_path", help="folder for figures and report.html.")
     ],
 ) -> None:
-    """Draw a sweep's figures as PNG and SVG, and one HTML page that needs no network."""
+    """Draw sweeps and studies as PNG and SVG, and as one HTML page that needs no network."""
     from jumprelu_plugin.studies.plot import plot_sweep
 
     console.print(f"written: {plot_sweep(records, output_path, log=console.print)}")

@@ -3,6 +3,9 @@
 sae-dashboard multiplies the decoder norms into the encoder. Here the decoder rows are written with
 unit norm, so that this changes nothing and its pages show the folder's own activations. The folder
 is read as SAELens' format (`saelens.py`).
+
+Explanations of latents are written as Neuronpedia exports them: a line of JSON each, without what
+its database adds (id, author, embedding).
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ import torch
 
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.explanations import Explanations
 from jumprelu_plugin.models.hooks import flat_input
+from jumprelu_plugin.records import append_jsonl
 
 SETTINGS = "neuronpedia_runner.json"
+EXPLANATIONS = "explanations/batch-0.jsonl"
+METHOD = "jumprelu_study-explain"
 LOADER = Loader(
     "sae-dashboard's FeatureMaskingContext",
     "sae_dashboard",
@@ -28,11 +35,19 @@ LOADER = Loader(
 )
 
 
-def write(dictionary: Dictionary, folder: Path) -> None:
+def write(
+    dictionary: Dictionary, folder: Path, *, explanations: Explanations | None = None
+) -> None:
     """Write a SAELens folder with unit decoder rows, and neuronpedia_runner.json.
 
+    Args:
+        dictionary: the dictionary.
+        folder: an empty folder.
+        explanations: of its latents, written to explanations/batch-0.jsonl.
+
     Raises:
-        ValueError: the dictionary is a skip transcoder, which sae-dashboard refuses.
+        ValueError: the dictionary is a skip transcoder, which sae-dashboard refuses, or lacks a
+            latent that is explained.
     """
     if dictionary.has_skip:
         raise ValueError(
@@ -57,6 +72,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
         "n_tokens_in_prompt": dictionary.metadata.get("context_size") or 128,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    if explanations is not None:
+        width = dictionary.parameters.d_sae
+        _write_explanations(folder / EXPLANATIONS, explanations, model, source, width)
 
 
 def check(dictionary: Dictionary, folder: Path) -> Check:
@@ -82,6 +100,28 @@ def check(dictionary: Dictionary, folder: Path) -> Check:
         return compare_dictionary(
             _with_unit_rows(dictionary).parameters, encode, sae.forward, str(LOADER)
         )
+
+
+def _write_explanations(
+    path: Path, explanations: Explanations, model: str, source: str, width: int
+) -> None:
+    outside = [latent for latent in explanations.texts if not 0 <= latent < width]
+    if outside:
+        raise ValueError(
+            f"latents {outside} are explained; the dictionary has latents 0 to {width - 1}: give "
+            "the explanations of this dictionary"
+        )
+    for latent, text in sorted(explanations.texts.items()):
+        line = {
+            "modelId": model,
+            "layer": source,  # in Neuronpedia's exports
+            "source": source,  # in its Python package
+            "index": str(latent),
+            "description": text,
+            "typeName": METHOD,
+            "explanationModelName": explanations.model,
+        }
+        append_jsonl(path, line)
 
 
 def _with_unit_rows(dictionary: Dictionary) -> Dictionary:

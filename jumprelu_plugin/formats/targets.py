@@ -22,6 +22,7 @@ from jumprelu_plugin.formats import (
 )
 from jumprelu_plugin.formats.checking import Check, Loader, is_export, write_record
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.explanations import read_explanations
 from jumprelu_plugin.formats.reading import load_dictionary
 from jumprelu_plugin.models.language_models import local_folder
 from jumprelu_plugin.records import read_json, whole_folder
@@ -176,6 +177,13 @@ def _read_with_amounts(
     return load_dictionary(source, **options), {"amounts": dict(amounts)}
 
 
+def _read_with_explanations(
+    source: Path, *, explanations: str | Path | None = None, **options: Any
+) -> tuple[Dictionary, dict[str, Any]]:
+    found = None if explanations is None else read_explanations(explanations, source)
+    return load_dictionary(source, **options), {"explanations": found}
+
+
 def _read_layers(
     source: Path,
     *,
@@ -320,10 +328,11 @@ TARGETS: dict[str, Target] = {
         Target(
             name="neuronpedia",
             accepts="SAEs, and transcoders without skip",
-            files=f"cfg.json, sae_weights.safetensors, {neuronpedia.SETTINGS}",
+            files="cfg.json, sae_weights.safetensors, "
+            f"{neuronpedia.SETTINGS}, {neuronpedia.EXPLANATIONS}",
             loader=neuronpedia.LOADER,
-            options=_LOAD_OPTIONS,
-            read=_read_dictionary,
+            options=(*_LOAD_OPTIONS, "explanations"),
+            read=_read_with_explanations,
             write=neuronpedia.write,
             check=neuronpedia.check,
         ),

@@ -1,4 +1,4 @@
-"""Figures and a report from the records of sweeps."""
+"""Figures and a report from the records of sweeps and of interpretability studies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.records import read_json
+from jumprelu_plugin.studies.explain import record as explanation_record
+from jumprelu_plugin.studies.explain.report import explanation_sections
 from jumprelu_plugin.studies.figures.groups import Spread, architectures, places
 from jumprelu_plugin.studies.figures.panel import Figure, require_matplotlib, save_figures
 from jumprelu_plugin.studies.figures.sweep import sweep_figures
+from jumprelu_plugin.studies.rating import report as rating_report
 from jumprelu_plugin.studies.report import Section, Table, write_report
 from jumprelu_plugin.studies.sweep.record_file import Record, read_records
 from jumprelu_plugin.studies.sweep.run import RECORDS_FILENAME
@@ -41,7 +45,8 @@ def plot_sweep(
     """Draw every figure of the records in `sources` as PNG and SVG, and a page with all of them.
 
     Args:
-        sources: files of records, or folders of sweeps.
+        sources: files of records, or folders: of sweeps, of one study by a language model
+            (`jumprelu study explain`) and of one report of ratings (`jumprelu study report`).
         output_path: folder for NAME.png, NAME.svg and report.html.
         more: further sections at the end of the page.
         log: told of a broken last line, which is left out.
@@ -50,26 +55,61 @@ def plot_sweep(
         The page.
 
     Raises:
-        ValueError: no records, records of something else, or a broken line before the last.
+        ValueError: no records, records of something else, a broken line before the last, or two
+            studies of one kind.
         FileNotFoundError: a source does not exist.
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib, or for a study the `studies` extra, is not installed.
     """
     require_matplotlib()
-    records: list[Record] = []
-    for source in map(Path, sources):
-        path = source / RECORDS_FILENAME if source.is_dir() else source
-        found, broken = read_records(path)
-        if broken is not None:
-            log(f"the last line of {path} is broken and left out")
-        records += found
-    figures = sweep_figures(records)
-    save_figures(figures, output_path)
+    paths = [_file(Path(source)) for source in sources]
+    records = [r for path in paths if path.suffix != ".json" for r in _sweep_records(path, log)]
+    studies = _study_sections([path for path in paths if path.suffix == ".json"])
+    if not records and not studies:
+        raise ValueError("there are no records to draw")
+    figures = sweep_figures(records) if records else []
+    swept = sweep_sections(records, figures) if records else []
+    save_figures([*figures, *(f for section in studies for f in section.figures)], output_path)
     return write_report(
         Path(output_path, REPORT_FILENAME),
         "Sparse autoencoders compared",
-        [*sweep_sections(records, figures), *more],
-        subtitle=_origin(records),
+        [*swept, *studies, *more],
+        subtitle=_origin(records) if records else "",
     )
+
+
+def _file(source: Path) -> Path:
+    """The file of records that a source is or holds."""
+    names = (RECORDS_FILENAME, explanation_record.RECORD_FILENAME, rating_report.RECORD_FILENAME)
+    if not source.is_dir():
+        return source
+    return next((source / name for name in names if (source / name).exists()), source / names[0])
+
+
+def _sweep_records(path: Path, log: Callable[[str], None]) -> list[Record]:
+    records, broken = read_records(path)
+    if broken is not None:
+        log(f"the last line of {path} is broken and left out")
+    return records
+
+
+def _study_sections(paths: Sequence[Path]) -> list[Section]:
+    """The sections of studies, of which there may be one of each kind."""
+    sections: dict[str, list[Section]] = {}
+    for path in paths:
+        kind = str(read_json(path).get("kind"))
+        if kind in sections:
+            raise ValueError(f"{path} is a second {kind}: a report holds one")
+        if kind == explanation_record.KIND:
+            result = explanation_record.read_explanation_result(path)
+            sections[kind] = explanation_sections(result)
+        elif kind == rating_report.KIND:
+            sections[kind] = rating_report.rating_sections(rating_report.read_rating_result(path))
+        else:
+            raise ValueError(
+                f"{path} holds a record of kind {kind!r}; expected {explanation_record.KIND!r} or "
+                f"{rating_report.KIND!r}, or a file of lines as jumprelu sweep writes it"
+            )
+    return [section for own in sections.values() for section in own]
 
 
 def sweep_sections(records: Sequence[Record], figures: Sequence[Figure]) -> list[Section]:
@@ -81,7 +121,7 @@ def sweep_sections(records: Sequence[Record], figures: Sequence[Figure]) -> list
     ]
     numbers = Section(
         "Numbers",
-        "Means over seeds. Dead latents fire on no held-out token, dense ones on more than 10 %.",
+        ["Means over seeds. Dead latents fire on no held-out token, dense ones on more than 10 %."],
         tables=[_table(records)],
     )
     return [*(section for section in sections if section.figures), numbers]

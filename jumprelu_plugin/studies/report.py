@@ -21,44 +21,50 @@ _TEMPLATE = "report.html.j2"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; numbers are already written as text."""
+    """Rows of text under a header; numbers are already written as text.
+
+    Attributes:
+        prose: whether cells hold sentences, which are broken into lines, instead of numbers.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    prose: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report, shown in this order: title, text, figures, tables, markup.
+    """A part of a report, shown in this order: title, paragraphs, figures, tables.
 
     Attributes:
         title: in the page's list of contents.
-        text: plain text.
+        paragraphs: plain text.
         figures: what `figures.panel` draws.
         tables: as wide as they need; a narrow screen scrolls them.
-        html: further markup, which the caller has made safe.
     """
 
     title: str
-    text: str = ""
+    paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    html: str = ""
 
 
 def write_report(
     path: str | Path, title: str, sections: Sequence[Section], *, subtitle: str = ""
 ) -> Path:
-    """Write a page to `path`, in one atomic step; parents are created.
+    """Write a page to `path`, in one atomic step; parents are created. All text is escaped.
 
     Raises:
-        ValueError: there are no sections.
+        ValueError: there are no sections, or two figures have one name.
         ImportError: there are figures, and matplotlib is not installed.
     """
     if not sections:
         raise ValueError("a report needs at least one section")
-    if any(section.figures for section in sections):
+    names = [figure.name for section in sections for figure in section.figures]
+    if names:
         require_matplotlib()
+    if len(set(names)) < len(names):  # the drawings' ids begin with them
+        raise ValueError(f"two figures of a report have one name: {', '.join(sorted(names))}")
     environment = Environment(
         loader=PackageLoader("jumprelu_plugin.studies", "."),
         autoescape=True,
@@ -68,10 +74,9 @@ def write_report(
         {
             "anchor": f"section-{number}",
             "title": section.title,
-            "text": section.text,
+            "paragraphs": section.paragraphs,
             "figures": [_drawn(figure) for figure in section.figures],
             "tables": section.tables,
-            "html": Markup(section.html),
         }
         for number, section in enumerate(sections, 1)
     ]

@@ -73,3 +73,18 @@ def test_sampled_windows_are_a_fair_sample(tiny) -> None:
     assert len(below) > 20
     # The mean over latents of the rank of a sample's median is 1/2; its error here is about 0.02.
     assert abs(sum(below) / len(below) - 0.5) < 0.07
+
+
+def test_tokens_that_the_sae_was_not_trained_on_count_as_silent(tiny) -> None:
+    tokens = tiny_tokens(sequences=31, positions=29)
+    sae = tiny_sae(seed=5)
+    left_out = tokens.flatten().bincount().topk(5).indices
+    sae.cfg.metadata.exclude_special_tokens = left_out.tolist()
+    top = collect_top_activations(tiny.hooked, sae, tokens, special_token_ids=SPECIAL)
+    found = collect_windows(
+        tiny.hooked, sae, top, range(41), COUNTS, special_token_ids=SPECIAL, seed=3
+    )
+    unseen = torch.isin(found.tokens, left_out) & found.inside
+    assert unseen.sum() > 100 and (found.activation[unseen] == 0).all()
+    firing = (found.kind == WindowKind.TOP) | (found.kind == WindowKind.SAMPLED)
+    assert not torch.isin(tokens.flatten()[found.position[firing]], left_out).any()

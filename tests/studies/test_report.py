@@ -13,8 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.studies.explain.record import write_record
+from jumprelu_plugin.studies.explain.settings import BackendSettings, ExplainSettings
 from jumprelu_plugin.studies.plot import plot_sweep
+from jumprelu_plugin.studies.rating.ratings import append_change
+from jumprelu_plugin.studies.rating.report import write_rating_report
 from jumprelu_plugin.studies.report import Section, write_report
+from tests.studies.explain.results import explanation_result
+from tests.studies.rating.studies import write_key, write_study
 from tests.studies.sweep_records import sweep_records, write_records
 
 # What a browser lays out: panels, the size of their text in CSS pixels, and the page's full width.
@@ -45,8 +51,26 @@ addEventListener("message", event => document.body.setAttribute("data-found", ev
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plot")
     write_records(folder / "records.jsonl", sweep_records())
-    more = Section("More <b>sections</b>", "a < b", html="<p id='added'>added</p>")
-    return plot_sweep([folder], folder / "out", more=[more])
+    studies = [explained(folder / "explained"), rated(folder / "rated")]
+    more = Section("More <b>sections</b>", ["a < b"])
+    return plot_sweep([folder, *studies], folder / "out", more=[more])
+
+
+def explained(folder: Path) -> Path:
+    """The folder of a study by a language model."""
+    settings = ExplainSettings(), BackendSettings()
+    return write_record(folder, explanation_result(), *settings, {}).parent
+
+
+def rated(folder: Path) -> Path:
+    """The folder of a report of ratings."""
+    study = write_study(folder.with_name("set"))
+    key = write_key(folder.with_name("key.json"), ["jumprelu-plugin"] * 3 + ["topk"] * 4)
+    for number in range(7):
+        change = {"item": f"i{number}", "rating": "yes" if number < 4 else "no"}
+        append_change(study / "ratings" / "anna.jsonl", change)
+    write_rating_report(study, key, folder)
+    return folder
 
 
 def few_records(path: Path) -> Path:
@@ -87,7 +111,32 @@ def test_every_figure_is_visible_and_legible(page: Path, width: int, tmp_path: P
 def test_text_is_never_markup(page: Path) -> None:
     text = page.read_text()
     assert "&lt;b&gt;sections&lt;/b&gt;" in text and "<b>sections</b>" not in text
-    assert "A &lt;CPU&gt;" in text and "a &lt; b" in text and "<p id='added'>" in text
+    assert "A &lt;CPU&gt;" in text and "a &lt; b" in text
+    assert "words like &lt;b&gt;sea&lt;/b&gt;" in text and "a &lt;model&gt; explained" in text
+
+
+def test_studies_stand_beside_the_sweep(page: Path) -> None:
+    text = page.read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert [t for t in titles if "xplan" in t or "Rat" in t or "rater" in t] == [
+        "Explanations scored", "Explanations compared", "Explanations",
+        "Ratings", "Agreement of raters", "Ratings compared", "Rated latents",
+    ]  # fmt: skip
+    assert "Krippendorff" in text
+    names = {"explanation_correlations", "explanation_density", "ratings", "frontier_fvu"}
+    assert names < {path.stem for path in page.parent.glob("*.png")}
+
+
+def test_studies_alone_and_what_cannot_be(tmp_path: Path) -> None:
+    one, two = explained(tmp_path / "one"), explained(tmp_path / "two")
+    page = plot_sweep([one], tmp_path / "out").read_text()
+    assert "Frontiers" not in page and "Explanations scored" in page
+    with pytest.raises(ValueError, match="two.*is a second explanation study"):
+        plot_sweep([one, two], tmp_path / "twice")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="record of kind 'None'; expected 'explanation study'"):
+        plot_sweep([tmp_path / "other.json"], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
 
 
 def test_it_needs_nothing_from_elsewhere(page: Path) -> None:

@@ -1,34 +1,64 @@
-"""Reads the explanations of a study's record."""
+"""The result of an automated study, and its record."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from jumprelu_plugin.records import write_json
+from jumprelu_plugin.studies.comparison import Comparison
+from jumprelu_plugin.studies.explain.scoring import ScoredLatent
+from jumprelu_plugin.studies.explain.settings import BackendSettings, ExplainSettings
+from jumprelu_plugin.studies.explain.statistics import LabelScores
+from jumprelu_plugin.studies.result_file import read_result
+
+RECORD_FILENAME = "explanations.json"
+KIND = "explanation study"
 
 
-def read_explanations(path: str | Path, folder: str | Path) -> dict[int, str]:
-    """The explanations of one SAE's latents.
+@dataclass(frozen=True)
+class ExplanationResult:
+    """A study's results.
 
-    Args:
-        path: explanations.json.
-        folder: the SAE's folder.
-
-    Raises:
-        ValueError: the file is not there, is no such record, or explains no latent of the SAE.
+    Attributes:
+        backend: who explained, simulated and judged.
+        labels: the scores of each group.
+        explained_above: 95 % of all null correlations are below it; the odds ratios count the
+            latents above it. None without nulls.
+        comparisons: of every two groups.
+        latents: every latent with its explanation and scores.
+        unfinished: why the study stopped early; None if it did not.
     """
-    path, wanted = Path(path), Path(folder).resolve()
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        latents = record["result"]["latents"]
-        found = {
-            int(each["latent"]): str(each["explanation"])
-            for each in latents
-            if each["explanation"] and Path(each["folder"]).resolve() == wanted
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no record of `jumprelu study explain` ({type(error).__name__})"
-        ) from None
-    if not found:
-        raise ValueError(f"{path} explains no latent of {folder}")
-    return found
+
+    backend: dict[str, Any]
+    labels: dict[str, LabelScores]
+    explained_above: float | None
+    comparisons: list[Comparison]
+    latents: list[ScoredLatent]
+    unfinished: str | None
+
+
+def write_record(
+    output: Path,
+    result: ExplanationResult,
+    settings: ExplainSettings,
+    backend: BackendSettings,
+    source: dict[str, Any],
+) -> Path:
+    """Write explanations.json into the folder `output`."""
+    return write_json(
+        output / RECORD_FILENAME,
+        {
+            "kind": KIND,
+            "result": result,
+            "settings": settings,
+            "backend": backend,
+            "provenance": source,
+        },
+    )
+
+
+def read_explanation_result(path: str | Path) -> ExplanationResult:
+    """The result that explanations.json holds; raises as `read_result` does."""
+    return read_result(path, KIND, ExplanationResult)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jumprelu_plugin.studies.comparison import comparison_table
-from jumprelu_plugin.studies.explain.figures import correlation_violins, density_scatter
+from jumprelu_plugin.studies.explain.figures import correlation_by_density, correlation_violins
+from jumprelu_plugin.studies.explain.record import ExplanationResult
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent
 from jumprelu_plugin.studies.explain.settings import SMOLLM2
 from jumprelu_plugin.studies.explain.statistics import SCORES, Mean
-from jumprelu_plugin.studies.html_page import Section, write_page
-from jumprelu_plugin.studies.report import Table
-
-if TYPE_CHECKING:
-    from jumprelu_plugin.studies.explain.study import ExplanationResult
+from jumprelu_plugin.studies.report import Section, Table, write_report
 
 PAGE_FILENAME = "explanations.html"
 _NAMES = {
@@ -31,7 +27,7 @@ _NAMES = {
 
 def write_explanation_report(output: str | Path, result: ExplanationResult) -> Path:
     """Write explanations.html into the folder `output`."""
-    return write_page(
+    return write_report(
         Path(output) / PAGE_FILENAME,
         "Latents explained by a language model",
         explanation_sections(result),
@@ -46,7 +42,7 @@ def explanation_sections(result: ExplanationResult) -> list[Section]:
     text = [
         f"{result.backend['name']} explained each latent from texts and predicted the activations "
         "on other texts from that. A correlation means something only beside its nulls: the same "
-        " prediction from a random token and from another latent's explanation."
+        "prediction from a random token and from another latent's explanation."
     ]
     if result.backend["name"] == SMOLLM2:
         text.append(
@@ -55,25 +51,23 @@ def explanation_sections(result: ExplanationResult) -> list[Section]:
         )
     if result.unfinished:
         text.append(f"This study is not finished: {result.unfinished}.")
-    comparison = Section(
-        "Comparison", [_comparison_text(result)], (), [comparison_table(result.comparisons)]
+    drawn = (
+        correlation_violins(by_label, result.explained_above),
+        correlation_by_density(by_label),
     )
-    return [
-        Section(
-            "Scores",
-            text,
-            [
-                (
-                    correlation_violins(by_label),
-                    "Correlations of all latents; the bar is the median.",
-                ),
-                (density_scatter(by_label), "Each point is a latent."),
-            ],
-            [scores_table(result), against_table(result)],
-        ),
-        *([comparison] if result.comparisons else []),
-        Section("Explanations", (), (), [_explanations_table(result.latents)]),
-    ]
+    scores = Section(
+        "Explanations scored",
+        text,
+        [figure for figure in drawn if figure is not None],
+        [scores_table(result), against_table(result)],
+    )
+    comparison = Section(
+        "Explanations compared",
+        [_comparison_text(result)],
+        tables=[comparison_table(result.comparisons)],
+    )
+    listed = Section("Explanations", tables=[_explanations_table(result.latents)])
+    return [scores, *([comparison] if result.comparisons else []), listed]
 
 
 def scores_table(result: ExplanationResult) -> Table:
@@ -114,7 +108,7 @@ def _explanations_table(latents: Sequence[ScoredLatent]) -> Table:
     ]  # fmt: skip
     header = ["SAE", "latent", "density", "explanation", "correlation", "null: shuffled",
               "detection"]  # fmt: skip
-    return Table(header, rows)
+    return Table(header, rows, prose=True)
 
 
 def _mean(mean: Mean) -> str:

@@ -7,53 +7,27 @@ explanations.html, which are written anew at the end, also of a study that had t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelOptions
-from jumprelu_plugin.records import digest, provenance, write_json
-from jumprelu_plugin.studies.comparison import Comparison
+from jumprelu_plugin.records import digest, provenance
 from jumprelu_plugin.studies.explain.calls import CALLS_FILENAME, CallLog
 from jumprelu_plugin.studies.explain.cost import Estimate, estimate
 from jumprelu_plugin.studies.explain.endpoint import StudyStopped, endpoint_roles
 from jumprelu_plugin.studies.explain.latents import StudyLatent, study_latents
 from jumprelu_plugin.studies.explain.local import local_roles
+from jumprelu_plugin.studies.explain.record import ExplanationResult, write_record
+from jumprelu_plugin.studies.explain.report import write_explanation_report
 from jumprelu_plugin.studies.explain.roles import Roles
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent, score_latents
 from jumprelu_plugin.studies.explain.settings import BackendSettings, ExplainSettings
 from jumprelu_plugin.studies.explain.statistics import (
-    LabelScores,
     compare_labels,
     label_scores,
     threshold_of_nulls,
 )
 from jumprelu_plugin.studies.sampling.saes import load_study_saes
-
-RECORD_FILENAME = "explanations.json"
-
-
-@dataclass(frozen=True)
-class ExplanationResult:
-    """A study's results.
-
-    Attributes:
-        backend: who explained, simulated and judged.
-        labels: the scores of each group.
-        explained_above: 95 % of all null correlations are below it; the odds ratios count the
-            latents above it. None without nulls.
-        comparisons: of every two groups.
-        latents: every latent with its explanation and scores.
-        unfinished: why the study stopped early; None if it did not.
-    """
-
-    backend: dict[str, Any]
-    labels: dict[str, LabelScores]
-    explained_above: float | None
-    comparisons: list[Comparison]
-    latents: list[ScoredLatent]
-    unfinished: str | None
 
 
 def run_explanation_study(
@@ -112,7 +86,9 @@ def run_explanation_study(
     source = provenance(
         settings.seed, model_digest(saes[0].saved.model), data_digest=digest(tokens)
     )
-    write_study(output, result, settings, backend, source)
+    write_record(output, result, settings, backend, source)
+    if result.latents:
+        write_explanation_report(output, result)
     return result
 
 
@@ -154,30 +130,6 @@ def explain_and_score(
         latents=scored,
         unfinished=unfinished,
     )
-
-
-def write_study(
-    output: Path,
-    result: ExplanationResult,
-    settings: ExplainSettings,
-    backend: BackendSettings,
-    source: dict[str, Any],
-) -> None:
-    """Write the record and the report of a study."""
-    from jumprelu_plugin.studies.explain.report import write_explanation_report
-
-    write_json(
-        output / RECORD_FILENAME,
-        {
-            "kind": "explanation study",
-            "result": result,
-            "settings": settings,
-            "backend": backend,
-            "provenance": source,
-        },
-    )
-    if result.latents:
-        write_explanation_report(output, result)
 
 
 def _is_foreign(folder: Path) -> bool:

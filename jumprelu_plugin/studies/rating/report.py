@@ -9,7 +9,6 @@ from typing import Any
 
 from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.studies.comparison import Comparison, compare_groups, comparison_table
-from jumprelu_plugin.studies.html_page import Section, write_page
 from jumprelu_plugin.studies.rating.agreement import (
     Agreement,
     LabelRatings,
@@ -21,9 +20,11 @@ from jumprelu_plugin.studies.rating.agreement import (
 from jumprelu_plugin.studies.rating.figures import rating_bars
 from jumprelu_plugin.studies.rating.questions import RATINGS_FOLDER, read_key, read_study
 from jumprelu_plugin.studies.rating.ratings import RATINGS, Answers, read_answers
-from jumprelu_plugin.studies.report import Table
+from jumprelu_plugin.studies.report import Section, Table, write_report
+from jumprelu_plugin.studies.result_file import read_result
 
 RECORD_FILENAME, PAGE_FILENAME = "ratings.json", "ratings.html"
+KIND = "rating report"
 
 
 @dataclass(frozen=True)
@@ -100,43 +101,47 @@ def write_rating_report(
         write_json(
             fresh / RECORD_FILENAME,
             {
-                "kind": "rating report",
+                "kind": KIND,
                 "result": result,
                 "settings": key["settings"],
                 "made": key["provenance"],
                 "provenance": provenance(),
             },
         )
-        write_page(fresh / PAGE_FILENAME, "Latents rated by people", rating_sections(result))
+        write_report(fresh / PAGE_FILENAME, "Latents rated by people", rating_sections(result))
     return result
+
+
+def read_rating_result(path: str | Path) -> RatingResult:
+    """The result that ratings.json holds; raises as `read_result` does."""
+    return read_result(path, KIND, RatingResult)
 
 
 def rating_sections(result: RatingResult) -> list[Section]:
     """The report's sections."""
+    ratings = Section(
+        "Ratings",
+        [
+            "Raters judged whether a latent's texts show mostly one concept, without knowing its "
+            "SAE. Shares are over latents: one with several ratings counts once.",
+            *result.warnings,
+        ],
+        [rating_bars(result.labels)],
+        [shares_table(result)],
+    )
+    agreement = Section(
+        "Agreement of raters", [agreement_text(result.agreement)], tables=[_progress(result)]
+    )
     comparison = Section(
-        "Comparison",
+        "Ratings compared",
         [
             "Odds that most of a latent's ratings are yes, and the rank of its mean rating. "
             "p-values are two-sided and Holm-corrected over all pairs."
         ],
-        (),
-        [comparison_table(result.comparisons)],
+        tables=[comparison_table(result.comparisons)],
     )
-    return [
-        Section(
-            "Ratings",
-            [
-                "Raters judged whether a latent's texts show mostly one concept, without knowing "
-                "its SAE. Shares are over latents: one with several ratings counts once.",
-                *result.warnings,
-            ],
-            [(rating_bars(result.labels), "Shares of latents, with 95 % Wilson intervals.")],
-            [shares_table(result)],
-        ),
-        Section("Agreement", [agreement_text(result.agreement)], (), [_progress(result)]),
-        *([comparison] if result.comparisons else []),
-        Section("Latents", (), (), [_latents_table(result.latents)]),
-    ]
+    listed = Section("Rated latents", tables=[_latents_table(result.latents)])
+    return [ratings, agreement, *([comparison] if result.comparisons else []), listed]
 
 
 def shares_table(result: RatingResult) -> Table:
@@ -203,7 +208,7 @@ def _latents_table(latents: Sequence[dict[str, Any]]) -> Table:
          "; ".join(f"{r}: {t}" for r, t in each["texts"].items())]
         for each in latents
     ]  # fmt: skip
-    return Table(["SAE", "latent", "density", "ratings", "texts"], rows)
+    return Table(["SAE", "latent", "density", "ratings", "texts"], rows, prose=True)
 
 
 def _is_report(folder: Path) -> bool:

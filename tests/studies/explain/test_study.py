@@ -52,7 +52,7 @@ def test_a_study_of_two_saes(tmp_path: Path) -> None:
     assert len(record["result"]["latents"]) == 10 and record["result"]["unfinished"] is None
     assert record["backend"]["base_url"] == url[1] and record["provenance"]["data_digest"]
     assert {each["explanation"] for each in record["result"]["latents"]} == {"the sea"}
-    assert (output / "explanations.html").read_text().count("<svg") == 2
+    assert (output / "explanations.html").read_text().count("<svg") == 4
     calls = (output / "calls.jsonl").read_bytes()
     again = run(*command, *url, "--yes")  # the server is gone
     assert again.exit_code == 0, again.output
