@@ -273,10 +273,10 @@ def durability() -> str:
     return (
         f"{table(header, sorted(rows), names=2)}\n\n"
         f"{commits(records).capitalize()}. A checkpoint of {cost['d_in']:,} × {cost['d_sae']:,} "
-        f"with its mixing buffer, {cost['bytes'] / 1e6:,.0f} MB, took "
-        f"{cost['processor_seconds']:.2f} s of processor time to write, "
-        f"{cost['processor_seconds'] / 60:.1%} of it at one a minute, and {cost['seconds']:.2f} s "
-        f"by the clock, on two cores with {cost['load']:.0f} other processes."
+        f"with its mixing buffer, {cost['bytes'] / 1e6:,.0f} MB, took {cost['seconds']:.2f} s by "
+        f"the clock to write, {cost['share_at_one_a_minute']:.1%} of the time at one a minute, and "
+        f"{cost['processor_seconds']:.2f} s of processor time, on two cores at a load of "
+        f"{cost['load']:.1f}."
     )
 
 

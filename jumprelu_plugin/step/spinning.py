@@ -12,10 +12,10 @@ wait for a CPU, a second team is kept, whose threads sleep: enough of them that 
 threads than CPUs. The team that computes stays as it is. Operators are divided among its threads as
 before, and every result is the same to the bit, which a smaller team would not give.
 
-Measured with two threads of a Xeon (Sapphire Rapids) at (d_in 256, d_sae 2048, batch 1024): 23,400
-tokens/s undisturbed, 7,000 beside a process that keeps one core busy, and 13,000 to 16,700 with
-short spins. Undisturbed, short spins give 20,200, so they are undone when nobody waits.
-`python -m benchmarks.under_load` repeats it.
+Measured with two threads of a Xeon (Sapphire Rapids) at (d_in 256, d_sae 2048, batch 1024): 23,800
+tokens/s undisturbed, 8,200 beside a process that keeps one core busy, and 17,600 with short spins
+(`python -m benchmarks.under_load`). Undisturbed, short spins lose a seventh, so they are undone
+when nobody waits.
 """
 
 from __future__ import annotations
