@@ -107,13 +107,11 @@ def cpu_seconds_of_waiting() -> float:
     return used
 
 
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True,
-    reason="on one CPU libgomp's spins are always short",
-)
 def test_a_waiting_thread_sleeps_while_the_team_is_kept_and_sums_stay_the_same() -> None:
     numbers = torch.randn(2**19 + 7)
     total, long = numbers.sum(), cpu_seconds_of_waiting()
+    if long < 0.012:  # libgomp's 300,000 turns take 3 ms at least, twelve times
+        pytest.skip("spins are short already: one CPU when PyTorch was loaded, or a busy machine")
     threads = len(nanoseconds_waited())
     team = SleepingTeam()
     short = cpu_seconds_of_waiting()
