@@ -8,7 +8,7 @@ from typing import Any
 
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent
 from jumprelu_plugin.studies.figures.groups import color
-from jumprelu_plugin.studies.figures.panel import Figure, Panel
+from jumprelu_plugin.studies.figures.panel import Figure, Panel, plain_log_ticks
 
 Groups = Mapping[str, Sequence[ScoredLatent]]
 
@@ -109,3 +109,4 @@ def _scatter(points: Mapping[str, Sequence[tuple[float, float]]], axes: Any) -> 
         )  # fmt: skip
     axes.axhline(0, color="#999", lw=0.8)
     axes.set(xscale="log", xlabel="latent density", ylabel=_CORRELATION)
+    plain_log_ticks(axes.xaxis)
