@@ -42,12 +42,29 @@ CheckpointMinutes = Annotated[
         "kept until the SAE is saved; 0: none. Default: 10.",
     ),
 ]
+DataParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--data_parallel_size",
+        help="processes, or groups of them, over which each batch of tokens is split; times "
+        "--model_parallel_size it is the number of processes. Default: 1.",
+    ),
+]
 ModelParallelSize = Annotated[
     int,
     typer.Option(
         "--model_parallel_size",
         help="processes over which the latents are sharded: torchrun --nproc-per-node N -m "
         "jumprelu_plugin train … --model_parallel_size N. Default: 1.",
+    ),
+]
+
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        help="a100, h100 or h200: whose published figures the times of a step on many GPUs follow "
+        "from. Default: this machine's GPU, or h100.",
     ),
 ]
 
@@ -66,6 +83,7 @@ def train(
             help="whether to check the run first, as `jumprelu check` does. Default: yes.",
         ),
     ] = True,
+    data_parallel_size: DataParallelSize = 1,
     model_parallel_size: ModelParallelSize = 1,
 ) -> None:
     """Train an SAE or a transcoder with SAELens' own runner flags, plus our fields.
@@ -85,24 +103,49 @@ def train(
         "checkpoint_every_n_minutes": checkpoint_every_n_minutes,
         "activations": activations,
     }
-    if model_parallel_size != 1 or is_one_of_many():
-        train_sharded(cfg, model_parallel_size, **options)
+    if (data_parallel_size, model_parallel_size) != (1, 1) or is_one_of_many():
+        train_sharded(
+            cfg,
+            data_parallel_size=data_parallel_size,
+            model_parallel_size=model_parallel_size,
+            **options,
+        )
     else:
         JumpReLUTrainingRunner(cfg, **options).run()
 
 
 @app.command(context_settings=SAELENS_FLAGS)
 def check(
-    context: typer.Context, recipe: RecipeName = None, activations: Activations = None
+    context: typer.Context,
+    recipe: RecipeName = None,
+    activations: Activations = None,
+    data_parallel_size: DataParallelSize = 1,
+    model_parallel_size: ModelParallelSize = 1,
+    hardware: Hardware = None,
 ) -> None:
     """Check a run before it starts: memory, windows, what it can reach. Flags as for train.
 
-    Exits with 2 if the run would be refused. Writes nothing.
+    With --data_parallel_size or --model_parallel_size it says what each process takes and what they
+    exchange, without starting them. Exits with 2 if the run would be refused. Writes nothing.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context, recipe)
-    report = JumpReLUTrainingRunner(cfg, activations=activations).preflight()
+    if (data_parallel_size, model_parallel_size, hardware) == (1, 1, None):
+        report = JumpReLUTrainingRunner(cfg, activations=activations).preflight()
+    else:
+        from jumprelu_plugin.training.distributed.planning import plan
+
+        if activations is not None:
+            raise ValueError("activations is not taken on many processes: leave it out")
+        found = plan(
+            cfg,
+            data_parallel_size=data_parallel_size,
+            model_parallel_size=model_parallel_size,
+            gpu=hardware,
+        )
+        console.print(found.table())
+        report = found.preflight
     console.print(report.table())
     if report.of("refused"):
         raise typer.Exit(2)

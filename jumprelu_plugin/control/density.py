@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step.activity import firings_by_latent
@@ -44,8 +44,12 @@ class DensityMultipliers:
     @torch.no_grad()
     def update(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Take in one batch's activations, dense or sparse COO of the active ones."""
-        firings = firings_by_latent(feature_acts)
-        excess = firings / (len(feature_acts) * self.max_density) - 1
+        self.update_from(firings_by_latent(feature_acts), len(feature_acts))
+
+    @torch.no_grad()
+    def update_from(self, firings: Int[Tensor, " d_sae"], tokens: int) -> None:
+        """Take in on how many of a batch's tokens each latent is active."""
+        excess = firings / (tokens * self.max_density) - 1
         multipliers = self.multipliers.to(excess.device) + RATE * excess.clamp_max(1.0)
         self.multipliers = multipliers.clamp(0.0, LARGEST)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.control.calibration import calibrate
@@ -79,11 +79,13 @@ class DictionaryControl:
         keep_firing_record: also where no latent is resampled.
         index, of: which of how many dictionaries that train together. Resampling then draws other
             tokens for each.
-        processes: that hold the dictionary, and what is kept of its latents.
+        processes: that hold the dictionary, and what is kept of its latents, and split its batches.
 
     Attributes:
         bandwidth: ε; None before calibration.
         batch_l0: mean L0 of the last batch observed.
+        batch_firings: on how many of its tokens each latent was active, [d_sae], where several
+            processes split it.
         l0: the L0 controller, where `settings.controls_l0`.
         density: the multipliers of the density limit, where there is one.
         firing: how long each latent has not fired, where that is kept.
@@ -102,6 +104,7 @@ class DictionaryControl:
         held = processes.held(settings.d_sae)
         self.bandwidth: float | None = settings.jumprelu_bandwidth or None
         self.batch_l0 = 0.0
+        self.batch_firings: Int[Tensor, " d_sae"] | None = None
         self.l0 = (
             L0Controller(
                 settings.target_l0,
@@ -166,8 +169,8 @@ class DictionaryControl:
 
     def count_active(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Measure the L0 of a batch; activations dense or sparse COO of the active ones."""
-        self._batch = len(feature_acts)
-        active = self.processes.count_over_shards(active_count(feature_acts))
+        self._batch = len(feature_acts) * self.processes.replicas
+        active = self.processes.count_pairs(active_count(feature_acts))
         self.batch_l0 = active / self._batch
 
     def observe(
@@ -188,10 +191,13 @@ class DictionaryControl:
         self._l0_slope = None
         if self.l0 is not None and step.threshold.requires_grad:
             self._measure_slopes(self.l0, step, sparsity, penalty, coefficient)
-        if self.density is not None:
+        firings = self.batch_firings = self.processes.firings_of_batch(feature_acts)
+        if self.density is not None and firings is None:
             self.density.update(feature_acts)
+        elif self.density is not None and firings is not None:
+            self.density.update_from(firings, self._batch)
         if self.firing is not None:
-            self.firing.update(feature_acts)
+            self.firing.update(feature_acts if firings is None else firings[None])
         self._resampling_batch = None
 
     def _measure_slopes(
@@ -227,7 +233,8 @@ class DictionaryControl:
         self, inputs: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"]
     ) -> None:
         """Keep what the encoder read and what the dictionary left until after the update."""
-        self._resampling_batch = inputs.detach(), residual.detach()
+        of_batch = self.processes.gather_tokens
+        self._resampling_batch = of_batch(inputs.detach()), of_batch(residual.detach())
 
     def patience(self) -> int:
         """Steps without firing after which a new latent counts as dead."""

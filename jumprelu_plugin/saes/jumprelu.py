@@ -26,7 +26,13 @@ from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.units import units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
 from jumprelu_plugin.saes.first_batch import full_precision, start_from, target_center
-from jumprelu_plugin.saes.losses import decoder_target, loss_terms, sparsity_of, token_weights
+from jumprelu_plugin.saes.losses import (
+    decoder_target,
+    loss_terms,
+    over_batch,
+    sparsity_of,
+    token_weights,
+)
 from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
@@ -51,8 +57,8 @@ class JumpReLUTrainingSAE(StoredParameters):
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
         pair_buffers: the size of its buffers, where that is the way of the kernels.
-        processes: that hold the dictionary; where they are several, `cfg` and the shapes are of
-            this one's latents, and `resolved` is of the whole dictionary.
+        processes: that hold the dictionary and split its batches; where they are several, `cfg` and
+            the shapes are of this one's latents, and `resolved` is of the whole dictionary.
 
     Raises:
         ValueError: on construction, if the config cannot train; on a step, if the activations or
@@ -156,7 +162,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         offset = self.decoder_offset(x, b_dec)
-        weights = token_weights(resolved, target, target_center(self))
+        weights = token_weights(resolved, target, target_center(self), self.processes)
         prefix_errors = None
         if widths := resolved.matryoshka_widths:
             wanted, scale = decoder_target(self, target)
@@ -195,6 +201,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         )
         if self.units.loss != 1.0:
             losses = {name: value / self.units.loss for name, value in losses.items()}
+        losses = over_batch(losses, self.processes)
         loss = torch.stack(list(losses.values())).sum()
         active = activations > 0
         entries.require_complete(active)

@@ -18,6 +18,7 @@ from jumprelu_plugin.step.losses import (
     reconstruction,
     sparsity_term,
 )
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 
 def sparsity_of(cfg: Any, resolved: ResolvedConfig) -> Any:
@@ -35,10 +36,13 @@ def token_weights(
     resolved: ResolvedConfig,
     target: Float[Tensor, "batch ..."],
     center: Float[Tensor, " d_out"] | None = None,
+    processes: OneProcess = ONE_PROCESS,
 ) -> Float[Tensor, " batch"] | None:
     """The weight of each token's squared error; None where outlier tokens are not limited."""
     ratio = resolved.outlier_norm_ratio
-    return None if ratio == math.inf else outlier_token_weights(target, ratio, center)
+    if ratio == math.inf:
+        return None
+    return outlier_token_weights(target, ratio, center, processes)
 
 
 def loss_terms(
@@ -77,6 +81,14 @@ def loss_terms(
         auxiliary = AuxiliaryLoss()(step, (target - x_hat).flatten(1))
         losses["auxiliary_reconstruction_loss"] = resolved.aux_loss_coefficient * auxiliary
     return losses
+
+
+def over_batch(losses: dict[str, Tensor], processes: OneProcess) -> dict[str, Tensor]:
+    """The same summands over the whole batch, where processes split it."""
+    if processes.replicas == 1:
+        return losses
+    means = processes.mean_over_replicas(torch.stack(list(losses.values())))
+    return dict(zip(losses, means.unbind(), strict=True))
 
 
 def decoder_target(

@@ -37,8 +37,8 @@ class Step:
             dead latents are not tracked.
         density_multipliers: μ ≥ 0, [d_sae], the multiplier of each latent's density limit
             (`control.density`); None without a limit.
-        processes: that hold the dictionary. What is indexed by latent is this process's; the terms
-            are the whole dictionary's.
+        processes: that hold the dictionary and split the batch. What is indexed by latent or token
+            is this process's. The terms are the whole dictionary's, over this process's tokens.
     """
 
     entries: Entries
@@ -94,6 +94,7 @@ def outlier_token_weights(
     target: Float[Tensor, "batch d_out"],
     outlier_norm_ratio: float,
     center: Float[Tensor, " d_out"] | None = None,
+    processes: OneProcess = ONE_PROCESS,
 ) -> Float[Tensor, " batch"]:
     """The weight of each token's squared error: 1, and (limit/‖x - c‖)² if ‖x - c‖ exceeds the
     limit.
@@ -106,10 +107,11 @@ def outlier_token_weights(
 
     Args:
         center: c, where distances are measured from; None: the origin.
+        processes: over which the batch is split; the median is that of all its tokens.
     """
     flat = target.flatten(1)
     norm = (flat if center is None else flat - center).norm(dim=1)
-    limit = outlier_norm_ratio * norm.median()
+    limit = outlier_norm_ratio * processes.gather_tokens(norm).median()
     weights = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0).square()
     return torch.where(limit > 0, weights, torch.ones_like(weights))
 
@@ -167,7 +169,8 @@ class WithDensityPenalty:
     density_penalty_scale: float
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        squares = step.processes.sum_over_shards(step.latent_densities().square().sum())
+        densities = step.processes.mean_over_replicas(step.latent_densities())
+        squares = step.processes.sum_over_shards(densities.square().sum())
         return self.term(step) + squares / self.density_penalty_scale
 
 
@@ -301,7 +304,7 @@ def threshold_slopes(term: Term, step: Step, penalty: Float[Tensor, ""]) -> Thre
 
     def slope(value: Tensor) -> Tensor:
         own = torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
-        return step.processes.sum_over_shards(own)
+        return step.processes.total(own)
 
     penalty_slope = slope(penalty)
     l0_slope = penalty_slope if isinstance(term, L0) else slope(step.l0().mean())

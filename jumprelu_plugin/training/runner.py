@@ -104,7 +104,12 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             model, text or hook; on `run`, if the check finds
             that it cannot work.
         OSError: the model cannot be loaded, or there is no such checkpoint.
+
+    Attributes:
+        replicas: over how many processes each batch will be split; `preflight` looks at one.
     """
+
+    replicas: int = 1
 
     def __init__(
         self,
@@ -188,7 +193,12 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         if isinstance(self.sae, JumpReLUTrainingTranscoder):
             scaler = pair_scaler(self.sae)
         return run_preflight(
-            self.cfg, self.sae, self.activations_store, scaler=scaler, repairs=self._repairs
+            self.cfg,
+            self.sae,
+            self.activations_store,
+            scaler=scaler,
+            repairs=self._repairs,
+            replicas=self.replicas,
         )
 
     @override

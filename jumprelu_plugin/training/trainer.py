@@ -80,12 +80,16 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         output = super().step(batch)
         if self.monitor is not None:
             silent = self.n_forward_passes_since_fired
-            for alarm in self.monitor.step(StepStats.at(output), silent, self.n_training_steps):
+            for alarm in self.monitor.step(self.step_stats(output), silent, self.n_training_steps):
                 report(alarm, self.metrics_path, self.cfg.logger.log_to_wandb)
         due = (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         if self.metrics_path is not None and due:
             self._record(self.build_train_step_log_dict(output, self.n_training_samples))
         return output
+
+    def step_stats(self, output: TrainStepOutput) -> StepStats:
+        """What the alarms read of a step."""
+        return StepStats.at(output)
 
     # ---------------------------------------------------------------- metrics
 
@@ -208,7 +212,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     ) -> None:
         """SAELens' last call in a step: show the metrics, and save a checkpoint if one is due."""
         self._steps_made += 1
-        pbar.update(len(step_output.sae_in))
+        pbar.update(self.n_training_samples - pbar.n)
         if self.n_training_steps % update_interval == 0:
             self._show(step_output, pbar)
         self._save_what_is_due()

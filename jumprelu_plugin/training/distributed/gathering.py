@@ -21,7 +21,7 @@ from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingTranscoder,
 )
 from jumprelu_plugin.training.distributed.processes import ManyProcesses
-from jumprelu_plugin.training.distributed.sharded_sae import LATENT_AXIS, ShardOfSAE
+from jumprelu_plugin.training.distributed.sharded_sae import LATENT_AXIS, ShardOfSAE, plain_name
 
 _WHOLE: dict[str, type[JumpReLUTrainingSAE]] = {
     "jumprelu": JumpReLUTrainingSAE,
@@ -35,9 +35,9 @@ _SET_IN_TRAINING = ("normalize_activations", "device", "sae_lens_training_versio
 def gather_whole(shard: ShardOfSAE) -> JumpReLUTrainingSAE | None:
     """The dictionary that the shards hold, on the first process's host; None on the others.
 
-    Every process calls it.
+    Every process calls it; those of the first replica send.
     """
-    whole = _empty_whole(shard) if shard.processes.shard == 0 else None
+    whole = _empty_whole(shard) if is_first(shard.processes) else None
     parameters = {} if whole is None else dict(whole.named_parameters())
     for name, part in shard.named_parameters():
         found = gather(part.detach(), _axis(name), shard.processes)
@@ -121,22 +121,30 @@ def gather(part: Tensor, axis: int | None, processes: ManyProcesses) -> Tensor |
     Args:
         axis: of the latents; None: every process holds the same.
     """
-    first = processes.shard == 0
+    mesh = processes.mesh
+    if mesh.replica:
+        return None  # it has what the first replica has
+    first = is_first(processes)
     if axis is None:
         return part.detach().cpu().clone() if first else None
     sent = part.detach().movedim(axis, 0).contiguous()
     if not first:
-        processes.traffic["send"] += sent.nbytes
-        dist.send(sent, group=processes.group, group_dst=0)
+        mesh.traffic["send"] += sent.nbytes
+        dist.send(sent, group=mesh.latents.handle, group_dst=0)
         return None
     layout = processes.layout
     whole = torch.empty(layout.d_sae, *sent.shape[1:], dtype=sent.dtype)
     layout.place(sent.cpu(), 0, whole)
     received = torch.empty_like(sent)
     for other in range(1, layout.shards):
-        dist.recv(received, group=processes.group, group_src=other)
+        dist.recv(received, group=mesh.latents.handle, group_src=other)
         layout.place(received.cpu(), other, whole)
     return whole.movedim(0, axis)
+
+
+def is_first(processes: ManyProcesses) -> bool:
+    """Whether this is the process that saves, and speaks for all."""
+    return processes.mesh.replica == 0 and processes.shard == 0
 
 
 def _empty_whole(shard: ShardOfSAE) -> JumpReLUTrainingSAE:
@@ -163,8 +171,7 @@ def _part(value: Tensor, name: str, processes: ManyProcesses) -> Tensor:
 
 def _axis(name: str) -> int | None:
     """The axis of the latents in a parameter, as `named_parameters` calls it; None: it has none."""
-    plain = name.removeprefix("parametrizations.").removesuffix(".original")
-    return LATENT_AXIS.get(plain)
+    return LATENT_AXIS.get(plain_name(name))
 
 
 def _copy_settings(source: Any, target: Any) -> None:

@@ -21,9 +21,13 @@ import torch
 import torch.distributed as dist
 from sae_lens.training._interruption import InterruptedException
 
+from jumprelu_plugin.training.distributed.mesh import Mesh
+from jumprelu_plugin.training.distributed.shares import require_positive
+
 T = TypeVar("T")
 
 _FAILURE = "jumprelu_failure"
+_SAID = "jumprelu_said"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Launch:
         local_rank: its number on its machine.
         objects: a gloo group of all, for what is not a tensor of the training's device.
         store: torchrun's, through which a process that fails says so.
+        mesh: who shares latents with whom, and tokens.
     """
 
     rank: int
@@ -42,6 +47,7 @@ class Launch:
     local_rank: int
     objects: Any
     store: Any
+    mesh: Mesh
 
     def all_objects(self, value: T) -> list[T]:
         """What every process gives, by rank."""
@@ -118,20 +124,25 @@ def is_one_of_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def require_sizes(model_parallel_size: int, device: str) -> None:
+def require_sizes(data_parallel_size: int, model_parallel_size: int, device: str) -> None:
     """Raise ValueError for sizes, or a device, that the processes there are cannot have."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if model_parallel_size < 1:
-        raise ValueError(
-            f"model_parallel_size is {model_parallel_size}; expected a whole number, 1 or more"
+    require_positive(data_parallel_size, model_parallel_size)
+    wanted = data_parallel_size * model_parallel_size
+    if started != wanted:
+        start = (
+            f"start the run with torchrun --nproc-per-node {wanted} -m jumprelu_plugin train … "
+            f"--data_parallel_size {data_parallel_size} "
+            f"--model_parallel_size {model_parallel_size}"
         )
-    if started != model_parallel_size:
         raise ValueError(
-            f"model_parallel_size is {model_parallel_size}, and "
-            + (f"torchrun started {started} processes" if started > 1 else "there is one process")
-            + f": start the run with torchrun --nproc-per-node {model_parallel_size} -m "
-            f"jumprelu_plugin train … --model_parallel_size {model_parallel_size}, or with the "
-            "processes there are"
+            f"data_parallel_size {data_parallel_size} times model_parallel_size "
+            f"{model_parallel_size} is {wanted}, and "
+            + (
+                f"torchrun started {started} processes: give sizes whose product is {started}"
+                if started > 1
+                else f"there is one process: {start}"
+            )
         )
     if torch.device(device).type != "cuda":
         return
@@ -149,10 +160,11 @@ def require_sizes(model_parallel_size: int, device: str) -> None:
 
 
 @contextmanager
-def joined(model_parallel_size: int, device: str) -> Iterator[Launch]:
+def joined(data_parallel_size: int, model_parallel_size: int, device: str) -> Iterator[Launch]:
     """Join the processes that torchrun started; within the block, an error of one ends them all.
 
     Args:
+        data_parallel_size, model_parallel_size: of the mesh of all processes.
         device: of the training; on `cuda`, each process takes the GPU of its local rank.
 
     Raises:
@@ -162,7 +174,7 @@ def joined(model_parallel_size: int, device: str) -> Iterator[Launch]:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         _be_silent()
-    require_sizes(model_parallel_size, device)
+    require_sizes(data_parallel_size, model_parallel_size, device)
     cuda = torch.device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
@@ -170,7 +182,8 @@ def joined(model_parallel_size: int, device: str) -> Iterator[Launch]:
     store, rank, size = next(iter(dist.rendezvous("env://")))
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     objects = dist.new_group(backend="gloo") if cuda else None
-    launch = Launch(rank, size, local_rank, objects, store)
+    mesh = Mesh(data_parallel_size, model_parallel_size)
+    launch = Launch(rank, size, local_rank, objects, store, mesh)
     try:
         yield launch
     except (SystemExit, InterruptedException, KeyboardInterrupt):
@@ -208,14 +221,21 @@ def _end(launch: Launch, error: Exception) -> None:
             launch.store.set(_FAILURE, f"process {launch.rank}: {mine}")
             raise SystemExit(2 if isinstance(error, ValueError | OSError) else 1)
         raise error
-    if launch.rank:
-        raise SystemExit(1)
-    known = launch.store.check([_FAILURE])
-    why = launch.store.get(_FAILURE).decode() if known else mine
-    raise SystemExit(
-        f"a process of this run ended, and with it the run ({why}). The last checkpoint is whole: "
-        "the same command with --resume_from_checkpoint auto goes on from it"
-    ) from error
+    why, speaks = mine, not launch.rank
+    try:
+        if launch.store.check([_FAILURE]):
+            why = launch.store.get(_FAILURE).decode()
+        # Any process may be the one that died, so the first of the others to notice says it.
+        speaks = launch.store.add(_SAID, 1) == 1
+    except (RuntimeError, dist.DistError):
+        pass  # torchrun itself is gone
+    if speaks:
+        print(
+            f"a process of this run ended, and with it the run ({why}). Its last checkpoint is "
+            "whole: the same command with --resume_from_checkpoint auto goes on from it",
+            file=sys.__stderr__,
+        )
+    raise SystemExit(1) from error
 
 
 def _be_silent() -> None:

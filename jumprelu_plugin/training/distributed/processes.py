@@ -1,12 +1,14 @@
-"""The values that the processes of a training exchange, and how many bytes that is.
+"""The values that processes exchange in a step, and their gradients.
 
-Every process of a model-parallel group reads the same tokens and holds its own latents. In a step
-they exchange
+The processes of a row of the mesh read the same tokens and hold their own latents. Those of a
+column hold the same latents and read their own tokens. In a step they exchange
 
-    forward     x̂, [batch, d_out], once, and once more for each Matryoshka prefix
-    scalars     L0, the sparsity term, their slopes along all thresholds, λ's measurement, the
-                gradient's norm
-    backward    the gradient of b_dec, [d_in], where the encoder subtracts it
+    in a row        x̂, [tokens, d_out], once, and once more for each Matryoshka prefix; scalars: L0
+                    and the density penalty
+    in a column     gradients (`gradients.py`); how often each latent is active; losses; the norm of
+                    each token, where outliers are limited
+    over all        the slopes of L0 and penalty along all thresholds, λ's measurement, the
+                    gradient's norm, the count of active pairs
 
 The gradient of a sum over shards is the same for each of them, so no activation travels back.
 
@@ -17,7 +19,6 @@ gradients are there, and travels in one piece.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,31 +28,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from jumprelu_plugin.step.activity import firings_by_latent
 from jumprelu_plugin.step.processes import OneProcess
 from jumprelu_plugin.training.distributed.layout import LatentLayout
+from jumprelu_plugin.training.distributed.mesh import Mesh
 
 
 class ManyProcesses(OneProcess):
-    """The processes of one model-parallel group, each with a shard of one dictionary.
+    """The processes of a run, each with a shard of one dictionary and a part of each batch.
 
     Args:
-        layout: which latents each of them holds.
-        group: theirs, as many as the layout has shards; None: all processes.
-
-    Attributes:
-        shard: this process's number in the group.
-        traffic: bytes handed to collective operations since the start, by operation; what a
-            network carries of an all-reduce is up to twice that (`2 (M - 1)/M`, by ring).
+        layout: which latents the shards hold.
+        mesh: the processes.
     """
 
-    def __init__(self, layout: LatentLayout, group: Any = None):
-        self.layout, self.group = layout, group
-        self.shard = dist.get_rank(group)
-        self.traffic: Counter[str] = Counter()
+    def __init__(self, layout: LatentLayout, mesh: Mesh):
+        self.layout, self.mesh = layout, mesh
+        self.replicas, self.shard = mesh.data_parallel_size, mesh.shard
         self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
 
     def __deepcopy__(self, memo: Any) -> ManyProcesses:
         return self  # a copied dictionary is held by the same processes
+
+    # ---------------------------------------------------------------- latents
 
     @override
     def held(self, d_sae: int) -> int:
@@ -59,43 +58,27 @@ class ManyProcesses(OneProcess):
 
     @override
     def sum_over_shards(self, partial: Tensor) -> Tensor:
-        return _SumOverShards.apply(partial, self)  # type: ignore[return-value]
-
-    def sum_in_place(self, values: Tensor) -> Tensor:
-        """The sum over shards, written over `values`, without a gradient."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        if self.layout.shards == 1:
+            return partial
+        return _Exchanged.apply(partial, self.mesh.latents.sum_in_place)  # type: ignore[return-value]
 
     @override
     def count_over_shards(self, count: float | Tensor) -> float:
-        value = torch.as_tensor(count, dtype=torch.float64, device=self._device(count))
-        return float(self.sum_in_place(value.clone()))
+        return float(self.mesh.latents.sum_in_place(_countable(count)))
 
     @override
     def mean_over_shards(self, values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         both = torch.stack([values.sum(dtype=torch.float64), values.new_tensor(values.numel())])
-        total, count = self.sum_in_place(both).unbind()
+        total, count = self.mesh.latents.sum_in_place(both).unbind()
         return (total / count).to(values)
 
     @override
-    def median_over_shards(
-        self, values: Float[Tensor, " held"], where: Bool[Tensor, " held"]
-    ) -> Float[Tensor, ""]:
-        return self.gather_latents(values.masked_fill(~where, torch.nan)).nanmedian()
-
-    @override
-    def max_over_shards(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self._reduced(values.clone(), dist.ReduceOp.MAX)
-
-    @override
-    def any_over_shards(self, flag: Bool[Tensor, ""]) -> bool:
-        return bool(self.max_over_shards(flag.float()))
+    def max_over_shards(self, values: Tensor) -> Tensor:
+        return self.mesh.latents.max_in_place(_without_bool(values).clone())
 
     @override
     def gather_latents(self, values: Tensor) -> Tensor:
-        sent = values.to(torch.uint8) if values.dtype == torch.bool else values.contiguous()
-        parts = [torch.empty_like(sent) for _ in range(self.layout.shards)]
-        self.traffic["all_gather"] += sent.nbytes
-        dist.all_gather(parts, sent, group=self.group)
+        parts = self.mesh.latents.gather(_without_bool(values))
         return self.layout.join(parts).to(values.dtype)
 
     @override
@@ -116,9 +99,48 @@ class ManyProcesses(OneProcess):
     def std(self, values: Float[Tensor, "batch held"]) -> float:
         variance, mean = (value.double() for value in torch.var_mean(values))
         shards, count = self.layout.shards, values.numel()
-        overall = self.sum_in_place(mean.clone()) / shards
+        overall = self.mesh.latents.sum_in_place(mean.clone()) / shards
         squares = variance * (count - 1) + count * (mean - overall).square()
-        return float((self.sum_in_place(squares) / (count * shards - 1)).sqrt())
+        total = self.mesh.latents.sum_in_place(squares)
+        return float((total / (count * shards - 1)).sqrt())
+
+    # ---------------------------------------------------------------- tokens
+
+    @override
+    def mean_over_replicas(self, values: Tensor) -> Tensor:
+        if self.replicas == 1:
+            return values
+
+        def average(own: Tensor) -> Tensor:
+            return self.mesh.tokens.sum_in_place(own).div_(self.replicas)
+
+        return _Exchanged.apply(values, average)  # type: ignore[return-value]
+
+    @override
+    def gather_tokens(self, values: Float[Tensor, "tokens ..."]) -> Float[Tensor, "batch ..."]:
+        return values if self.replicas == 1 else torch.cat(self.mesh.tokens.gather(values))
+
+    @override
+    def firings_of_batch(
+        self, feature_acts: Float[Tensor, "tokens held"]
+    ) -> Int[Tensor, " held"] | None:
+        if self.replicas == 1:
+            return None
+        return self.mesh.tokens.sum_in_place(firings_by_latent(feature_acts).int())
+
+    @override
+    def any_over_replicas(self, flags: Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        return flags if self.replicas == 1 else self.mesh.tokens.max_in_place(flags.byte()).bool()
+
+    # ---------------------------------------------------------------- both
+
+    @override
+    def count_pairs(self, count: float | Tensor) -> float:
+        return float(self.mesh.all.sum_in_place(_countable(count)))
+
+    @override
+    def total(self, partial: Tensor) -> Tensor:
+        return self.mesh.all.sum_in_place(partial.detach().clone()).div_(self.replicas)
 
     @override
     def after_backward(self, partial: Tensor, use: Callable[[Tensor], None]) -> None:
@@ -128,28 +150,21 @@ class ManyProcesses(OneProcess):
         """Sum what waits in `after_backward`, in one piece, and hand each sum to its user."""
         waiting, self._waiting = self._waiting, []
         if waiting:
-            totals = self.sum_in_place(torch.stack([value for value, _ in waiting]))
+            totals = self.total(torch.stack([value for value, _ in waiting]))
             for total, (value, use) in zip(totals, waiting, strict=True):
                 use(total.to(value.dtype))
 
-    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
-        self.traffic["all_reduce"] += values.nbytes
-        dist.all_reduce(values, op=operation, group=self.group)
-        return values
 
-    def _device(self, like: float | Tensor) -> torch.device:
-        if isinstance(like, Tensor):
-            return like.device
-        nccl = dist.get_backend(self.group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+class _Exchanged(torch.autograd.Function):
+    """A value that is exchanged in place; every summand's gradient is that of the result.
 
-
-class _SumOverShards(torch.autograd.Function):
-    """Every process computes the same from the sum, so the gradient of each summand is its own."""
+    Where shards sum, each computes the same from the sum. Where replicas average, their gradients
+    are averaged later (`step.processes`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, processes: ManyProcesses) -> Tensor:
-        return processes.sum_in_place(partial.clone(memory_format=torch.contiguous_format))
+    def forward(ctx: Any, partial: Tensor, exchange: Callable[[Tensor], Tensor]) -> Tensor:
+        return exchange(partial.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -171,3 +186,16 @@ class ShareOfGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad / ctx.shards, None
+
+
+def _countable(count: float | Tensor) -> Float[Tensor, ""]:
+    """A count as a tensor of its own that the processes can add up."""
+    if isinstance(count, Tensor):
+        return count.detach().to(torch.float64, copy=True)
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+    return torch.tensor(count, dtype=torch.float64, device=device)
+
+
+def _without_bool(values: Tensor) -> Tensor:
+    return values.byte() if values.dtype == torch.bool else values

@@ -1,7 +1,8 @@
-"""`jumprelu train` on the processes that torchrun started, with the latents sharded over them.
+"""`jumprelu train` on the processes that torchrun started: latents sharded, batches split.
 
-Every process loads the model and reads the same text, so that all see the same activations; each
-trains its share of the latents. What is saved is what one process saves.
+Every process loads the model and reads the same text, runs the model on its share of it, and gets
+the others' activations (`harvest.py`). So all have the same batches; each trains its share of the
+latents on its share of the tokens. What is saved is what one process saves.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from typing_extensions import override
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.activations.scaler import pair_scaler
 from jumprelu_plugin.training.distributed.gathering import gather_whole
+from jumprelu_plugin.training.distributed.harvest import SharedHarvest
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.sharded_sae import ShardOfSAE, shard_of
+from jumprelu_plugin.training.distributed.shares import (
+    config_of_share,
+    refuse_pretrained,
+    require_even_batch,
+)
 from jumprelu_plugin.training.distributed.trainer import AgreedCheckpoints, ShardTrainer
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
@@ -34,36 +41,42 @@ _COMPARED_ROWS = 16
 
 
 class ShardedTrainingRunner(JumpReLUTrainingRunner):
-    """Trains one dictionary whose latents are sharded over the processes of a run.
+    """Trains one dictionary on the processes of a run.
 
     Args:
         launch: these processes; inside `launch.joined`.
         cfg, options: as for `JumpReLUTrainingRunner`, and the same on every process.
 
     Raises:
-        ValueError: as there; the latents cannot be dealt evenly, or the processes have different
-            configs, texts or activations. On the first process; SystemExit on the others.
+        ValueError: as there; the latents or a batch cannot be dealt evenly, or the processes have
+            different configs, texts or activations. On the first process; SystemExit on the others.
+
+    Attributes:
+        harvest: how activations are drawn together; None where each process draws them all.
     """
+
+    harvest: SharedHarvest | None = None
 
     def __init__(self, launch: Launch, cfg: Any, **options: Any):
         self.launch = launch
         cfg = self._own_config(cfg)
         for name in ("override_sae", "activations"):
             if options.get(name) is not None:
-                raise ValueError(f"{name} is not taken where latents are sharded: leave it out")
-        if cfg.from_pretrained_path is not None:
-            raise ValueError(
-                "from_pretrained_path is not taken where latents are sharded: give "
-                "resume_from_checkpoint, or model_parallel_size=1"
-            )
+                raise ValueError(f"{name} is not taken on many processes: leave it out")
+        refuse_pretrained(cfg)
+        require_even_batch(cfg, launch.mesh.data_parallel_size)
         torch.manual_seed(cfg.seed)
-        shard = launch.agree(lambda: shard_of(cfg.sae, launch.size))
+        shard = launch.agree(lambda: shard_of(cfg.sae, launch.mesh))
         drawn = torch.get_rng_state()
         launch.agree(
             lambda: super(ShardedTrainingRunner, self).__init__(cfg, override_sae=shard, **options)
         )
         torch.set_rng_state(drawn)  # as after the draws of one process's dictionary
         launch.agree_on("text", self._digest_of_text())
+        # A thread that draws in advance could not say when the others are to.
+        if not cfg.prefetch_llm_batches:
+            self.harvest = SharedHarvest(launch)
+            self.harvest.share(self.activations_store)
 
     def _own_config(self, cfg: Any) -> Any:
         """The config with this process's GPU, and with the first's folder of checkpoints."""
@@ -94,26 +107,25 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
     @override
     def preflight(self) -> Preflight:
         """As for one process, of this process's share of the latents as if they were a dictionary
-        of their own, with their share of the target L0. The first process looks for all."""
+        of their own, with their share of the target L0 and of a batch. The first process looks for
+        all."""
         return self.launch.from_the_first(self._preflight)
 
     def _preflight(self) -> Preflight:
-        shard, layout = self.shard, self.shard.processes.layout
-        given = shard.whole_cfg
-        share = dataclasses.replace(
-            given,
-            d_sae=layout.held,
-            target_l0=None if given.target_l0 is None else given.target_l0 / layout.shards,
-            matryoshka_widths=list(layout.held_prefixes) if layout.prefixes else None,
-            matryoshka_loss_weight=given.matryoshka_loss_weight if layout.prefixes else None,
-        )
+        shard, given = self.shard, self.shard.whole_cfg
+        share = config_of_share(given, shard.processes.layout)
         kind = next(c for c in type(shard).__mro__ if not issubclass(c, ShardOfSAE))
         with torch.random.fork_rng():
             sae: Any = kind(share)
         sae.to(shard.device)
         scaler = pair_scaler(sae) if "transcoder" in given.architecture() else None
         return run_preflight(
-            self.cfg, sae, self.activations_store, scaler=scaler, repairs=self._repairs
+            self.cfg,
+            sae,
+            self.activations_store,
+            scaler=scaler,
+            repairs=self._repairs,
+            replicas=self.launch.mesh.data_parallel_size,
         )
 
     @override
@@ -165,19 +177,23 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             self.trainer = own
 
 
-def train_sharded(cfg: Any, model_parallel_size: int, **options: Any) -> None:
-    """Train one dictionary on the processes that torchrun started, latents sharded over them.
+def train_sharded(
+    cfg: Any, *, data_parallel_size: int = 1, model_parallel_size: int = 1, **options: Any
+) -> None:
+    """Train one dictionary on the processes that torchrun started.
 
     Args:
         cfg: SAELens' runner config, the same on every process.
-        model_parallel_size: over how many processes; as many as were started.
+        data_parallel_size: over how many replicas batches are split.
+        model_parallel_size: over how many processes the latents of each are sharded. The product is
+            the number of processes.
         options: of `JumpReLUTrainingRunner`.
 
     Raises:
         ValueError, OSError: on the first process, as `JumpReLUTrainingRunner` and
             `launch.joined` raise them; SystemExit on the others.
     """
-    with joined(model_parallel_size, cfg.device) as launch:
+    with joined(data_parallel_size, model_parallel_size, cfg.device) as launch:
         metrics = options.pop("metrics_path", None)
         if metrics is None and cfg.output_path is not None:
             metrics = Path(cfg.output_path, "metrics.jsonl")

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from jumprelu_plugin.control.units import stored
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
-from jumprelu_plugin.saes.first_batch import full_precision
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
@@ -26,15 +24,21 @@ from jumprelu_plugin.saes.transcoder import (
 )
 from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.training.distributed.gradients import Gradients
 from jumprelu_plugin.training.distributed.layout import LatentLayout
+from jumprelu_plugin.training.distributed.mesh import Mesh
 from jumprelu_plugin.training.distributed.processes import ManyProcesses, ShareOfGradient
+from jumprelu_plugin.training.distributed.shares import require_divisible
 
-# SAELens' trainer clips the gradient's norm at this, of all parameters together.
-MAX_GRADIENT_NORM = 1.0
 # Rows of the whole dictionary that are drawn at one time.
 _ROWS_AT_ONCE = 4096
 # Parameters that are split, and the axis of the latents.
 LATENT_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
+
+
+def plain_name(name: str) -> str:
+    """The SAE's attribute behind a name of `named_parameters`."""
+    return name.removeprefix("parametrizations.").removesuffix(".original")
 
 
 class ShardOfSAE(JumpReLUTrainingSAE):
@@ -42,8 +46,7 @@ class ShardOfSAE(JumpReLUTrainingSAE):
 
     Args:
         cfg: of the whole dictionary.
-        group: the processes that hold it; None: all.
-        shards: how many these are.
+        mesh: the processes that hold it and split its batches.
 
     Attributes:
         whole_cfg: of the whole dictionary; `cfg` is of this shard's latents.
@@ -55,28 +58,18 @@ class ShardOfSAE(JumpReLUTrainingSAE):
 
     processes: ManyProcesses
 
-    def __init__(self, cfg: StockConfig, shards: int, group: Any = None):
+    def __init__(self, cfg: StockConfig, mesh: Mesh):
         cfg = as_plugin_config(cfg)
-        if cfg.aux_loss_coefficient:
-            raise ValueError(
-                "aux_loss_coefficient needs every dead latent in one process: leave it out "
-                "(resample_dead_latents does its work), or give model_parallel_size=1"
-            )
-        if cfg.step_kernel == "triton":
-            raise ValueError(
-                "step_kernel='triton' was never tried on shards: give 'auto', or "
-                "model_parallel_size=1"
-            )
+        require_divisible(cfg, mesh.model_parallel_size)
         resolved = cfg.resolve()
-        layout = LatentLayout(cfg.d_sae, shards, resolved.matryoshka_widths)
-        vars(self)["processes"] = ManyProcesses(layout, group)
+        layout = LatentLayout(cfg.d_sae, mesh.model_parallel_size, resolved.matryoshka_widths)
+        vars(self)["processes"] = ManyProcesses(layout, mesh)
         vars(self)["whole_cfg"] = cfg
         super().__init__(cfg)
         self.path_choice = PathChoice(cfg.step_kernel, PLAIN_STEP_PATHS)
-        self._ready = 0  # parameters whose gradient of this step is there
-        self._finished = True
 
     whole_cfg: JumpReLUTrainingSAEConfig
+    gradients: Gradients | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -96,8 +89,10 @@ class ShardOfSAE(JumpReLUTrainingSAE):
     def decode_prefixes(
         self, entries: Entries, *arguments: Any
     ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, " prefixes"]]:
-        activations, W_dec, offset, wanted, scale, _ = arguments
         layout = self.processes.layout
+        if layout.shards == 1:
+            return super().decode_prefixes(entries, *arguments)
+        activations, W_dec, offset, wanted, scale, _ = arguments
         ends = [*layout.held_prefixes, layout.held]
         blocks = self.processes.sum_over_shards(entries.decode_blocks(activations, W_dec, ends))
         outputs = blocks.cumsum(1) + (offset if offset.ndim == 1 else offset[:, None])
@@ -107,56 +102,28 @@ class ShardOfSAE(JumpReLUTrainingSAE):
     def _require_finite(self, loss: Tensor, rows: Tensor, step: int) -> None:
         # Every process must see what one of them sees, or the others would wait for it.
         vectors = self.b_enc.detach().sum() + self.threshold.detach().sum()
-        super()._require_finite(loss + self.processes.sum_in_place(0 * vectors), rows, step)
+        super()._require_finite(
+            loss + self.processes.mesh.latents.sum_in_place(0 * vectors), rows, step
+        )
+
+    @override
+    def calibrate(self, rows: Float[Tensor, "tokens width"]) -> None:
+        super().calibrate(self.processes.gather_tokens(rows))
 
     # ---------------------------------------------------------------- gradients
 
     def _begin_step(self, rows: Tensor) -> None:
-        first = self.optimizer_hooks is None
         super()._begin_step(rows)
-        self._ready, self._finished = 0, False
-        if first and self.training:
-            # After the hooks of the decoder's constraint, which change a gradient.
-            for parameter in self.parameters():
-                parameter.register_post_accumulate_grad_hook(self._gradient_is_ready)
-
-    def _gradient_is_ready(self, _: Tensor) -> None:
-        self._ready += 1
-        if self._ready == len(list(self.parameters())):
-            self.finish_backward()
-
-    @torch.no_grad()
-    def finish_backward(self) -> None:
-        """Make of every process's gradients the whole dictionary's, and clip their norm.
-
-        SAELens' trainer clips each process's own norm afterwards, which is then below the bound.
-        """
-        if self.cfg.apply_b_dec_to_input:
-            gradient = stored(self, "b_dec").grad
-            assert gradient is not None
-            self.processes.sum_in_place(gradient)
-        everywhere = {id(parameter) for parameter in self.held_by_all()}
-        gradients = [(p.grad, id(p) in everywhere) for p in self.parameters() if p.grad is not None]
-        shared = sum(_square(grad) for grad, is_shared in gradients if is_shared)
-        own = torch.stack([_square(grad) for grad, is_shared in gradients if not is_shared]).sum()
-
-        def clip(squares: Tensor) -> None:
-            norm = (squares + shared).sqrt()
-            factor = (MAX_GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
-            for gradient, _ in gradients:
-                gradient.mul_(factor)
-
-        self.processes.after_backward(own, clip)
-        self.processes.finish_backward()
-        self._finished = True
-
-    def held_by_all(self) -> list[nn.Parameter]:
-        """The parameters that every process holds whole."""
-        split = {id(stored(self, name)) for name in LATENT_AXIS}
-        return [parameter for parameter in self.parameters() if id(parameter) not in split]
+        if self.gradients is None and self.training:
+            summed = frozenset({"b_dec"} if self.cfg.apply_b_dec_to_input else ())
+            parameters = {plain_name(name): p for name, p in self.named_parameters()}
+            self.gradients = Gradients(parameters, frozenset(LATENT_AXIS), summed, self.processes)
+            self.gradients.listen()
+        if self.gradients is not None:
+            self.gradients.begin()
 
     def _before_update(self) -> None:
-        if not self._finished:
+        if self.gradients is None or not self.gradients.finished:
             raise RuntimeError("a parameter of this shard had no gradient: the step is not whole")
         super()._before_update()
 
@@ -176,7 +143,7 @@ _SHARDS: dict[str, type[ShardOfSAE]] = {
 }
 
 
-def shard_of(cfg: Any, shards: int, group: Any = None) -> ShardOfSAE:
+def shard_of(cfg: Any, mesh: Mesh) -> ShardOfSAE:
     """This process's shard of the dictionary that a training config describes.
 
     Raises:
@@ -188,7 +155,7 @@ def shard_of(cfg: Any, shards: int, group: Any = None) -> ShardOfSAE:
             f"architecture {name!r} is not trained on many processes; expected one of "
             f"{', '.join(_SHARDS)}"
         )
-    return _SHARDS[name](cfg, shards, group)
+    return _SHARDS[name](cfg, mesh)
 
 
 class OwnRows(TorchFunctionMode):
@@ -247,7 +214,3 @@ def draw_rows(
             if first < last:
                 place = done[piece.start] + first - piece.start
                 own[place : place + last - first] = rows[first - start : last - start]
-
-
-def _square(gradient: Tensor) -> Tensor:
-    return full_precision(gradient).square().sum()

@@ -1,12 +1,14 @@
 """The trainer of one shard: it trains as `JumpReLUTrainer` does, and keeps in step with the others.
 
-What depends on a clock or on a signal is decided together, at the end of a step; what is counted by
-latent is counted over all of them; what is saved is the whole dictionary, by the first process.
+Every process is given whole batches and trains on its own part of each. What depends on a clock or
+on a signal is decided together, at the end of a step; what is counted by latent or token is counted
+over all of them; what is saved is the whole dictionary, by the first process.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from torch.optim import Adam
 from tqdm import tqdm
 from typing_extensions import override
 
+from jumprelu_plugin.step.activity import firings_by_latent
 from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.distributed.gathering import (
     gather,
@@ -28,6 +31,7 @@ from jumprelu_plugin.training.distributed.gathering import (
 )
 from jumprelu_plugin.training.distributed.launch import Launch
 from jumprelu_plugin.training.distributed.sharded_sae import ShardOfSAE
+from jumprelu_plugin.training.health.alarms import StepStats
 from jumprelu_plugin.training.trainer import PROGRESS_EVERY, JumpReLUTrainer
 
 T = TypeVar("T")
@@ -64,16 +68,34 @@ class ShardTrainer(JumpReLUTrainer):
 
     @override
     def _train_step(self, sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
-        output = super()._train_step(sae, sae_in)
-        if (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0:
-            processes = self.sae.processes
+        processes = self.sae.processes
+        output = super()._train_step(sae, processes.mesh.tokens_of(sae_in))
+        self._count_firings_of_all(output)
+        step = self.n_training_steps + 1
+        logged = step % self.cfg.logger.wandb_log_frequency == 0
+        if logged:
             passes = processes.mean_over_shards(self.n_forward_passes_since_fired)
             self._of_all_latents = {
                 "metrics/l0": self.sae.control.batch_l0,
                 "sparsity/mean_passes_since_fired": float(passes),
                 "sparsity/dead_features": processes.count_over_shards(self.dead_neurons.sum()),
             }
+        if logged or step % PROGRESS_EVERY == 0:  # it will be shown
+            gather = processes.gather_tokens
+            output.sae_in, output.sae_out = gather(output.sae_in), gather(output.sae_out.detach())
         return output
+
+    def _count_firings_of_all(self, output: TrainStepOutput) -> None:
+        """Make of SAELens' counts, which are of this process's tokens, those of the batch."""
+        of_all = self.sae.control.batch_firings
+        if of_all is not None:
+            self.act_freq_scores += of_all - firings_by_latent(output.feature_acts)
+            self.n_forward_passes_since_fired[of_all > 0] = 0
+
+    @override
+    def step_stats(self, output: TrainStepOutput) -> StepStats:
+        tokens = self.cfg.train_batch_size_samples
+        return dataclasses.replace(super().step_stats(output), tokens=tokens)
 
     @override
     def build_train_step_log_dict(
@@ -132,8 +154,12 @@ class ShardTrainer(JumpReLUTrainer):
         optimizer = gather_optimizer(self.sae, self.optimizer, sae) if with_optimizer else None
         if sae is None:
             return None
+        return self._in_one_process(sae=sae, optimizer=optimizer, **counts)
+
+    def _in_one_process(self, **parts: Any) -> JumpReLUTrainer:
+        """A trainer of one process with these parts, and with all else of this one."""
         made = JumpReLUTrainer.__new__(JumpReLUTrainer)
-        vars(made).update(vars(self), sae=sae, optimizer=optimizer, **counts)
+        vars(made).update(vars(self), **parts)
         return made
 
     @override
@@ -169,8 +195,8 @@ class ShardTrainer(JumpReLUTrainer):
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Load this shard's part of a checkpoint, and its SAE's; one process after the other."""
-        for turn in range(self.sae.processes.layout.shards):
-            if turn == self.sae.processes.shard:
+        for turn in range(self.launch.size):
+            if turn == self.launch.rank:
                 self._load(Path(checkpoint_path))
             self.launch.wait()
 
@@ -179,8 +205,7 @@ class ShardTrainer(JumpReLUTrainer):
         sae.load_weights_from_checkpoint(checkpoint)
         cfg = copy.copy(self.cfg)
         cfg.device = "cpu"
-        whole = JumpReLUTrainer.__new__(JumpReLUTrainer)
-        vars(whole).update(vars(self), sae=sae, optimizer=Adam(sae.parameters()), cfg=cfg)
+        whole = self._in_one_process(sae=sae, optimizer=Adam(sae.parameters()), cfg=cfg)
         whole.load_trainer_state(checkpoint)
         take_part(sae, self.sae)
         take_optimizer_part(sae, whole.optimizer, self.sae, self.optimizer)

@@ -65,6 +65,8 @@ class StepStats:
         active: active (token, latent) pairs of the batch.
         tokens: of the batch.
         error: the reconstruction's.
+
+    Where processes split the dictionary or the batch, `active` are the pairs of this one.
     """
 
     active: int | Tensor
@@ -191,7 +193,7 @@ class Monitor:
     # ---------------------------------------------------------------- every now and then
 
     def _look(self, silent: Tensor, step: int, batch: int) -> list[Alarm]:
-        l0 = self._processes.count_over_shards(self._active) / self._tokens
+        l0 = self._processes.count_pairs(self._active) / self._tokens
         found = [
             self._thresholds(step),
             self._dead(silent, l0, step, batch),
@@ -209,6 +211,7 @@ class Monitor:
         if self._control is None:
             return None
         moved = stored(self._dictionary, "threshold") * 0 if self._moved is None else self._moved
+        moved = self._processes.any_over_replicas(moved != 0)
         starved = 1.0 - float(self._processes.mean_over_shards(moved.float()))
         self._moved = None
         self.gauges["health/thresholds_without_gradient"] = starved

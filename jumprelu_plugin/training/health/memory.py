@@ -82,7 +82,14 @@ class MemoryForecast:
 
 
 def forecast(
-    cfg: Any, sae: Any, model: Any, entries: float, *, calibrates: bool, width: int
+    cfg: Any,
+    sae: Any,
+    model: Any,
+    entries: float,
+    *,
+    calibrates: bool,
+    width: int,
+    replicas: int = 1,
 ) -> MemoryForecast:
     """Memory of a training on the device of its SAE.
 
@@ -91,6 +98,7 @@ def forecast(
         entries: pairs a token that the sparse step keeps; d_sae if not known.
         calibrates: whether the first step measures z first.
         width: of the rows in the mixing buffer.
+        replicas: processes over which each batch is split; the first is calibrated on whole.
     """
     device = torch.device(cfg.device)
     parameters = sum(p.numel() * p.element_size() for p in sae.parameters())
@@ -101,19 +109,22 @@ def forecast(
     if _same(device, cfg.llm_device):
         forward = forward_bytes(model, width, cfg.context_size, cfg.store_batch_size_prompts)
     one_pass = FLOAT32 * cfg.store_batch_size_prompts * cfg.context_size * width if here else 0
-    batch, d_sae = cfg.train_batch_size_tokens, sae.cfg.d_sae
-    kernel = getattr(sae.cfg, "step_kernel", "dense")
-    step = step_bytes(
-        batch, sae.cfg.d_in, d_sae, entries, kernel, device.type, others=1, kept=KEPT_FOR_LOG
+    moments = sae_moments(
+        batch=cfg.train_batch_size_tokens,
+        replicas=replicas,
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        width=width,
+        entries=entries,
+        step_kernel=getattr(sae.cfg, "step_kernel", "dense"),
+        device_type=device.type,
+        weights=parameters,
+        buffer=buffer,
+        drawing=forward,
+        one_pass=one_pass,
+        calibrates=calibrates,
+        saves=bool(cfg.n_checkpoints),
     )
-    moments = {
-        # The SAE's tangential gradients and the like take one more copy of a matrix or two.
-        "step": step + parameters + rows_bytes(batch, width),
-        "calibration": calibration_bytes(batch, d_sae) * calibrates - 3 * parameters,
-        # No gradients exist while activations are drawn, or while a checkpoint is written.
-        "drawing": max(int((BUFFER_COPIES - 1) * buffer), forward) + one_pass - parameters,
-        "saving": buffer if cfg.n_checkpoints else 0,
-    }
     moment = max(moments, key=lambda name: moments[name])
     return MemoryForecast(
         device=str(device),
@@ -124,6 +135,46 @@ def forecast(
         working=moments[moment],
         available=available(device),
     )
+
+
+def sae_moments(
+    *,
+    batch: int,
+    replicas: int,
+    d_in: int,
+    d_sae: int,
+    width: int,
+    entries: float,
+    step_kernel: str,
+    device_type: str,
+    weights: int,
+    buffer: int,
+    drawing: int,
+    one_pass: int,
+    calibrates: bool,
+    saves: bool,
+) -> dict[str, int]:
+    """What each moment of an SAE's run takes beside weights, gradients, Adam's moments and buffer.
+
+    Args:
+        batch: tokens in a step of all replicas.
+        d_sae: latents in this process.
+        weights, buffer: their bytes.
+        drawing, one_pass: bytes of a forward pass of the model, and of what it gives.
+        calibrates, saves: whether the run has these moments.
+    """
+    tokens = batch // replicas
+    step = step_bytes(
+        tokens, d_in, d_sae, entries, step_kernel, device_type, others=1, kept=KEPT_FOR_LOG
+    )
+    return {
+        # The SAE's tangential gradients and the like take one more copy of a matrix or two.
+        "step": step + weights + rows_bytes(tokens, width),
+        "calibration": calibration_bytes(batch, d_sae) * calibrates - 3 * weights,
+        # No gradients exist while activations are drawn, or while a checkpoint is written.
+        "drawing": max(int((BUFFER_COPIES - 1) * buffer), drawing) + one_pass - weights,
+        "saving": buffer if saves else 0,
+    }
 
 
 def _same(device: torch.device, other: str | None) -> bool:

@@ -156,6 +156,7 @@ def run_preflight(
     *,
     scaler: ActivationScaler | None = None,
     repairs: Sequence[Finding] = (),
+    replicas: int = 1,
 ) -> Preflight:
     """Look at a run that is about to start; none of what is handed in is changed.
 
@@ -165,6 +166,7 @@ def run_preflight(
         store: where its activations come from; it stays where it is. None: they are not looked at.
         scaler: how they will be scaled; SAELens' by default.
         repairs: what was already changed to make the run possible.
+        replicas: processes over which each batch is split; memory is that of one.
 
     Raises:
         ValueError: there is no text, or its activations are NaN, infinite or all the same.
@@ -194,6 +196,7 @@ def run_preflight(
         entries=usual if found is None else found.entries,
         calibrates=not resumed and not getattr(sae, "calibrated", True),
         width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
+        replicas=replicas,
     )
     findings += memory_findings(memory)
     order = list(_STYLES)

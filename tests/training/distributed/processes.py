@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,54 @@ from torch.multiprocessing.spawn import start_processes
 
 def run_on(size: int, act: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `act(*arguments)` gives on each of `size` processes, which torchrun's variables name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = _store_of_torchrun()
     folder.mkdir(parents=True, exist_ok=True)
-    start_processes(_child, (size, port, act, folder, arguments), size, start_method="fork")
+    start_processes(_child, (size, store.port, act, folder, arguments), size, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def ended(
+    size: int, act: Callable[..., Any], folder: Path, *arguments: Any
+) -> tuple[list[int | None], str]:
+    """How each of `size` processes ended that ran `act(rank, *arguments)`, and what they said."""
+    store = _store_of_torchrun()
+    folder.mkdir(parents=True, exist_ok=True)
+    said, fork = folder / "said.txt", multiprocessing.get_context("fork")
+    said.touch()
+    processes = [
+        fork.Process(
+            target=_heard, args=(rank, size, store.port, act, said, (rank, *arguments)), daemon=True
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes], said.read_text()
+
+
+def _store_of_torchrun() -> dist.TCPStore:
+    """The store that torchrun's agent keeps, which outlives every process."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _child(
     rank: int, size: int, port: int, act: Callable[..., Any], folder: Path, arguments: Any
 ) -> None:
+    _join(rank, size, port)
+    torch.save(act(*arguments), folder / f"{rank}.pt")
+
+
+def _heard(
+    rank: int, size: int, port: int, act: Callable[..., Any], said: Path, arguments: Any
+) -> None:
+    _join(rank, size, port)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
+    act(*arguments)
+
+
+def _join(rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     os.environ.update(
         RANK=str(rank),
@@ -34,8 +71,8 @@ def _child(
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    torch.save(act(*arguments), folder / f"{rank}.pt")
 
 
 def grouped(act: Callable[..., Any]) -> Callable[..., Any]:

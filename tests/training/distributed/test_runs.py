@@ -1,4 +1,4 @@
-"""A run on two processes: its folder is one process's, and any number of processes resumes it."""
+"""A run on many processes: its folder is one process's, and any number of them resumes it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jumprelu_plugin.training.distributed.launch import joined, require_sizes
 from jumprelu_plugin.training.distributed.runner import train_sharded
 from tests.tiny import D_MODEL
 from tests.training.distributed.processes import run_on
-from tests.training.runs import BATCH, config, run, token_rows
+from tests.training.runs import config, run, token_rows
 
-STEPS = 40
+STEPS, BATCH = 40, 62
 SAE_CONFIG = {
     "target_l0": 7,
     "step_kernel": "sparse",
@@ -31,16 +31,23 @@ SAE_CONFIG = {
 
 def small(folder: Path, **fields: Any) -> Any:
     sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=fields.pop("d_sae", 48), **SAE_CONFIG)
-    given = {"training_tokens": STEPS * BATCH, "lr_decay_steps": 8, "n_checkpoints": 1, **fields}
+    given = {
+        "training_tokens": STEPS * BATCH,
+        "train_batch_size_tokens": BATCH,
+        "lr_decay_steps": 8,
+        "n_checkpoints": 1,
+        **fields,
+    }
     return config(folder, sae=sae, **given)
 
 
-def sharded(model: Any, folder: Path, fields: dict[str, Any]) -> str | None:
+def on_many(model: Any, folder: Path, sizes: tuple[int, int], fields: dict[str, Any]) -> str | None:
     """What ends the run on this process; None where it went well."""
     try:
         train_sharded(
             small(folder, **fields),
-            2,
+            data_parallel_size=sizes[0],
+            model_parallel_size=sizes[1],
             override_model=model,
             override_dataset=token_rows(),
             check_first=False,
@@ -58,7 +65,9 @@ def last_checkpoint(folder: Path) -> Path:
 def assert_same_output(found: Path, expected: Path) -> None:
     ours, theirs = (SAE.load_from_disk(f / "output").state_dict() for f in (found, expected))
     for name, value in theirs.items():
-        assert (ours[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+        # A bias is added to pre-activations, and as exact as these.
+        scale = theirs["threshold" if name == "b_enc" else name].abs().max()
+        assert (ours[name] - value).abs().max() <= 2e-6 * scale, name
     cfgs = [json.loads((f / "output" / "cfg.json").read_text()) for f in (found, expected)]
     for cfg in cfgs:
         assert cfg["metadata"].pop("l0") == pytest.approx(7, abs=1)
@@ -72,11 +81,20 @@ def one(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    assert run_on(2, sharded, folder / "results", model, folder, {}) == [None, None]
+def finished(model: Any, folder: Path, sizes: tuple[int, int], **fields: Any) -> Path:
+    ended = run_on(sizes[0] * sizes[1], on_many, folder / "results", model, folder, sizes, fields)
+    assert not any(ended), ended
     return folder
+
+
+@pytest.fixture(scope="module", params=[(1, 2), (2, 1)], ids=["latents", "tokens"])
+def sizes(request: pytest.FixtureRequest) -> tuple[int, int]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two(model: Any, sizes: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(model, tmp_path_factory.mktemp("two"), sizes)
 
 
 def test_the_folder_is_one_processs(one: Path, two: Path) -> None:
@@ -87,9 +105,10 @@ def test_the_folder_is_one_processs(one: Path, two: Path) -> None:
     ]
     for expected, found in zip(*lines, strict=True):
         assert found.keys() == expected.keys()
-        for name in ("losses/overall_loss", "metrics/l0", "sparsity/below_1e-5"):
-            if name in expected:
-                assert found[name] == pytest.approx(expected[name], rel=1e-6)
+        # A summand of the loss is as exact as the loss.
+        scale = max(1.0, expected.get("losses/overall_loss", 0.0))
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=2e-6, abs=2e-6 * scale), name
 
 
 def test_two_processes_checkpoint_goes_on_in_one(
@@ -102,23 +121,45 @@ def test_two_processes_checkpoint_goes_on_in_one(
     assert_same_output(tmp_path, one)
 
 
-def test_one_processs_checkpoint_goes_on_in_two(model: Any, one: Path, tmp_path: Path) -> None:
-    fields = {"resume_from_checkpoint": str(last_checkpoint(one))}
-    assert run_on(2, sharded, tmp_path / "results", model, tmp_path, fields) == [None, None]
+def test_one_processs_checkpoint_goes_on_in_two(
+    model: Any, sizes: tuple[int, int], one: Path, tmp_path: Path
+) -> None:
+    finished(model, tmp_path, sizes, resume_from_checkpoint=str(last_checkpoint(one)))
     assert_same_output(tmp_path, one)
+
+
+@pytest.mark.slow
+def test_four_processes_write_and_resume_the_same_folders(
+    model: Any, one: Path, two: Path, tmp_path: Path
+) -> None:
+    finished(model, tmp_path / "anew", (2, 2))
+    assert_same_output(tmp_path / "anew", one)
+    finished(model, tmp_path / "on", (2, 2), resume_from_checkpoint=str(last_checkpoint(two)))
+    assert_same_output(tmp_path / "on", one)
 
 
 def test_an_error_ends_every_process_and_the_first_says_why(
     model: Any, one: Path, tmp_path: Path
 ) -> None:
-    for fields, message in (
-        ({"d_sae": 49}, "ValueError d_sae is 49, which model_parallel_size=2 does not divide"),
+    for sizes, fields, message in (
         (
+            (1, 2),
+            {"d_sae": 49},
+            "ValueError d_sae is 49, which model_parallel_size=2 does not divide",
+        ),
+        (
+            (2, 1),
+            {"train_batch_size_tokens": BATCH + 1},
+            "ValueError train_batch_size_tokens is 63, which data_parallel_size=2 does not divide",
+        ),
+        (
+            (1, 2),
             {"d_sae": 64, "resume_from_checkpoint": str(last_checkpoint(one))},
             "ValueError the checkpoint .* has d_sae 48 and this run 64",
         ),
     ):
-        first, second = run_on(2, sharded, tmp_path / "results", model, tmp_path, fields)
+        ended = run_on(2, on_many, tmp_path / "results", model, tmp_path, sizes, fields)
+        first, second = ended
         assert second == "SystemExit 2"
         with pytest.raises(ValueError, match=message):
             raise ValueError(first)
@@ -129,7 +170,7 @@ def different_seeds(folder: Path) -> str:
 
     cfg = dataclasses.replace(small(folder), seed=int(os.environ["RANK"]))
     try:
-        train_sharded(cfg, 2)
+        train_sharded(cfg, data_parallel_size=2)
     except (ValueError, SystemExit) as error:
         return str(error)
     return ""
@@ -141,14 +182,16 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="data_parallel_size is 0; expected"):
+        require_sizes(0, 1, "cpu")
     with pytest.raises(ValueError, match="there is one process: start the run with torchrun"):
-        require_sizes(2, "cpu")
+        require_sizes(1, 2, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with (
-        pytest.raises(ValueError, match="is 2, and torchrun started 3 processes"),
-        joined(2, "cpu"),
+        pytest.raises(ValueError, match="is 4, and torchrun started 3 processes: .* product is 3"),
+        joined(2, 2, "cpu"),
     ):
         pass
     if not torch.distributed.is_nccl_available():
         with pytest.raises(ValueError, match="this PyTorch has no NCCL"):
-            require_sizes(3, "cuda")
+            require_sizes(3, 1, "cuda")

@@ -1,0 +1,64 @@
+"""What one process has of a run: its share of the latents, and of each batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.training.distributed.layout import LatentLayout
+
+
+def require_positive(data_parallel_size: int, model_parallel_size: int) -> None:
+    """Raise ValueError for a size below 1."""
+    for name, size in (
+        ("data_parallel_size", data_parallel_size),
+        ("model_parallel_size", model_parallel_size),
+    ):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected a whole number, 1 or more")
+
+
+def require_divisible(cfg: JumpReLUTrainingSAEConfig, shards: int) -> None:
+    """Raise ValueError for a config that asks for what many processes do not have."""
+    if cfg.aux_loss_coefficient and shards > 1:
+        raise ValueError(
+            "aux_loss_coefficient needs every dead latent in one process: leave it out "
+            "(resample_dead_latents does its work), or give model_parallel_size=1"
+        )
+    if cfg.step_kernel == "triton":
+        raise ValueError(
+            "step_kernel='triton' was never tried on many processes: give 'auto', or train in one"
+        )
+
+
+def refuse_pretrained(cfg: Any) -> None:
+    """Raise ValueError for a run that starts from another's weights."""
+    if cfg.from_pretrained_path is not None:
+        raise ValueError(
+            "from_pretrained_path is not taken on many processes: give resume_from_checkpoint, "
+            "or train in one"
+        )
+
+
+def config_of_share(
+    given: JumpReLUTrainingSAEConfig, layout: LatentLayout
+) -> JumpReLUTrainingSAEConfig:
+    """The config of one shard as a dictionary of its own, with its share of the target L0."""
+    return dataclasses.replace(
+        given,
+        d_sae=layout.held,
+        target_l0=None if given.target_l0 is None else given.target_l0 / layout.shards,
+        matryoshka_widths=list(layout.held_prefixes) if layout.prefixes else None,
+        matryoshka_loss_weight=given.matryoshka_loss_weight if layout.prefixes else None,
+    )
+
+
+def require_even_batch(cfg: Any, replicas: int) -> None:
+    """Raise ValueError if a batch cannot be dealt to the replicas."""
+    batch = cfg.train_batch_size_tokens
+    if batch % replicas:
+        raise ValueError(
+            f"train_batch_size_tokens is {batch:,}, which data_parallel_size={replicas} does not "
+            f"divide: give a multiple of {replicas}, such as {-(-batch // replicas) * replicas:,}"
+        )
