@@ -1,0 +1,211 @@
+"""A run on many processes looked at by one, before any of them starts: `jumprelu check`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
+from jumprelu_plugin.training.distributed.forecast import (
+    StepTimes,
+    Traffic,
+    TrainingSizes,
+    step_times,
+    traffic,
+)
+from jumprelu_plugin.training.distributed.hardware import HARDWARE, Hardware, hardware
+from jumprelu_plugin.training.distributed.layout import LatentLayout
+from jumprelu_plugin.training.distributed.shares import (
+    config_of_share,
+    refuse_pretrained,
+    require_divisible,
+    require_even_batch,
+    require_positive,
+)
+from jumprelu_plugin.training.health.findings import Finding
+from jumprelu_plugin.training.health.memory import MemoryForecast, size, usual_entries
+from jumprelu_plugin.training.health.preflight import Preflight
+from jumprelu_plugin.training.resuming import resolve_auto
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run on a mesh of processes will take.
+
+    Attributes:
+        preflight: of one process, whose share of the latents is looked at as a dictionary.
+        replicas, shards: of the mesh.
+        sizes: of the run.
+        traffic: what each process hands over in a step.
+        times: of a step on `gpu`, by arithmetic.
+    """
+
+    preflight: Preflight
+    replicas: int
+    shards: int
+    sizes: TrainingSizes
+    traffic: Traffic
+    times: StepTimes
+    gpu: Hardware
+
+    def table(self) -> Table:
+        """For the console."""
+        table = Table(
+            title=f"{self.replicas * self.shards} processes", show_header=False, expand=False
+        )
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._numbers():
+            table.add_row(name, value)
+        return table
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        sent, times = self.traffic, self.times
+        parts = (
+            ("gradients and counts", sent.tokens),
+            ("reconstructions", sent.latents),
+            ("activations", sent.harvest),
+        )
+        milliseconds = ", ".join(
+            f"{name} {1e3 * seconds:.2g} ms"
+            for name, seconds in (
+                ("compute", times.compute),
+                ("memory", times.memory),
+                ("traffic", times.exchange),
+            )
+        )
+        return [
+            (
+                "a process has",
+                f"{self.sizes.d_sae // self.shards:,} of {self.sizes.d_sae:,} latents and "
+                f"{self.sizes.batch // self.replicas:,} of {self.sizes.batch:,} tokens",
+            ),
+            (
+                "it hands over",
+                f"{size(sent.total)} a step"
+                f" ({', '.join(f'{name} {size(part)}' for name, part in parts if part)})",
+            ),
+            (
+                "bound by",
+                f"{times.bound} on {self.gpu.name}, by the rates of its data sheet: {milliseconds}",
+            ),
+        ]
+
+
+def plan(
+    cfg: Any,
+    *,
+    data_parallel_size: int,
+    model_parallel_size: int,
+    gpu: str | None = None,
+    **options: Any,
+) -> Plan:
+    """Look at a run on many processes without starting them.
+
+    Args:
+        cfg: SAELens' runner config of the run.
+        gpu: whose published figures the times follow from (`hardware.HARDWARE`); None: this
+            machine's, or an H100's.
+        options: of `JumpReLUTrainingRunner`.
+
+    Raises:
+        ValueError: as `JumpReLUTrainingRunner` raises it; or the sizes do not divide the latents or
+            the batch, or there are no figures of this GPU.
+    """
+    chosen = hardware(gpu) if gpu is not None else _this_machines()
+    require_positive(data_parallel_size, model_parallel_size)
+    require_even_batch(cfg, data_parallel_size)
+    if not isinstance(cfg.sae, StockConfig):
+        raise ValueError(
+            f"architecture {cfg.sae.architecture()!r} is not trained on many processes; JumpReLU is"
+        )
+    given = as_plugin_config(cfg.sae)
+    if data_parallel_size * model_parallel_size > 1:
+        refuse_pretrained(cfg)
+        require_divisible(given, model_parallel_size)
+    layout = LatentLayout(given.d_sae, model_parallel_size, given.resolve().matryoshka_widths)
+    cfg = copy.copy(resolve_auto(cfg))
+    refuse_wrong_checkpoint(cfg.resume_from_checkpoint, given)
+    # It is of the whole dictionary; what is looked at starts anew.
+    cfg.sae, cfg.resume_from_checkpoint = config_of_share(given, layout), None
+    runner = JumpReLUTrainingRunner(cfg, **options)
+    runner.replicas = data_parallel_size
+    report = runner.preflight()
+    processes = data_parallel_size * model_parallel_size
+    if report.memory is not None and (finding := _too_many(report.memory, processes)):
+        report = dataclasses.replace(report, findings=(finding, *report.findings))
+    sizes = _sizes(cfg, given, runner, report)
+    return Plan(
+        report,
+        data_parallel_size,
+        model_parallel_size,
+        sizes,
+        traffic(sizes, data_parallel_size, model_parallel_size),
+        step_times(sizes, data_parallel_size, model_parallel_size, chosen),
+        chosen,
+    )
+
+
+def _too_many(memory: MemoryForecast, processes: int) -> Finding | None:
+    """Processes on CPUs share one machine's memory; each on a GPU has its own."""
+    room = memory.available
+    if room is None or torch.device(memory.device).type != "cpu":
+        return None
+    if processes * memory.peak <= room:
+        return None
+    return Finding(
+        "refused",
+        "memory",
+        f"{processes} processes take {size(processes * memory.peak)} together, and this machine "
+        f"has {size(room)}",
+        "start fewer here, or lower d_sae or n_batches_in_buffer",
+    )
+
+
+def _sizes(
+    cfg: Any, given: JumpReLUTrainingSAEConfig, runner: JumpReLUTrainingRunner, report: Preflight
+) -> TrainingSizes:
+    resolved, batch = given.resolve(), cfg.train_batch_size_tokens
+    entries = usual_entries(batch, given.d_sae, given.target_l0)
+    if report.first is not None:  # of one shard
+        entries = report.first.entries * given.d_sae / cfg.sae.d_sae
+    weights = next(iter(runner.model.parameters()))
+    return TrainingSizes(
+        d_in=given.d_in,
+        d_out=getattr(given, "width_out", given.d_in),
+        d_sae=given.d_sae,
+        batch=batch,
+        entries=entries,
+        prefixes=len(resolved.matryoshka_widths),
+        limits_outliers=resolved.outlier_norm_ratio < float("inf"),
+        reads_b_dec=given.apply_b_dec_to_input,
+        model_parameters=_parameters_before(runner.model, cfg.hook_name),
+        model_in_bfloat16=weights.element_size() == 2,
+    )
+
+
+def _parameters_before(model: Any, hook: str) -> int:
+    """Parameters of the blocks that a token passes up to the hook; embeddings cost no products."""
+    stop, total, everything = extract_stop_at_layer_from_tlens_hook_name(hook), 0, 0
+    for name, parameter in model.named_parameters():
+        block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+        everything += parameter.numel()
+        if block is not None and (stop is None or int(block[1]) < stop):
+            total += parameter.numel()
+    return total or everything
+
+
+def _this_machines() -> Hardware:
+    """The figures of this machine's GPU, or of an H100 where there is none or none are recorded."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    known = (HARDWARE[kind] for kind in HARDWARE if kind.upper() in name.upper())
+    return next(known, HARDWARE["h100"])
