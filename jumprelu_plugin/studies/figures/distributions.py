@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,13 @@ from jumprelu_plugin.studies.sweep.measures import DENSITY_EDGES
 
 def densities(records: Iterable[Record]) -> Figure | None:
     """How often latents fire, for each architecture."""
-    known = with_field(records, "density_histogram")
-    if not known:
-        return None
-    target = middle_target(known)
-    panels = [
-        Panel(place, lambda axes, here=here: _densities(axes, here))
-        for place, here in places(at_target(known, target)).items()
-    ]
-    return Figure(
-        "latent_densities",
-        f"Latent densities, target L0 {target:g}",
-        "Share of held-out tokens on which a latent fires, latents counted by tenths of a decade "
-        "and averaged over seeds. The dotted line is at 10 %.",
-        panels,
+    return _at_middle_target(
+        with_field(records, "density_histogram"),
+        _densities,
+        name="latent_densities",
+        title="Latent densities",
+        caption="Share of held-out tokens on which a latent fires, latents counted by tenths of a "
+        "decade and averaged over seeds. The dotted line is at 10 %.",
     )
 
 
@@ -52,22 +45,33 @@ def _densities(axes: Any, records: list[Record]) -> None:
 
 def thresholds(records: Iterable[Record]) -> Figure | None:
     """The thresholds of JumpReLU SAEs, which differ from latent to latent."""
-    known = with_field(records, "threshold_histogram")
-    known = [record for record in known if _differ(record)]
-    if not known:
-        return None
-    target = middle_target(known)
-    panels = [
-        Panel(place, lambda axes, here=here: _thresholds(axes, here))
-        for place, here in places(at_target(known, target)).items()
-    ]
-    return Figure(
-        "thresholds",
-        f"Thresholds, target L0 {target:g}",
-        "Latents by their threshold, in units of the activations. The first seed of each "
+    return _at_middle_target(
+        [record for record in with_field(records, "threshold_histogram") if _differ(record)],
+        _thresholds,
+        name="thresholds",
+        title="Thresholds",
+        caption="Latents by their threshold, in units of the activations. The first seed of each "
         "architecture that is saved with a threshold for each latent.",
-        panels,
     )
+
+
+def _at_middle_target(
+    records: list[Record],
+    draw: Callable[[Any, list[Record]], None],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+) -> Figure | None:
+    """A panel for each site, of the records at the middle one of their target L0s."""
+    if not records:
+        return None
+    target = middle_target(records)
+    panels = [
+        Panel(place, lambda axes, here=here: draw(axes, here))
+        for place, here in places(at_target(records, target)).items()
+    ]
+    return Figure(name, f"{title}, target L0 {target:g}", caption, panels)
 
 
 def _differ(record: Record) -> bool:
