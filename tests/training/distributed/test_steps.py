@@ -180,7 +180,7 @@ def test_two_processes_train_as_one(
         {"dtype": "float64"},
         {"step_kernel": "dense"},
         {"jumprelu_sparsity_loss_mode": "quadratic", "density_penalty_scale": 0.1},
-        {"jumprelu_sparsity_loss_mode": "tanh", "initialization": "anthropic"},
+        {"jumprelu_sparsity_loss_mode": "tanh"},
     ],
     ids=str,
 )
