@@ -100,7 +100,7 @@ def main(
         free.close()
         arguments = (port, sizes, 2 if quick else rounds, folder)
         start_processes(measure, arguments, PROCESSES, start_method="fork")
-        times = torch.load(Path(folder, "0.pt"))
+        times = torch.load(Path(folder, "0.pt"), weights_only=True)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     print({name: f"{1e3 * seconds:.1f} ms" for name, seconds in medians.items()})
     d_in, d_sae, tokens = sizes
