@@ -38,7 +38,8 @@ DOCUMENTS = (
     ROOT / "docs" / "guides" / "transcoders-and-clt.md",
 )
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
-    RESULTS / f"{name}.jsonl" for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
+    RESULTS / f"{name}.jsonl"
+    for name in ("compare", "targets", "l0_sweep", "synthetic", "speed_second_machine")
 )
 DURABILITY = RESULTS / "durability.jsonl"
 SITES, HOSTILE = RESULTS / "sites.jsonl", RESULTS / "hostile.jsonl"

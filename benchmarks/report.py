@@ -20,6 +20,8 @@ from benchmarks.trainers import AUTO, SCREENED, SPARSE, STOCK
 
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "ablations.md")
 FIGURE = FIGURES / "speed.png"
+# Measured by `python -m benchmarks.speed --only … --output` this file.
+SECOND = RESULTS.with_name("speed_second_machine.jsonl")
 
 COLORS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}
 
@@ -90,8 +92,15 @@ def origin(records: Records) -> str:
     )
 
 
+def on_second_machine(draw: Callable[[Records], str]) -> Callable[[Records], str]:
+    """The same of the records of another machine."""
+    return lambda _: draw(read(SECOND))
+
+
 BLOCKS: dict[str, Callable[[Records], str]] = {
     "origin": origin,
+    "second_origin": on_second_machine(origin),
+    "second_shapes": on_second_machine(shapes),
     "shapes": shapes,
     "passes": passes,
     "d_sae": sweep("d_sae"),
