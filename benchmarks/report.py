@@ -20,7 +20,7 @@ from benchmarks.trainers import AUTO, SCREENED, SPARSE, STOCK
 
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "ablations.md")
 FIGURE = FIGURES / "speed.png"
-# Measured by `python -m benchmarks.speed --only … --output` this file.
+# Measured by `benchmarks.speed.measure`, at the first of the shapes alone.
 SECOND = RESULTS.with_name("speed_second_machine.jsonl")
 
 COLORS = {SPARSE: "#1b6ca8", SCREENED: "#2a9d8f", AUTO: "#e9a03b", STOCK: "#555555"}

@@ -13,8 +13,8 @@ from jumprelu_plugin import registration
 
 __version__ = "0.1.0"
 
-# Every name a user needs. Type checkers see these imports; at run time each name is loaded when it
-# is first asked for.
+# Every name a user needs. Type checkers see these imports. At run time what follows reads the
+# indented ones and loads each name when it is first asked for.
 if TYPE_CHECKING:
     from jumprelu_plugin import circuits as circuits
     from jumprelu_plugin.analysis.dashboard import write_dashboard as write_dashboard

@@ -176,6 +176,15 @@ def test_pages_that_the_code_names_exist() -> None:
                 assert (ROOT / page).exists(), f"{file.relative_to(ROOT)}: {page}"
 
 
+def test_files_that_the_pages_name_exist() -> None:
+    rooms = "|".join(path.name for path in (ROOT / "jumprelu_plugin").iterdir() if path.is_dir())
+    named = rf"`((?:jumprelu_plugin|benchmarks|tests|tools|examples|{rooms})/[\w/.]+\.\w+)`"
+    for page in DOCUMENTS:
+        for path in re.findall(named, page.read_text()):
+            found = [folder / path for folder in (ROOT, ROOT / "jumprelu_plugin")]
+            assert any(file.exists() for file in found), f"{page.relative_to(ROOT)}: {path}"
+
+
 def test_the_private_names_of_saelens_in_use_are_documented() -> None:
     (contract,) = (ROOT / "tests").rglob("test_saelens_contract.py")
     listed = [
