@@ -74,6 +74,9 @@ if TYPE_CHECKING:
     from jumprelu_plugin.training.activations.cache.writer import (
         write_activation_cache as write_activation_cache,
     )
+    from jumprelu_plugin.training.multi.runner import (
+        JumpReLUMultiTrainingRunner as JumpReLUMultiTrainingRunner,
+    )
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner as JumpReLUTrainingRunner
     from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt as evaluate_clt
     from jumprelu_plugin.transcoders.clt.folder import load_clt as load_clt

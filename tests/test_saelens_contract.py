@@ -71,38 +71,39 @@ PRIVATE = (
         _SET_TRAINER,
         "_update_pbar",
         ("step_outputs", "pbar", "update_interval"),
-        "overridden in transcoders/per_layer/runner.py: the last call of a step, where it shows "
-        "and saves",
+        "overridden in training/multi/trainer.py: the last call of a step, where it shows and "
+        "saves",
     ),
     Private(
         _SET_TRAINER,
         "_checkpoint_if_needed",
         (),
-        "overridden in transcoders/per_layer/runner.py: put off until the step is counted",
+        "overridden in training/multi/trainer.py: put off until the step is counted",
     ),
     Private(
         _SET_TRAINER,
         "_estimate_scaling_factors",
         (),
-        "overridden in transcoders/per_layer/runner.py: two scales each, without keeping batches",
+        "overridden in training/multi/trainer.py: without keeping batches; in "
+        "transcoders/per_layer/runner.py: two scales each",
     ),
     Private(
         _SET_RUNNER,
         "_set_sae_metadata",
         (),
-        "called in transcoders/per_layer/runner.py",
+        "called in training/multi/runner.py and transcoders/per_layer/runner.py",
     ),
     Private(
         _SET_RUNNER,
         "_save_runner_checkpoint_files",
         ("checkpoint_path",),
-        "called in transcoders/per_layer/runner.py",
+        "called in training/multi/runner.py and transcoders/per_layer/runner.py",
     ),
     Private(
         _SET_RUNNER,
         "_save_final_outputs",
         ("saes", "trainer"),
-        "called in transcoders/per_layer/runner.py",
+        "called in training/multi/runner.py and transcoders/per_layer/runner.py",
     ),
     Private(
         _STORE,
@@ -120,9 +121,16 @@ PRIVATE = (
         _STORE,
         "_get_filtered_multi_hook_llm_batch",
         ("raise_on_epoch_end",),
-        "called in training/activations/pairs.py: both hooks from one forward pass",
+        "called in training/activations/multi_hook.py and pairs.py: all hooks from one forward "
+        "pass",
     ),
-    Private(_STORE, "_hook_d_ins", None, "read in training/activations/pairs.py"),
+    Private(
+        _STORE,
+        "_hook_d_ins",
+        None,
+        "read in training/activations/multi_hook.py and pairs.py",
+    ),
+    Private(_STORE, "_hook_names", None, "read in training/activations/multi_hook.py"),
     Private(_STORE, "_dataloader", None, "set in training/activations/store.py on resuming"),
     Private(
         "sae_lens.saes.sae:SAE",

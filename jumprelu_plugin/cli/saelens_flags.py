@@ -161,8 +161,8 @@ def _parser(architecture: str, command: Command) -> _Parser:
         documented = {**UNDOCUMENTED, **field_help(wrapper.dataclass)}
         for field in wrapper.fields:
             field.help = _escaped(documented.get(field.name, ""))
-            if field.name in _LISTS:
-                read, metavar = _LISTS[field.name]
+            if field.name in LIST_FLAGS:
+                read, metavar = LIST_FLAGS[field.name]
                 field.arg_options.update(nargs="+", type=read, metavar=metavar, action=_Concatenate)
     return parser
 
@@ -241,7 +241,7 @@ def _special_tokens(text: str) -> list[bool] | list[int]:
     return _whole_numbers(text)
 
 
-_LISTS = {
+LIST_FLAGS = {
     "exclude_special_tokens": (_special_tokens, "True|False|2,3"),
     "seqpos_slice": (_slice, "1,None"),
     "matryoshka_widths": (_whole_numbers, "32,64"),

@@ -1,7 +1,8 @@
-"""Training on SAELens' own flags: `jumprelu train`, `check`, `finetune`, and the `recipes`."""
+"""Training on SAELens' flags: `jumprelu train`, `train-many`, `check`, `finetune`, `recipes`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,13 @@ CheckpointMinutes = Annotated[
         "kept until the SAE is saved; 0: none. Default: 10.",
     ),
 ]
+CheckFirst = Annotated[
+    bool,
+    typer.Option(
+        "--check_first/--no_check_first",
+        help="whether to check the run first, as `jumprelu check` does. Default: yes.",
+    ),
+]
 DataParallelSize = Annotated[
     int,
     typer.Option(
@@ -76,13 +84,7 @@ def train(
     activations: Activations = None,
     save_buffer: SaveBuffer = True,
     checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
-    check_first: Annotated[
-        bool,
-        typer.Option(
-            "--check_first/--no_check_first",
-            help="whether to check the run first, as `jumprelu check` does. Default: yes.",
-        ),
-    ] = True,
+    check_first: CheckFirst = True,
     data_parallel_size: DataParallelSize = 1,
     model_parallel_size: ModelParallelSize = 1,
 ) -> None:
@@ -112,6 +114,57 @@ def train(
         )
     else:
         JumpReLUTrainingRunner(cfg, **options).run()
+
+
+@app.command(context_settings=SAELENS_FLAGS)
+def train_many(
+    context: typer.Context,
+    dictionaries: Annotated[
+        Path | None,
+        typer.Option(
+            "--dictionaries",
+            help="YAML file with what the dictionaries have of their own: a mapping of flags to "
+            "lists of values, or a list of such mappings, which may have a name.",
+        ),
+    ] = None,
+    recipe: RecipeName = None,
+    save_buffer: SaveBuffer = True,
+    checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
+    check_first: CheckFirst = True,
+    check_only: Annotated[
+        bool,
+        typer.Option(
+            "--check_only/--no_check_only",
+            help="whether to check the run, say what was found, and stop. Default: no.",
+        ),
+    ] = False,
+) -> None:
+    """Train several SAEs in one pass over the text, on one harvest. Flags as for train.
+
+    A flag of the SAE's config, --hook_name, --architecture, --seed and those of the learning rate
+    take several values with commas, such as --target_l0 20,40 --d_sae 4096,16384: every combination
+    is trained. --d_in follows from each hook. Each SAE becomes a folder below --output_path.
+    """
+    from functools import partial
+
+    from jumprelu_plugin.cli.varied_flags import read_dictionaries
+    from jumprelu_plugin.training.distributed.launch import is_one_of_many
+    from jumprelu_plugin.training.multi.runner import train_many
+
+    if is_one_of_many():
+        raise ValueError(
+            "train-many trains in one process: start it without torchrun, or train one dictionary "
+            "over many processes with `jumprelu train`"
+        )
+    command = _command(context, "jumprelu train-many")
+    train_many(
+        partial(read_dictionaries, context.args, dictionaries, recipe, command),
+        check_only=check_only,
+        log=console.print,
+        save_buffer=save_buffer,
+        check_first=check_first,
+        checkpoint_every_n_minutes=checkpoint_every_n_minutes,
+    )
 
 
 @app.command(context_settings=SAELENS_FLAGS)

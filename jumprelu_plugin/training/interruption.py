@@ -31,12 +31,19 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
 class InterruptibleIterator:
     """An iterator that stops on request, before it takes the next item from `source`.
 
+    Args:
+        how_to_go_on: for who stopped it.
+
     Raises:
         InterruptedException: in place of the next item, after a request to stop.
     """
 
-    def __init__(self, source: Iterator[dict[str, Tensor]]):
-        self._source = source
+    def __init__(
+        self,
+        source: Iterator[dict[str, Tensor]],
+        how_to_go_on: str = "the same command goes on from the last step",
+    ):
+        self._source, self._how_to_go_on = source, how_to_go_on
         self._stop_requested = False
 
     def __iter__(self) -> InterruptibleIterator:
@@ -44,7 +51,7 @@ class InterruptibleIterator:
 
     def __next__(self) -> dict[str, Tensor]:
         if self._stop_requested:
-            raise InterruptedException("interrupted; the same command goes on from the last step")
+            raise InterruptedException(f"interrupted; {self._how_to_go_on}")
         return next(self._source)
 
     @contextmanager

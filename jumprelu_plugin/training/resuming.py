@@ -82,7 +82,9 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
         )
     below = Path(cfg.checkpoint_path).parent
     checkpoints = _newest_first(below)
-    wanted = [_identity(_plain(given.to_dict())) for given in (cfg, repaired(cfg)[0])]
+    # A run over several dictionaries is repaired before it comes here.
+    possible = (cfg, repaired(cfg)[0]) if hasattr(cfg, "sae") else (cfg,)
+    wanted = [_identity(_plain(given.to_dict())) for given in possible]
 
     def is_same(path: Path) -> bool:
         recorded = _recorded(path)
@@ -135,18 +137,26 @@ def _finetuned_from(checkpoint: Path) -> str | None:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run the same run, flat: SAELens' fields, and the SAE's as sae.NAME."""
-    sae = config.get("sae")
-    fields = {f"sae.{name}": value for name, value in sae.items()} if isinstance(sae, dict) else {}
-    fields |= {name: value for name, value in config.items() if name not in (*_FREE, "sae")}
-    fields = {
-        name: value
-        for name, value in fields.items()
-        if name.removeprefix("sae.") not in (*_FREE, "metadata")
-    }
+    """What makes a run the same run, flat: SAELens' fields, and an SAE's as sae.NAME, or as
+    saes.DICTIONARY.NAME where there are several."""
+    fields = {name: value for name, value in config.items() if name not in _FREE}
+    fields |= _without_free("sae", fields.pop("sae", None))
+    several = fields.pop("saes", None)
+    if isinstance(several, dict):
+        fields["saes"] = list(several)
+        for name, sae in several.items():
+            fields |= _without_free(f"saes.{name}", sae)
     if isinstance(fields.get("output_path"), str):
         fields["output_path"] = os.path.abspath(fields["output_path"])
     return fields
+
+
+def _without_free(prefix: str, sae: Any) -> dict[str, Any]:
+    """An SAE's fields that tell runs apart."""
+    if not isinstance(sae, dict):
+        return {}
+    free = (*_FREE, "metadata")
+    return {f"{prefix}.{name}": value for name, value in sae.items() if name not in free}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

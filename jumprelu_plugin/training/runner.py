@@ -145,7 +145,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             require_same_model(cache, model)
         fitting_context(model, cfg.context_size)
         if override_dataset is None:
-            override_dataset = self._own_text(cfg, model)
+            override_dataset = own_text(cfg, model)
         torch.manual_seed(cfg.seed)
         try:
             with quiet() if overrides_nothing else nullcontext(), without_remote_code_errors():
@@ -164,15 +164,6 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         if metrics_path is None and cfg.output_path is not None:
             metrics_path = Path(cfg.output_path, METRICS_FILENAME)
         self.metrics_path = None if metrics_path is None else Path(metrics_path)
-
-    @staticmethod
-    def _own_text(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Any:
-        """The text where it is this machine's: the demo extra's, or a folder's; None: the hub's."""
-        if not cfg.dataset_path:
-            return tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
-        dataset = local_dataset(cfg.dataset_path, streaming=cfg.streaming)
-        refuse_empty_text(dataset)
-        return dataset
 
     def _read_pairs(self, transcoder: JumpReLUTrainingTranscoderConfig) -> None:
         """Have the store give rows [input ‖ output], and evaluate what is trained on them."""
@@ -284,6 +275,15 @@ def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
     if local_folder(name) is not None and kind == "HookedTransformer":
         kind = "HookedSAETransformer"
     return load_hooked_model(name, kind, device, **keywords)
+
+
+def own_text(cfg: Any, model: Any) -> Any:
+    """The text where it is this machine's: the demo extra's, or a folder's; None: the hub's."""
+    if not cfg.dataset_path:
+        return tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
+    dataset = local_dataset(cfg.dataset_path, streaming=cfg.streaming)
+    refuse_empty_text(dataset)
+    return dataset
 
 
 @contextmanager

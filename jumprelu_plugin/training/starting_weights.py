@@ -6,6 +6,7 @@ them is gone. A run that scales its activations cannot start from them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,31 @@ def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
     is damaged, of another SAE, or the end of a run (ValueError)."""
     if folder is None:
         return
+    _require_checkpoint(folder, folder)
+    refuse_damaged(folder)
+    _refuse_other_sae(folder, sae_cfg, "resume with the config the run started with")
+
+
+def refuse_wrong_checkpoint_of_all(folder: str | None, sae_cfgs: Mapping[str, Any]) -> None:
+    """As `refuse_wrong_checkpoint`, of a run over several dictionaries, whose configs are given by
+    name."""
+    if folder is None:
+        return
+    for name in sae_cfgs:
+        _require_checkpoint(folder, str(Path(folder, name)))
+    refuse_damaged(folder)
+    for name, cfg in sae_cfgs.items():
+        other = str(Path(folder, name))
+        _refuse_other_sae(other, cfg, "resume with the dictionaries the run started with")
+
+
+def _require_checkpoint(given: str, folder: str) -> None:
     for name in (SAE_CFG_FILENAME, TRAINER_STATE_FILENAME):
         if not Path(folder, name).is_file():
             raise FileNotFoundError(
-                f"{folder} is not a checkpoint (no {name} in it); give resume_from_checkpoint a "
-                "folder that an interrupted run or n_checkpoints wrote"
+                f"{given} is not a checkpoint of this run (no {Path(folder, name)}); give "
+                "resume_from_checkpoint a folder that an interrupted run or n_checkpoints wrote"
             )
-    refuse_damaged(folder)
-    _refuse_other_sae(folder, sae_cfg, "resume with the config the run started with")
 
 
 def pretrained_sae(folder: str, sae_cfg: Any) -> TrainingSAE[Any]:

@@ -19,12 +19,12 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import dtype_to_str
 from torch import Tensor
 from typing_extensions import override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 from jumprelu_plugin.step import spinning
+from jumprelu_plugin.training.activations.multi_hook import for_hooks
 
 
 @dataclass(frozen=True)
@@ -76,34 +76,13 @@ class PairStore(ActivationsStore):
         hooks = list(
             dict.fromkeys(hook for pair in pairs.values() for hook in (pair.hook_in, pair.hook_out))
         )
-        made = cls.from_config_multi_hook(
-            model=store.model,
-            dataset=dataset,
-            hook_names=hooks,
-            hook_d_ins=dict(widths),
-            # A head is chosen on the input's side alone.
-            hook_head_indices={
-                pair.hook_in: store.hook_head_index
-                for pair in pairs.values()
-                if pair.hook_in != pair.hook_out
-            },
-            context_size=store.context_size,
-            n_batches_in_buffer=store.n_batches_in_buffer,
-            total_training_tokens=store.total_training_tokens,
-            store_batch_size_prompts=store.store_batch_size_prompts,
-            train_batch_size_tokens=store.train_batch_size_tokens,
-            prepend_bos=store.prepend_bos,
-            device=store.device,
-            dtype=dtype_to_str(store.dtype),
-            model_kwargs=store.model_kwargs,
-            autocast_lm=store.autocast_lm,
-            seqpos_slice=store.seqpos_slice,
-            exclude_special_tokens=store.exclude_special_tokens,
-            disable_concat_sequences=store.disable_concat_sequences,
-            sequence_separator_token=store.sequence_separator_token,
-            use_chat_formatting=store.use_chat_formatting,
-        )
-        assert isinstance(made, cls)
+        # A head is chosen on the input's side alone.
+        heads = {
+            pair.hook_in: store.hook_head_index
+            for pair in pairs.values()
+            if pair.hook_in != pair.hook_out
+        }
+        made = for_hooks(cls, store, dataset, widths, heads, hooks)
         made.pairs, made.seed = dict(pairs), seed
         made._chunk = made._served = made._sequences_read = 0
         return made

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import override
@@ -131,13 +131,18 @@ class ResumableActivationsStore(ActivationsStore):
                     "exclude_special_tokens drops: give more text, or another dataset"
                 )
             if not torch.isfinite(activations).all():
-                bad = int((~torch.isfinite(activations)).any(1).sum())
+                wrong = ~torch.isfinite(activations)
+                bad = int(wrong.any(1).sum())
                 raise ValueError(
-                    f"the activations of {self.hook_name} hold NaN or infinite values, on {bad} of "
-                    f"{len(activations)} tokens; run the model in float32 or bfloat16 (float16 "
-                    "overflows), or exclude the tokens that overflow"
+                    f"the activations of {self.hooks_of(wrong.any(0))} hold NaN or infinite "
+                    f"values, on {bad} of {len(activations)} tokens; run the model in float32 or "
+                    "bfloat16 (float16 overflows), or exclude the tokens that overflow"
                 )
             yield activations
+
+    def hooks_of(self, columns: Bool[Tensor, " width"]) -> str:
+        """The names of the hooks that some columns of the rows belong to, for a message."""
+        return self.hook_name
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
