@@ -18,5 +18,5 @@ DEFAULT = Recipe(
         "exclude_special_tokens": True,
     },
     lr_from_width=True,
-    lr_decay_fraction=0.2,
+    lr_decay_fraction=0.5,  # docs/ablations.md
 )

@@ -17,5 +17,5 @@ TRANSCODER = TranscoderRecipe(
         # 0.512, 0.439 and 0.358 at L0 24.6 to 26.5, with an earlier way to measure λ.
         "lr": 4e-3,
     },
-    lr_decay_fraction=DEFAULT.lr_decay_fraction,
+    lr_decay_fraction=0.2,
 )
