@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import architectures, trainers
+from benchmarks import architectures, paper_tables, trainers
 from benchmarks.l0_sweep import TRAINED_L0 as SWEEP_TRAINED_L0
 from benchmarks.tables import (
     FIGURES,
@@ -292,6 +292,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "l0_sweep": l0_sweep,
     "against_sparsify": against_sparsify,
     "durability": durability,
+    "paper_delta": paper_tables.paper_delta,
+    "paper_fvu": paper_tables.paper_fvu,
+    "paper_latents": paper_tables.paper_latents,
 }
 
 
@@ -368,6 +371,7 @@ def draw_targets(path: Path) -> None:
 FIGURE_OF: dict[str, Callable[[Path], None]] = {
     "frontier.png": draw_frontier,
     "target_l0.png": draw_targets,
+    "paper_frontier.png": paper_tables.draw_frontier,
 }
 
 

@@ -1,0 +1,111 @@
+"""The tables and the figure of the paper's comparison, from the records of `paper_grid.yaml`.
+
+    jumprelu sweep benchmarks/paper_grid.yaml --output_path output/paper_grid --train_together 1
+
+and the same with `--architectures jumprelu-plugin --lr 1.2e-2`; the records are the two sweeps'
+`records.jsonl`, one after the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import RESULTS, Records, commits, mean, read, table
+from jumprelu_plugin.studies.figures.frontiers import delta_lm_loss
+from jumprelu_plugin.studies.figures.groups import architectures
+from jumprelu_plugin.studies.figures.panel import save_figures
+
+PAPER = RESULTS / "paper_grid.jsonl"
+PLUGIN = "jumprelu-plugin"
+AT_RULE = f"{PLUGIN} (rate of the recipe)"
+# Farther from its target than this, a cell says its L0.
+FAR = 0.05
+# The L0 at which latents are compared.
+MIDDLE = 16
+
+
+def paper_delta() -> str:
+    """Delta LM loss of every architecture at each site and target L0."""
+    return _fidelity("delta_lm_loss", ".3f")
+
+
+def paper_fvu() -> str:
+    """FVU of every architecture at each site and target L0."""
+    return _fidelity("fvu", ".3f")
+
+
+def paper_latents() -> str:
+    """What the latents of every architecture are at one target L0."""
+    records = [r for r in _records() if r["target_l0"] == MIDDLE]
+    rows = [
+        (
+            site,
+            name,
+            f"{mean(group, 'l0'):.1f}",
+            f"{mean(group, 'dead_share'):.1%}",
+            f"{mean(group, 'share_above_1_percent'):.0%}",
+            f"{mean(group, 'share_above_10_percent'):.2%}",
+            f"{mean(group, 'uniformity'):.3f}",
+        )
+        for site, here in _by_site(records).items()
+        for name, group in architectures(here).items()
+    ]
+    header = ("", "", "L0", "dead", "above 1 %", "above 10 %", "uniformity")
+    return f"{table(header, rows, names=2)}\n\n{_setting(records)}"
+
+
+def draw_frontier(path: Path) -> None:
+    """Delta LM loss against L0 at the three sites, each architecture at its best learning rate."""
+    figure = delta_lm_loss(r for r in _records() if r["architecture"] != AT_RULE)
+    assert figure is not None  # every record has a delta LM loss
+    drawn = [p for p in save_figures([figure], path.parent) if p.suffix == ".png"]
+    drawn[0].replace(path)
+    drawn[0].with_suffix(".svg").unlink()
+
+
+def _records() -> Records:
+    """Those of the file, with this package's at two learning rates apart."""
+    return [{**r, "architecture": AT_RULE} if r["lr_by_width"] else r for r in read(PAPER)]
+
+
+def _fidelity(field: str, form: str) -> str:
+    records = _records()
+    names = list(architectures(records))
+    rows = []
+    for site, here in _by_site(records).items():
+        for target in sorted({r["target_l0"] for r in here}):
+            at = architectures(r for r in here if r["target_l0"] == target)
+            best = min(mean(group, field) for group in at.values() if not _is_far(group))
+            cells = [_cell(at[name], field, form, best) for name in names]
+            rows.append((site, f"{target:g}", *cells))
+    header = ("", "L0", *names)
+    return f"{table(header, rows)}\n\n{_setting(records)}"
+
+
+def _cell(group: Any, field: str, form: str, best: float) -> str:
+    value = mean(group, field)
+    shown = f"{value:{form}}"
+    if _is_far(group):
+        return f"{shown} (L0 {mean(group, 'l0'):.1f})"
+    return f"**{shown}**" if value == best else shown
+
+
+def _is_far(group: Records) -> bool:
+    return abs(mean(group, "l0") / group[0]["target_l0"] - 1) > FAR
+
+
+def _by_site(records: Records) -> dict[str, Records]:
+    return {
+        f"`{site.removeprefix('blocks.')}`": [r for r in records if r["site"] == site]
+        for site in dict.fromkeys(r["site"] for r in records)
+    }
+
+
+def _setting(records: Records) -> str:
+    first = records[0]
+    seeds = len({r["seed"] for r in records})
+    return (
+        f"{first['d_sae']:,} latents, {first['steps']:,} steps of {first['batch']:,} tokens, mean "
+        f"of {seeds} seeds, {first['held_out_tokens']:,} held-out tokens; {commits(records)}."
+    )
