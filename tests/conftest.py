@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests import perturb
+
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,6 +27,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
     torch.set_num_threads(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--perturb", metavar="KIND", help="order:SEED, avx2 or scalar: see tests/perturb.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if kind := config.getoption("--perturb"):
+        perturb.apply(kind, config)
 
 
 @pytest.fixture(autouse=True)
