@@ -16,6 +16,12 @@ from sae_lens.saes.sae import TrainingSAE
 from jumprelu_plugin.records import read_json
 from jumprelu_plugin.training.resuming import refuse_damaged
 
+_WHAT = ("architecture", "d_in", "d_sae")
+# What a weight means depends on these.
+_MEANING = ("d_out", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
+# Our checkpoints hold parameters as the optimizer sees them, and the bandwidth in use.
+_STORED = ("log_threshold", "hyperparameter_units", "jumprelu_bandwidth", "jumprelu_bandwidth_std")
+
 
 def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
     """Raise if there is no such checkpoint (FileNotFoundError), or if this run cannot resume it: it
@@ -72,19 +78,48 @@ def pretrained_sae(folder: str, sae_cfg: Any) -> TrainingSAE[Any]:
 
 def _refuse_other_sae(folder: str, sae_cfg: Any, remedy: str) -> None:
     saved = read_json(Path(folder, SAE_CFG_FILENAME))
-    for field in ("architecture", "d_in", "d_sae"):
-        wanted = sae_cfg.architecture() if field == "architecture" else getattr(sae_cfg, field)
-        if saved.get(field) != wanted:
-            raise ValueError(
-                f"the checkpoint {folder} has {field} {saved.get(field)!r} and this run "
-                f"{wanted!r}; {remedy}"
-            )
+    here = {**sae_cfg.to_dict(), "architecture": sae_cfg.architecture()}
+    for field in (*_WHAT, *_MEANING):
+        if field in _WHAT or (field in saved and field in here):
+            _require_same(folder, field, saved.get(field), here.get(field), remedy)
     found, wanted = saved.get("normalize_activations", "none"), sae_cfg.normalize_activations
     if found != wanted:
         raise ValueError(
             f"the weights in {folder} take activations normalized as {found!r}, and this run "
-            f"normalizes them as {wanted!r}: at the end of a run the scale of its activations is "
-            "folded into the weights. Train a finished SAE further with `jumprelu finetune "
-            f"{folder}` (jumprelu_plugin.FinetuningRunner), or give a checkpoint from the middle "
-            "of a run"
+            f"normalizes them as {wanted!r}{_about_normalization(folder, found)}"
         )
+    if "standardize_activations" in saved:
+        _refuse_other_training(folder, type(sae_cfg).from_dict(saved), sae_cfg, remedy)
+
+
+def _refuse_other_training(folder: str, saved: Any, sae_cfg: Any, remedy: str) -> None:
+    for field in _STORED:
+        _require_same(folder, field, getattr(saved, field), getattr(sae_cfg, field), remedy)
+    there, here = saved.resolve(), sae_cfg.resolve()
+    _require_same(
+        folder,
+        "standardize_activations (by default on where target_l0 is given)",
+        there.standardize_activations,
+        here.standardize_activations,
+        remedy,
+    )
+    if there.max_latent_density == 1.0:  # the checkpoint has no multipliers
+        field, wanted = "max_latent_density (1: no limit)", here.max_latent_density
+        _require_same(folder, field, 1.0, wanted, remedy)
+
+
+def _require_same(folder: str, field: str, found: Any, wanted: Any, remedy: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"the checkpoint {folder} has {field} {found!r} and this run {wanted!r}; {remedy}"
+        )
+
+
+def _about_normalization(folder: str, found: str) -> str:
+    if found != "none":
+        return f"; give this run normalize_activations={found!r}"
+    return (
+        ": at the end of a run the scale of its activations is folded into the weights. Train a "
+        f"finished SAE further with `jumprelu finetune {folder}` "
+        "(jumprelu_plugin.FinetuningRunner), or give a checkpoint from the middle of a run"
+    )

@@ -112,6 +112,40 @@ def test_a_run_from_pretrained_weights_trains_for_its_own_target(
     assert trained.sae.cfg.metadata.l0 == pytest.approx(3, rel=0.1)
 
 
+@pytest.fixture(scope="module")
+def half_way(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the middle of a run of the config of `tests.training.runs`."""
+    cfg = config(tmp_path_factory.mktemp("run"), n_checkpoints=1, training_tokens=20 * BATCH)
+    run(model, cfg, token_rows())
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    return checkpoint
+
+
+@pytest.mark.parametrize("way", ["from_pretrained_path", "resume_from_checkpoint"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input True and this run False"),
+        ({"log_threshold": True}, "log_threshold False and this run True"),
+        ({"hyperparameter_units": "unit_rms"}, "units 'sqrt_d' and this run 'unit_rms'"),
+        ({"jumprelu_bandwidth": 0.3}, "jumprelu_bandwidth None and this run 0.3"),
+        ({"max_latent_density": 0.4}, "max_latent_density .1: no limit. 1.0 and this run 0.4"),
+        ({"target_l0": None, "l0_coefficient": 0.1}, "standardize_activations .*True and.*False"),
+        ({"normalize_activations": "none"}, "give this run normalize_activations='expected_"),
+    ],
+)
+def test_a_run_whose_weights_would_mean_something_else_is_refused(
+    model: Any, half_way: Path, tmp_path: Path, way: str, changes: dict[str, Any], words: str
+) -> None:
+    """Stored log θ would be taken for θ, and a bias of centered inputs for one of raw inputs."""
+    fields = {"d_in": D_MODEL, "d_sae": D_SAE, "target_l0": 7, "step_kernel": "sparse"}
+    sae = JumpReLUTrainingSAEConfig(**{**fields, **changes})
+    cfg = config(tmp_path, sae=sae, training_tokens=30 * BATCH, **{way: str(half_way)})
+    with pytest.raises(ValueError, match=words):
+        run(model, cfg, token_rows())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_without_the_buffer_is_smaller_and_resumes(model: Any, tmp_path: Path) -> None:
     cfg = config(tmp_path, n_checkpoints=1, training_tokens=60 * BATCH)
     run(model, cfg, token_rows(), save_buffer=False)
