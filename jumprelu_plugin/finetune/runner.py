@@ -316,8 +316,9 @@ def _checkpoint_target(checkpoint: str) -> float | None:
 def _refuse_wrong_width(model: Any, cfg: Any, dictionary: Dictionary) -> None:
     if cfg.hook_name not in model.hook_dict:
         return  # the runner refuses unknown hooks
-    one_head = () if cfg.hook_head_index is None else (cfg.hook_name,)
-    width = hook_widths(model, [cfg.hook_name], one_head)[cfg.hook_name]
+    head = cfg.hook_head_index
+    heads = None if head is None else {cfg.hook_name: head}
+    width = hook_widths(model, [cfg.hook_name], heads)[cfg.hook_name]
     d_in = dictionary.parameters.d_in
     if width != d_in:
         raise ValueError(

@@ -15,6 +15,11 @@ def require_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}; give cpu, cuda, cuda:1 or mps") from error
+    if device.type not in ("cpu", "cuda", "mps") and not _is_there(device.type):
+        raise ValueError(
+            f"device is {name!r}, and this PyTorch cannot compute on one: give cpu, cuda, cuda:1 "
+            "or mps"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device is {name!r}, and PyTorch finds no CUDA device here: give device cpu, or "
@@ -27,3 +32,9 @@ def require_device(name: str) -> None:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device is {name!r}, and PyTorch finds no MPS device here: give cpu")
+
+
+def _is_there(kind: str) -> bool:
+    """Whether PyTorch's module for another kind of accelerator finds one; `meta` has none."""
+    found = getattr(getattr(torch, kind, None), "is_available", None)
+    return found is not None and found()

@@ -7,7 +7,7 @@ called, so every command asks here before it computes anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -49,18 +49,20 @@ def require_firing(model: Any, *hooks: str) -> None:
     _fired(model, hooks, _LENGTHS[0])
 
 
-def hook_widths(model: Any, hooks: Iterable[str], one_head: Iterable[str] = ()) -> dict[str, int]:
+def hook_widths(
+    model: Any, hooks: Iterable[str], heads: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Width of the activations at each hook, in the order in which they fire in a forward pass.
 
     Args:
         hooks: their names.
-        one_head: those of which one head is read; elsewhere heads are flattened.
+        heads: the index of the head that is read, by hook; elsewhere heads are flattened.
 
     Raises:
         ValueError: a hook does not exist or does not fire, its activations are not one vector a
-            token, or it has no heads where one is read.
+            token, or it has no such head where one is read.
     """
-    hooks, one_head = list(dict.fromkeys(hooks)), set(one_head)
+    hooks, heads = list(dict.fromkeys(hooks)), heads or {}
     first, second = (_fired(model, hooks, length) for length in _LENGTHS)
     widths: dict[str, int] = {}
     for hook, shape in first.items():
@@ -71,12 +73,17 @@ def hook_widths(model: Any, hooks: Iterable[str], one_head: Iterable[str] = ()) 
                 "vector a token: a dictionary needs a hook of shape [batch, position, width] or "
                 "[batch, position, head, width], such as blocks.0.hook_resid_post"
             )
-        if hook in one_head and len(shape) != 4:
+        if hook in heads and len(shape) != 4:
             raise ValueError(
                 f"hook_head_index is set, but the activations at {hook!r} have no heads: leave it "
                 "out, or give a hook with heads, such as blocks.0.attn.hook_z"
             )
-        widths[hook] = shape[-1] if hook in one_head else shape[2:].numel()
+        if hook in heads and not 0 <= heads[hook] < shape[2]:
+            raise ValueError(
+                f"hook_head_index is {heads[hook]}, and the activations at {hook!r} have "
+                f"{shape[2]} heads: give 0 to {shape[2] - 1}, or leave it out for all of them"
+            )
+        widths[hook] = shape[-1] if hook in heads else shape[2:].numel()
     return widths
 
 

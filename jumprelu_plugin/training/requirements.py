@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -11,6 +12,43 @@ from jumprelu_plugin.models.devices import require_device
 
 # SAELens' own names (`sae_lens.training.optim.get_lr_scheduler`).
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+_COUNTS = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "n_batches_for_norm_estimate",
+    "feature_sampling_window",
+    "n_restart_cycles",
+)
+_MAYBE_ZERO = (
+    "dead_feature_window",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "lr_end",
+    "n_checkpoints",
+    "n_eval_batches",
+)
+_LOGGED_EVERY = ("wandb_log_frequency", "eval_every_n_wandb_logs")
+
+
+def require_possible_numbers(cfg: Any) -> None:
+    """Raise ValueError for the first number that a run of SAELens' config cannot work with."""
+    for owner, names in ((cfg, _COUNTS), (cfg.logger, _LOGGED_EVERY), (cfg.sae, ("d_in", "d_sae"))):
+        for name in names:
+            _require(getattr(owner, name) >= 1, name, getattr(owner, name), "at least 1")
+    _require(0 < cfg.lr < math.inf, "lr", cfg.lr, "a number above 0")
+    for name in _MAYBE_ZERO:
+        value = getattr(cfg, name)
+        _require(value is None or value >= 0, name, value, "at least 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(cfg, name)
+        _require(0 <= value < 1, name, value, "at least 0 and below 1")
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; give {expected}")
 
 
 def require_what_a_run_needs(cfg: Any) -> None:

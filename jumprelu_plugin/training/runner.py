@@ -61,7 +61,10 @@ from jumprelu_plugin.training.checkpoints import (
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.metrics_file import keep_before
-from jumprelu_plugin.training.requirements import require_what_a_run_needs
+from jumprelu_plugin.training.requirements import (
+    require_possible_numbers,
+    require_what_a_run_needs,
+)
 from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.starting_weights import pretrained_sae, refuse_wrong_checkpoint
 from jumprelu_plugin.training.text_source import (
@@ -125,6 +128,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     ):
         refuse_negative_minutes(checkpoint_every_n_minutes)
         self.checkpoint_every_n_minutes = checkpoint_every_n_minutes
+        require_possible_numbers(cfg)
         cfg, self._repairs = repaired(cfg) if check_first else (cfg, [])
         self._check_first = check_first
         require_what_a_run_needs(cfg)
@@ -335,8 +339,8 @@ def refuse_wrong_hook(
         close = difflib.get_close_matches(hook_name, list(model.hook_dict), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"the model has no hook {hook_name!r}{hint}")
-    one_head = () if head is None else (hook_name,)
-    width = hook_widths(model, [hook_name], one_head)[hook_name]
+    heads = None if head is None else {hook_name: head}
+    width = hook_widths(model, [hook_name], heads)[hook_name]
     if width != d_in:
         flattened = " (heads flattened)" if hook_name.endswith("hook_z") else ""
         raise ValueError(

@@ -61,7 +61,7 @@ def test_a_pattern_is_not_one_vector_a_token(kind: str, models: Any) -> None:
         with pytest.raises(ValueError, match=r"\[batch, .*position\], which is not one vector"):
             hook_widths(getattr(models, kind), [hook])
     with pytest.raises(ValueError, match="hook_head_index is set.*no heads"):
-        hook_widths(getattr(models, kind), [RESIDUAL], one_head=[RESIDUAL])
+        hook_widths(getattr(models, kind), [RESIDUAL], {RESIDUAL: 0})
 
 
 def test_an_architecture_without_the_hook(tmp_path: Path) -> None:

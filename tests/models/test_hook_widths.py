@@ -19,6 +19,9 @@ def test_widths_come_in_the_order_in_which_hooks_fire(tmp_path: Path) -> None:
             (MLP, D_MODEL),
             (RESIDUAL, D_MODEL),
         ]
-        assert hook_widths(model, [HEADS], one_head=[HEADS]) == {HEADS: D_HEAD}
+        assert hook_widths(model, [HEADS], {HEADS: 2}) == {HEADS: D_HEAD}
+        for head in (-1, N_HEADS):
+            with pytest.raises(ValueError, match=rf"index is {head}, .* {N_HEADS} heads: give 0"):
+                hook_widths(model, [HEADS], {HEADS: head})
     with pytest.raises(ValueError, match="exists but does not fire"):
         hook_widths(models.hooked, ["blocks.1.attn.hook_result"])

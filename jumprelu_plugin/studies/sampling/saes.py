@@ -73,8 +73,8 @@ def load_study_saes(
         hook, _ = sae_sites(sae)
         if hook not in model.hook_dict:
             raise ValueError(f"{folder} reads {hook!r}, which {choices[0].model_name!r} lacks")
-        one_head = [] if sae_heads(sae)[0] is None else [hook]
-        width = hook_widths(model, [hook], one_head)[hook]
+        head, _ = sae_heads(sae)
+        width = hook_widths(model, [hook], None if head is None else {hook: head})[hook]
         if width != sae.cfg.d_in:
             raise ValueError(
                 f"{folder} takes activations of width {sae.cfg.d_in}, and {hook!r} of the model "

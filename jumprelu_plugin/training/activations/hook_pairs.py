@@ -27,7 +27,7 @@ def pair_widths(model: Any, pairs: Iterable[HookPair], head: int | None = None) 
             )
     inputs = [pair.hook_in for pair in pairs]
     hooks = list(dict.fromkeys(hook for pair in pairs for hook in (pair.hook_in, pair.hook_out)))
-    widths = hook_widths(model, hooks, one_head=() if head is None else inputs)
+    widths = hook_widths(model, hooks, None if head is None else dict.fromkeys(inputs, head))
     order = list(widths)  # as they fired
     for pair in pairs:
         if order.index(pair.hook_out) < order.index(pair.hook_in):
