@@ -9,7 +9,7 @@ import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
-from jumprelu_plugin.cli.values import numbers, whole_numbers
+from jumprelu_plugin.cli.values import names_and_values, numbers, whole_numbers
 from jumprelu_plugin.training.activations.cache.settings import CacheSettings
 
 # Written out, because importing the architectures takes seconds that --help need not.
@@ -90,6 +90,14 @@ def sweep(
     model_class_name: Annotated[
         str | None, typer.Option("--model_class_name", help="class of the hooked model.")
     ] = None,
+    model_from_pretrained_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--model_from_pretrained_kwargs",
+            help="keyword arguments of the model's loader, as JSON.",
+            metavar='{"name": value}',
+        ),
+    ] = None,
     dataset_path: Annotated[
         str | None, typer.Option("--dataset_path", help="text. Default: the demo extra's.")
     ] = None,
@@ -136,6 +144,9 @@ def sweep(
         "lr": lr,
         "model_name": model_name,
         "model_class_name": model_class_name,
+        "model_from_pretrained_kwargs": None
+        if model_from_pretrained_kwargs is None
+        else names_and_values("--model_from_pretrained_kwargs", model_from_pretrained_kwargs),
         "dataset_path": dataset_path,
         "device": device,
         "dtype": dtype,

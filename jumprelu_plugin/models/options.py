@@ -8,13 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from jumprelu_plugin.models.loading_keywords import HOOK_FLAGS, PROCESSING
 
 _DTYPE = ("dtype", "torch_dtype")
 # Never taken from metadata: the first runs a model's own code, the second may unpickle its weights.
 _UNSAFE = ("trust_remote_code", "weights_only")
+
+
+class NamedModel(Protocol):
+    """Settings that name a language model and how it is loaded."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def model_class_name(self) -> str: ...
+    @property
+    def model_from_pretrained_kwargs(self) -> Mapping[str, Any] | None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,41 @@ def recorded_keywords(metadata: Mapping[str, Any], *, other_model: bool = False)
         return kept
     of_activations = (*PROCESSING, *HOOK_FLAGS, *_DTYPE)
     return {key: value for key, value in kept.items() if key in of_activations}
+
+
+def named_model(settings: NamedModel) -> Any:
+    """The model, with hooks, that a command's settings name.
+
+    Raises:
+        ValueError, OSError: as `language_models.load_model`; or two dtypes contradict each other.
+    """
+    from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
+
+    keywords = keywords_to_record(settings)
+    dtype = _dtype_name(keywords.pop("dtype", None))
+    return load_hooked_model(
+        settings.model_name, settings.model_class_name, settings.device, dtype, **keywords
+    )
+
+
+def keywords_to_record(settings: NamedModel) -> dict[str, Any]:
+    """`model_from_pretrained_kwargs` for the metadata of what is trained, so that every command
+    loads the model that it was trained on: the settings' own, with a dtype that is not float32.
+
+    Raises:
+        ValueError: two dtypes contradict each other.
+    """
+    keywords = dict(settings.model_from_pretrained_kwargs or {})
+    dtypes = {_dtype_name(keywords.pop(key)) for key in _DTYPE if key in keywords}
+    if settings.dtype != "float32":
+        dtypes.add(_dtype_name(settings.dtype))
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"dtype is {' and '.join(sorted(dtypes))}, in --dtype and in "
+            "model_from_pretrained_kwargs: give one"
+        )
+    other = [{"dtype": dtype} for dtype in dtypes if dtype != "float32"]
+    return {**keywords, **(other[0] if other else {})}
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -8,7 +8,7 @@ a flag, and its text under "Attributes" is the flag's help.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DEFAULT_TARGET_L0 = 24.0
 DEFAULT_EXPANSION = 8
@@ -25,6 +25,8 @@ class LayerRunSettings:
         model_name: tiny-gemma-2, a model folder, or a hub name.
         model_class_name: HookedTransformer, HookedSAETransformer, TransformerBridge or
             SAETransformerBridge.
+        model_from_pretrained_kwargs: keyword arguments of the model's loader, as JSON, such as
+            {"use_hook_mlp_in": true}.
         dataset_path: a text or pretokenized dataset, on the hub or in a folder. Default: the text
             of the `demo` extra.
         hook_name: the hook that is read; {layer} stands for the layer's number.
@@ -58,6 +60,7 @@ class LayerRunSettings:
 
     model_name: str = "tiny-gemma-2"
     model_class_name: str = "HookedSAETransformer"
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
     dataset_path: str = ""
     hook_name: str = "blocks.{layer}.ln2.hook_normalized"
     hook_name_out: str = "blocks.{layer}.hook_mlp_out"

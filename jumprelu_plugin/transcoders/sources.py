@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
+from jumprelu_plugin.models.options import named_model
 from jumprelu_plugin.models.sequences import fitting_context, read_sequences
 from jumprelu_plugin.models.text import tokenized_dataset
 from jumprelu_plugin.training.runner import refuse_empty_text
@@ -22,9 +22,7 @@ def model_of(settings: LayerRunSettings, model: Any = None) -> Any:
         ValueError: it does not exist, or its context is shorter than `settings.context_size`.
     """
     if model is None:
-        model = load_hooked_model(
-            settings.model_name, settings.model_class_name, settings.device, settings.dtype
-        )
+        model = named_model(settings)
     fitting_context(model, settings.context_size)
     return model
 

@@ -82,7 +82,8 @@ class SweepSettings:
             is that of the others. Where neither is given, `jumprelu-plugin` takes the rate that
             belongs to the width of the activations (`control.standardization`), and the others
             3e-3.
-        model_name, model_class_name, dataset_path, device, dtype: as in `CacheSettings`.
+        model_name, model_class_name, model_from_pretrained_kwargs, dataset_path, device, dtype: as
+            in `CacheSettings`.
         cached_tokens: tokens of text whose activations are written. Default: training_tokens.
         context_size: tokens in a sequence.
         cache_dtype: of the stored activations: float32, bfloat16 or int8.
@@ -103,6 +104,7 @@ class SweepSettings:
     lr: float | Mapping[str, float] | None = None
     model_name: str = EMBEDDED_MODEL
     model_class_name: str = "HookedSAETransformer"
+    model_from_pretrained_kwargs: Mapping[str, Any] | None = None
     dataset_path: str = ""
     device: str = "cpu"
     dtype: str = "float32"

@@ -105,7 +105,8 @@ def _uniformity(model: Any, sae: Any, batch: ScoredText, hook: str) -> Float[Ten
     with torch.no_grad():
         acts = sae.encode(kept["x"])
         acts = acts.to_dense() if acts.layout != torch.strided else acts
-    return exp_entropy_per_latent(acts * (gradient @ sae.W_dec.detach().T))
+    W_dec = sae.W_dec.detach()
+    return exp_entropy_per_latent(acts * (gradient.to(W_dec.dtype) @ W_dec.T))
 
 
 def exp_entropy_per_latent(

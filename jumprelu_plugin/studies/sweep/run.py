@@ -38,7 +38,8 @@ from jumprelu_plugin.evaluation import evaluate
 from jumprelu_plugin.evaluation.splicing import special_token_ids_of
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
-from jumprelu_plugin.models.language_models import load_model, model_digest
+from jumprelu_plugin.models.language_models import model_digest
+from jumprelu_plugin.models.options import keywords_to_record, named_model
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.records import digest, provenance, whole_folder, write_json
 from jumprelu_plugin.studies.sweep.cells import TrainedCell, learning_rate_of, train_cells
@@ -98,7 +99,7 @@ def run_sweep(
 
     Raises:
         ValueError: the folder holds a sweep with other settings, or a broken record before its last
-            line; an activation cache or a hook that does not fit; and as `load_model` does.
+            line; an activation cache or a hook that does not fit; and as `named_model` does.
         OSError: the disk is too small for the activations, or the model cannot be had.
         InterruptedException: after Ctrl-C.
     """
@@ -189,9 +190,7 @@ def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Materi
         cache = ActivationCache(settings.activations)
         for hook in settings.hooks:
             cache.width(hook)
-    model = load_model(
-        settings.model_name, settings.model_class_name, settings.device, settings.dtype
-    )
+    model = named_model(settings)
     for hook in settings.hooks:
         hook_point(model, hook)
     tokens = settings.cached_tokens or settings.training_tokens
@@ -313,6 +312,7 @@ def _describe(sae: Any, cell: Cell, settings: SweepSettings, cache: ActivationCa
     metadata = sae.cfg.metadata
     metadata.model_name = settings.model_name
     metadata.model_class_name = settings.model_class_name
+    metadata.model_from_pretrained_kwargs = keywords_to_record(settings)
     metadata.hook_name = cell.hook
     metadata.dataset_path = settings.dataset_path
     metadata.context_size = settings.context_size

@@ -5,7 +5,7 @@ Where a field means what it means for an SAE it has SAELens' name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
@@ -37,7 +37,8 @@ class CLTConfig:
         d_sae: latents of each layer.
         hook_in, hook_out: the pair at each layer; `{layer}` stands for its number.
         layers: which, consecutive and ascending.
-        model_name, model_class_name, dtype: the model it belongs to, and as what it was loaded.
+        model_name, model_class_name, model_from_pretrained_kwargs, dtype: the model it belongs to,
+            and as what it was loaded.
         dataset_path, context_size: the text it was trained on, and the length of its sequences.
 
     Raises:
@@ -52,6 +53,7 @@ class CLTConfig:
     hook_out: str = "blocks.{layer}.hook_mlp_out"
     model_name: str = ""
     model_class_name: str = "HookedSAETransformer"
+    model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     dataset_path: str = ""
     context_size: int | None = None
@@ -83,7 +85,10 @@ class CLTConfig:
         return {
             "model_name": self.model_name,
             "model_class_name": self.model_class_name,
-            "model_from_pretrained_kwargs": {"dtype": self.dtype},
+            "model_from_pretrained_kwargs": {
+                **self.model_from_pretrained_kwargs,
+                "dtype": self.dtype,
+            },
             "dataset_path": self.dataset_path,
             "context_size": self.context_size,
         }

@@ -113,8 +113,12 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         raise ValueError(f"layers is {layers!r}; expected a list of whole numbers")
     for name in read.keys() - {"d_in", "d_out", "d_sae", "layers"}:
-        value, plain = read[name], {f.name: f.default for f in fields(CLTConfig)}[name]
-        kinds = (str,) if isinstance(plain, str) else (int, type(None))
+        value = read[name]
+        if name == "model_from_pretrained_kwargs":
+            plain, kinds = {}, (dict,)
+        else:
+            plain = {f.name: f.default for f in fields(CLTConfig)}[name]
+            kinds = (str,) if isinstance(plain, str) else (int, type(None))
         if not isinstance(value, kinds):
             raise ValueError(f"{name} is {value!r}; expected something like {plain!r}")
     return read

@@ -19,6 +19,7 @@ from jumprelu_plugin.evaluation.spliced_set import SplicedSet
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
+from jumprelu_plugin.models.options import keywords_to_record
 from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
@@ -156,6 +157,7 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
     widths = pair_widths(model, named.pairs)
     d_in = _one_width({pair.hook_in: widths[pair.hook_in] for pair in named.pairs}, "input")
     d_out = _one_width({pair.hook_out: widths[pair.hook_out] for pair in named.pairs}, "output")
+    keywords = keywords_to_record(settings)
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
     return replace(
         named,
@@ -163,7 +165,8 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
         d_out=d_out,
         d_sae=d_sae,
         model_class_name=settings.model_class_name,
-        dtype=settings.dtype,
+        model_from_pretrained_kwargs=keywords,
+        dtype=keywords.pop("dtype", "float32"),
         dataset_path=settings.dataset_path,
         context_size=settings.context_size,
     )

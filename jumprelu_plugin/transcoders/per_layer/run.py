@@ -20,6 +20,7 @@ from jumprelu_plugin.evaluation.spliced_set import SplicedSet, evaluate_transcod
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
+from jumprelu_plugin.models.options import keywords_to_record
 from jumprelu_plugin.recipes import get_transcoder_recipe
 from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderConfig
@@ -231,10 +232,8 @@ def _runner_config(
         hook_names={name: pair.hook_in for name, pair in pairs.items()},
         model_name=settings.model_name,
         model_class_name=_recorded_class_name(settings),
-        # Loaded without processing; a dtype of its own is what an evaluation loads it in, too.
-        model_from_pretrained_kwargs=(
-            {} if settings.dtype == "float32" else {"dtype": settings.dtype}
-        ),
+        # An evaluation loads the model in the same way.
+        model_from_pretrained_kwargs=keywords_to_record(settings),
         dataset_path=settings.dataset_path,
         context_size=settings.context_size,
         training_tokens=steps * batch,

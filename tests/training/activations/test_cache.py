@@ -232,6 +232,7 @@ def test_another_text_does_not_go_on_in_the_folder(
         (lambda cfg: setattr(cfg, "dataset_path", "text"), "dataset_path is '' in the cache and"),
         (lambda cfg: setattr(cfg, "context_size", 12), "context_size is 13 in the cache and 12"),
         (lambda cfg: setattr(cfg, "exclude_special_tokens", False), "exclude_special_tokens"),
+        (lambda cfg: setattr(cfg, "exclude_special_tokens", [2, 7]), r"\[0, 1, 2\] in the cache"),
     ],
 )
 def test_a_run_that_the_cache_is_not_of(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
+from jumprelu_plugin.models.options import named_model
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
@@ -23,6 +23,8 @@ class CacheSettings:
         model_name: tiny-gemma-2, a model folder, or a hub name.
         model_class_name: HookedTransformer, HookedSAETransformer, TransformerBridge or
             SAETransformerBridge.
+        model_from_pretrained_kwargs: keyword arguments of the model's loader, as JSON, such as
+            {"use_hook_mlp_in": true}.
         dataset_path: a text or pretokenized dataset, on the hub or in a folder. Default: the
             training text of the `demo` extra.
         training_tokens: tokens to read, at most; special tokens count here and are not kept.
@@ -38,6 +40,7 @@ class CacheSettings:
 
     model_name: str = EMBEDDED_MODEL
     model_class_name: str = "HookedSAETransformer"
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
     dataset_path: str = ""
     training_tokens: int = 1_000_000
     context_size: int = 128
@@ -68,9 +71,7 @@ def cache_activations(
             f"training_tokens is {settings.training_tokens} and context_size is "
             f"{settings.context_size}; expected at least 1 and 2"
         )
-    model = load_hooked_model(
-        settings.model_name, settings.model_class_name, settings.device, settings.dtype
-    )
+    model = named_model(settings)
     tokens, _ = read_sequences(
         model,
         settings.dataset_path,

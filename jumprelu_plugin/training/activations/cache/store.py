@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from jumprelu_plugin.models.language_models import model_digest
+from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.reader import ActivationCache, CacheBatches
 
 _POSITION = "rows_served"
@@ -86,10 +87,7 @@ def open_cache_for(folder: str | Path, cfg: Any) -> ActivationCache:
         "dataset_path": (cfg.dataset_path, manifest.dataset_path),
         "context_size": (cfg.context_size, manifest.context_size),
         "prepend_bos": (cfg.prepend_bos, manifest.prepend_bos),
-        "exclude_special_tokens": (
-            bool(cfg.exclude_special_tokens),
-            bool(manifest.excluded_tokens),
-        ),
+        "exclude_special_tokens": _exclusion(cfg, manifest),
         "d_in": (cfg.sae.d_in, width),
         "hook_head_index": (cfg.hook_head_index, None),
         "seqpos_slice": (tuple(cfg.seqpos_slice), (None,)),
@@ -105,6 +103,14 @@ def open_cache_for(folder: str | Path, cfg: Any) -> ActivationCache:
             "run the cache's values, or write another cache"
         )
     return cache
+
+
+def _exclusion(cfg: Any, manifest: CacheManifest) -> tuple[Any, Any]:
+    """What a run asks to leave out, and what the cache does; in ids where the run names ids."""
+    asked, left_out = cfg.exclude_special_tokens, sorted(manifest.excluded_tokens)
+    if isinstance(asked, bool):
+        return asked, bool(left_out)
+    return sorted(asked), left_out
 
 
 def require_same_model(cache: ActivationCache, model: nn.Module) -> None:
