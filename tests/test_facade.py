@@ -16,7 +16,9 @@ import pytest
 import jumprelu_plugin
 
 ROOT = Path(__file__).parents[1]
-MOST_SECONDS = 0.05
+# In units of 2,000 small functions compiled and defined, which is work of the same kind: the import
+# takes 1.24 to 1.35 of them. A processor that is slower or shared is so for both.
+MOST_TIME = 2.0
 
 # SAELens is imported first: what it loads and costs is not the plugin's. It takes 6 s, so it is
 # imported once; the plugin is imported in four forks of that process and then in itself.
@@ -41,6 +43,12 @@ for _ in range(4):
 gc.unfreeze()
 for stream in (sys.stdout, sys.stderr):
     print("AN IMPORT BEGINS", file=stream, flush=True)
+source = "\\n".join(f"def f{i}(x): return [x, {i}]" for i in range(2000))
+units = []
+for _ in range(3):
+    start = time.process_time()
+    exec(compile(source, "", "exec"), {})
+    units.append(time.process_time() - start)
 start = time.process_time()
 import jumprelu_plugin
 seconds = time.process_time() - start
@@ -48,7 +56,7 @@ for stream in (sys.stdout, sys.stderr):
     print("AN IMPORT ENDS", file=stream, flush=True)
 packages = sorted({name.split(".")[0] for name in set(sys.modules) - before})
 print(json.dumps({
-    "seconds": seconds,
+    "units": seconds / min(units),
     "packages": packages,
     "run": getattr(sys.modules.get("wandb"), "run", None) is not None,
     "cuda": torch.cuda.is_initialized(),
@@ -103,7 +111,7 @@ def test_importing_it_loads_nothing_that_saelens_does_not(imports: list[dict[str
 
 def test_importing_it_is_quick(imports: list[dict[str, Any]]) -> None:
     """CPU time, which other processes disturb little; the least of four for the same reason."""
-    assert min(each["seconds"] for each in imports[1:]) < MOST_SECONDS
+    assert min(each["units"] for each in imports[1:]) < MOST_TIME
 
 
 # ---------------------------------------------------------------- the names
