@@ -110,9 +110,9 @@ def load_saved(
         metadata: Mapping[str, Any] = dictionary.cfg.metadata
         hooks = [hook for pair in dictionary.cfg.pairs for hook in (pair.hook_in, pair.hook_out)]
     else:
-        dictionary = _load_sae(folder, options)
+        dictionary = load_saved_sae(folder, options)
         metadata = dictionary.cfg.metadata.to_dict()
-        hooks = _name_hooks(dictionary, folder, options)
+        hooks = list(dict.fromkeys(sae_sites(dictionary)))
     choice = options.resolve(metadata, folder)
     if context_size is not None:
         choice = replace(choice, context_size=context_size)
@@ -124,8 +124,26 @@ def load_saved(
     return SavedDictionary(folder, dictionary, model, choice)
 
 
+def load_saved_sae(source: Path, options: ModelOptions) -> Any:
+    """SAELens' inference object, from any readable format, with the hooks that the options name.
+
+    Raises:
+        ValueError: there is no dictionary, or nothing names the hook that it reads.
+    """
+    sae = _load_sae(source, options)
+    metadata = sae.cfg.metadata
+    for name in ("hook_name", "hook_name_out"):
+        if getattr(options, name) is not None:
+            metadata[name] = getattr(options, name)
+    if not metadata.hook_name:
+        raise ValueError(
+            f"the dictionary in {source} does not name the hook that it reads; name it with "
+            "--hook_name, for example --hook_name blocks.12.hook_resid_post"
+        )
+    return sae
+
+
 def _load_sae(source: Path, options: ModelOptions) -> Any:
-    """SAELens' inference object, from any readable format."""
     folder = dictionary_folder(source)
     if not (folder / "cfg.json").is_file():
         dictionary = load_dictionary(
@@ -136,17 +154,3 @@ def _load_sae(source: Path, options: ModelOptions) -> Any:
         )
         return dictionary.as_sae().to(options.device)
     return load_sae(folder, options.device)
-
-
-def _name_hooks(dictionary: Any, folder: Path, options: ModelOptions) -> list[str]:
-    """The hooks that the options name, else the metadata; they are the metadata's afterwards."""
-    metadata = dictionary.cfg.metadata
-    for name in ("hook_name", "hook_name_out"):
-        if getattr(options, name) is not None:
-            metadata[name] = getattr(options, name)
-    if not metadata.hook_name:
-        raise ValueError(
-            f"the dictionary in {folder} does not name the hook that it reads; name it with "
-            "--hook_name, for example --hook_name blocks.12.hook_resid_post"
-        )
-    return list(dict.fromkeys(sae_sites(dictionary)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_lens import SAE
+from sae_lens import logger
 
-from jumprelu_plugin.formats.saved import SavedDictionary
+from jumprelu_plugin.formats.saved import SavedDictionary, load_saved_sae
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooks import sae_sites
@@ -44,32 +43,34 @@ def load_study_saes(
     """Load the SAEs of a study; the language model is loaded once.
 
     Args:
-        folders: SAELens folders, each `folder` or `label=folder`. Without a label it is the
+        folders: of any readable format, each `folder` or `label=folder`. Without a label it is the
             folder's name, or its path where two folders have one name. Folders that share a label
             are compared as one group.
         options: the model and the text; what is left out is as the first SAE's metadata says.
         context_size: tokens in a sequence, in place of the metadata's.
 
     Raises:
-        ValueError: there is no folder, a folder holds no SAE, the SAEs name different models, or an
-            SAE's width is not that of the model at its hook.
+        ValueError: there is no folder, a folder holds no SAE, the SAEs name different models or
+            other ways to load one, or an SAE's width is not that of the model at its hook.
         OSError: the model cannot be had.
     """
     options = options or ModelOptions()
     require_device(options.device)
     named = _labels([str(folder) for folder in folders])
-    choices = [_choice(folder, options, context_size) for _, folder in named]
+    saes = [load_saved_sae(folder, options) for _, folder in named]
+    choices = [
+        options.resolve(sae.cfg.metadata.to_dict(), folder)
+        for sae, (_, folder) in zip(saes, named, strict=True)
+    ]
     for (_, folder), choice in zip(named, choices, strict=True):
-        if choice.model_name != choices[0].model_name:
-            raise ValueError(
-                f"{folder} reads the model {choice.model_name!r} and {named[0][1]} reads "
-                f"{choices[0].model_name!r}: a study compares SAEs of one model. Leave one out, or "
-                "name the model of all with --model_name"
-            )
+        _require_same_model(folder, choice, named[0][1], choices[0])
+        for difference in choice.differences:
+            logger.warning(f"{folder}: {difference}, with which the dictionary was trained")
+    if context_size is not None:
+        choices[0] = replace(choices[0], context_size=context_size)
     model = choices[0].load()
     found = []
-    for label, folder in named:
-        sae = SAE.load_from_disk(folder, options.device)
+    for sae, (label, folder) in zip(saes, named, strict=True):
         hook, _ = sae_sites(sae)
         if hook not in model.hook_dict:
             raise ValueError(f"{folder} reads {hook!r}, which {choices[0].model_name!r} lacks")
@@ -96,13 +97,15 @@ def _labels(folders: Sequence[str]) -> list[tuple[str, Path]]:
     ]  # fmt: skip
 
 
-def _choice(folder: Path, options: ModelOptions, context_size: int | None) -> ModelChoice:
-    config = folder / "cfg.json"
-    if not config.is_file():
-        raise ValueError(f"{folder} holds no SAE: there is no cfg.json in it")
-    try:
-        metadata = json.loads(config.read_text(encoding="utf-8")).get("metadata") or {}
-    except ValueError as error:
-        raise ValueError(f"{config} is not whole: {error}") from None
-    choice = options.resolve(metadata, folder)
-    return choice if context_size is None else replace(choice, context_size=context_size)
+def _require_same_model(
+    folder: Path, choice: ModelChoice, first_folder: Path, first: ModelChoice
+) -> None:
+    for name in ("model_name", "model_class_name", "from_pretrained_kwargs", "dtype"):
+        found, wanted = getattr(choice, name), getattr(first, name)
+        if found != wanted:
+            option = name.replace("from_pretrained", "model_from_pretrained")
+            raise ValueError(
+                f"{folder} reads a model with {option} {found!r} and {first_folder} one with "
+                f"{wanted!r}: a study compares SAEs of one model. Leave one out, or say it for all "
+                f"with --{option}"
+            )

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.studies.rating.questions import make_rating_study, read_study
 from jumprelu_plugin.studies.rating.settings import RatingStudySettings
+from jumprelu_plugin.studies.sampling.saes import load_study_saes
 from tests.studies.rating.studies import save_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread_throughout")
@@ -93,12 +95,30 @@ def test_foreign_saes_are_refused(tmp_path: Path) -> None:
     broken = save_sae(tmp_path / "broken", 1)
     (broken / "cfg.json").write_text('{"d_in": 2')
     for folders, message in (
-        ([good, other], "reads the model 'another-model'"),
+        ([good, other], "reads a model with model_name 'another-model'"),
         ([narrow], "of another model"),
-        ([good, tmp_path / "none"], "holds no SAE"),
-        ([broken], "is not whole"),
+        ([good, tmp_path / "none"], "holds no dictionary"),
+        ([broken], "cfg.json"),
         ([], "no SAE was given"),
     ):
         with pytest.raises(ValueError, match=message):
             make_rating_study(folders, tmp_path / "set")
     assert not (tmp_path / "set").exists() and not list(tmp_path.glob("*.key.json"))
+
+
+def test_saes_of_a_model_loaded_in_two_ways_are_refused(tmp_path: Path) -> None:
+    good, other = save_sae(tmp_path / "good", 1), save_sae(tmp_path / "other", 1)
+    config = json.loads((other / "cfg.json").read_text())
+    config["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+    (other / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model_from_pretrained_kwargs \{'center_writing_we"):
+        load_study_saes([good, other])
+
+
+def test_the_hook_that_is_given_is_read(tmp_path: Path) -> None:
+    """And not the one that the SAE's metadata names."""
+    sae = save_sae(tmp_path / "sae", 1)
+    (found,) = load_study_saes([sae], ModelOptions(hook_name="blocks.0.hook_resid_pre"))
+    assert found.saved.dictionary.cfg.metadata.hook_name == "blocks.0.hook_resid_pre"
+    with pytest.raises(ValueError, match="blocks.0.hook_mlp_in.*does not fire.*use_hook_mlp_in"):
+        load_study_saes([sae], ModelOptions(hook_name="blocks.0.hook_mlp_in"))
