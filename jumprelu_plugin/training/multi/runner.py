@@ -43,7 +43,10 @@ from jumprelu_plugin.training.multi.check import MultiCheck
 from jumprelu_plugin.training.multi.config import config_of_all, refuse_what_cannot_be_shared
 from jumprelu_plugin.training.multi.memory import forecast_of_all
 from jumprelu_plugin.training.multi.trainer import MultiTrainer, fit_until_stopped
-from jumprelu_plugin.training.requirements import require_what_a_run_needs
+from jumprelu_plugin.training.requirements import (
+    require_possible_numbers,
+    require_what_a_run_needs,
+)
 from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.runner import (
     METRICS_FILENAME,
@@ -319,8 +322,12 @@ def train_many(
     drafts = read({})
     refuse_before_the_model(drafts)
     model = language_model(next(iter(drafts.values())))
-    one_head = [cfg.hook_name for cfg in drafts.values() if cfg.hook_head_index is not None]
-    widths = hook_widths(model, [cfg.hook_name for cfg in drafts.values()], one_head)
+    heads = {
+        cfg.hook_name: cfg.hook_head_index
+        for cfg in drafts.values()
+        if cfg.hook_head_index is not None
+    }
+    widths = hook_widths(model, [cfg.hook_name for cfg in drafts.values()], heads)
     runner = JumpReLUMultiTrainingRunner(read(widths), override_model=model, log=log, **options)
     if not check_only:
         runner.run()
@@ -333,6 +340,8 @@ def train_many(
 
 def refuse_before_the_model(configs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> None:
     """Raise ValueError for what can be seen to be wrong before the model is loaded."""
+    for cfg in configs.values():
+        require_possible_numbers(cfg)
     refuse_what_cannot_be_shared(configs)
     for cfg in configs.values():
         require_what_a_run_needs(cfg)
