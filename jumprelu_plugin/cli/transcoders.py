@@ -24,10 +24,15 @@ def train_transcoders(
 ) -> None:
     """Train one transcoder a layer in a single pass over the text.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. torchrun --nproc-per-node N -m
+    jumprelu_plugin train-transcoders … deals the layers over N processes.
     """
+    from jumprelu_plugin.training.distributed.launch import is_one_of_many
+    from jumprelu_plugin.transcoders.per_layer.many_processes import train_dealt_transcoders
     from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 
+    if is_one_of_many():
+        train_transcoders = train_dealt_transcoders
     console.print(f"written: {train_transcoders(output_path, settings, log=console.print)}")
 
 

@@ -50,9 +50,13 @@ class InterruptibleIterator:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        if self._stop_requested:
+        if self.stops():
             raise InterruptedException(f"interrupted; {self._how_to_go_on}")
         return next(self._source)
+
+    def stops(self) -> bool:
+        """Whether the training is to stop before the next item."""
+        return self._stop_requested
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:

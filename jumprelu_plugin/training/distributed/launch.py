@@ -40,6 +40,7 @@ class Launch:
         objects: a gloo group of all, for what is not a tensor of the training's device.
         store: torchrun's, through which a process that fails says so.
         mesh: who shares latents with whom, and tokens.
+        again: how a run that ended goes on.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Launch:
     objects: Any
     store: Any
     mesh: Mesh
+    again: str = "the same command with --resume_from_checkpoint auto"
 
     def all_objects(self, value: T) -> list[T]:
         """What every process gives, by rank."""
@@ -160,12 +162,15 @@ def require_sizes(data_parallel_size: int, model_parallel_size: int, device: str
 
 
 @contextmanager
-def joined(data_parallel_size: int, model_parallel_size: int, device: str) -> Iterator[Launch]:
+def joined(
+    data_parallel_size: int, model_parallel_size: int, device: str, again: str = Launch.again
+) -> Iterator[Launch]:
     """Join the processes that torchrun started; within the block, an error of one ends them all.
 
     Args:
         data_parallel_size, model_parallel_size: of the mesh of all processes.
         device: of the training; on `cuda`, each process takes the GPU of its local rank.
+        again: how a run that ended goes on, for the message.
 
     Raises:
         ValueError: the sizes or the device do not fit. On the first process, what ends the run.
@@ -183,7 +188,7 @@ def joined(data_parallel_size: int, model_parallel_size: int, device: str) -> It
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     objects = dist.new_group(backend="gloo") if cuda else None
     mesh = Mesh(data_parallel_size, model_parallel_size)
-    launch = Launch(rank, size, local_rank, objects, store, mesh)
+    launch = Launch(rank, size, local_rank, objects, store, mesh, again)
     try:
         yield launch
     except (SystemExit, InterruptedException, KeyboardInterrupt):
@@ -232,7 +237,7 @@ def _end(launch: Launch, error: Exception) -> None:
     if speaks:
         print(
             f"a process of this run ended, and with it the run ({why}). Its last checkpoint is "
-            "whole: the same command with --resume_from_checkpoint auto goes on from it",
+            f"whole: {launch.again} goes on from it",
             file=sys.__stderr__,
         )
     raise SystemExit(1) from error

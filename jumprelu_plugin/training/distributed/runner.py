@@ -72,7 +72,7 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             lambda: super(ShardedTrainingRunner, self).__init__(cfg, override_sae=shard, **options)
         )
         torch.set_rng_state(drawn)  # as after the draws of one process's dictionary
-        launch.agree_on("text", self._digest_of_text())
+        launch.agree_on("text", digest_of_text(self.activations_store.dataset))
         # A thread that draws in advance could not say when the others are to.
         if not cfg.prefetch_llm_batches:
             self.harvest = SharedHarvest(launch)
@@ -90,13 +90,6 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             if str(getattr(cfg, field)) == "cuda":
                 setattr(cfg, field, f"cuda:{self.launch.local_rank}")
         return cfg
-
-    def _digest_of_text(self) -> str:
-        dataset: Any = self.activations_store.dataset
-        found = hashlib.sha256(str(len(dataset) if hasattr(dataset, "__len__") else "").encode())
-        for row in islice(iter(dataset or ()), _COMPARED_ROWS):
-            found.update(repr(row).encode())
-        return found.hexdigest()
 
     @property
     def shard(self) -> ShardOfSAE:
@@ -175,6 +168,14 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             self.launch.from_the_first(save)
         finally:
             self.trainer = own
+
+
+def digest_of_text(dataset: Any) -> str:
+    """Of a dataset's length, where it has one, and its first rows."""
+    found = hashlib.sha256(str(len(dataset) if hasattr(dataset, "__len__") else "").encode())
+    for row in islice(iter(dataset or ()), _COMPARED_ROWS):
+        found.update(repr(row).encode())
+    return found.hexdigest()
 
 
 def train_sharded(

@@ -31,7 +31,7 @@ from jumprelu_plugin.records import require_file
 from jumprelu_plugin.saes.pickled_tensors import require_plain_tensors
 from jumprelu_plugin.step.activity import mean_l0
 from jumprelu_plugin.training.checkpoints import Checkpoints
-from jumprelu_plugin.training.health.alarms import Monitor, StepStats
+from jumprelu_plugin.training.health.alarms import Alarm, Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.training.metrics_file import append_metrics
@@ -132,6 +132,11 @@ class MultiTrainer(MultiSAETrainer):
                 )
                 for name, trainer in self.trainers.items()
             }
+            self.record(lines)
+
+    def record(self, lines: dict[str, Any]) -> None:
+        """Append a line with the metrics of each dictionary, by name."""
+        if self.metrics_path is not None:
             append_metrics(self.metrics_path, {"step": self.n_training_steps, **lines})
 
     def _show(self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm) -> None:
@@ -146,11 +151,18 @@ class MultiTrainer(MultiSAETrainer):
         )
 
     def _raise_alarms(self, step_outputs: dict[str, TrainStepOutput]) -> None:
-        step, to_wandb = self.n_training_steps - 1, self.cfg.logger.log_to_wandb
+        step = self.n_training_steps - 1
+        found = []
         for name, monitor in self.monitors.items():
             silent = self.trainers[name].n_forward_passes_since_fired
-            for alarm in monitor.step(StepStats.at(step_outputs[name]), silent, step):
-                report(alarm, self.metrics_path, to_wandb, of=name)
+            alarms = monitor.step(StepStats.at(step_outputs[name]), silent, step)
+            found += [(name, alarm) for alarm in alarms]
+        self.report_all(found)
+
+    def report_all(self, found: list[tuple[str, Alarm]]) -> None:
+        """Say the alarms of a step, each with its dictionary's name."""
+        for name, alarm in found:
+            report(alarm, self.metrics_path, self.cfg.logger.log_to_wandb, of=name)
 
     def _due(self) -> bool:
         return self.n_training_steps % self.cfg.logger.wandb_log_frequency == 0

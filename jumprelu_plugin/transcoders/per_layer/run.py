@@ -7,7 +7,7 @@ training starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,17 @@ def train_transcoders(
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
-    pairs = _pairs(model, settings)
+    pairs = pairs_of(model, settings)
     widths = pair_widths(model, pairs.values())
-    configs = {name: _config(pair, widths, settings) for name, pair in pairs.items()}
-    settings_now, estimate = _within_memory(model, configs, widths, settings)
+    configs = {name: config_of(pair, widths, settings) for name, pair in pairs.items()}
+    settings_now, estimate = within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     dataset, held_out = texts_of(model, settings, dataset)
     start_output_folder(output, settings)
     with whole_files(output) as unfinished:
         with quiet(), without_remote_code_errors():
             runner = LayerwiseRunner(
-                _runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
+                runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
                 pairs,
                 override_dataset=dataset,
                 override_model=model,
@@ -109,13 +109,11 @@ def train_transcoders(
             )
         trained = runner.run()
         (unfinished / RUNNER_CFG_FILENAME).unlink()
-    found = None
-    if held_out is not None:
-        # The saved folders are what is evaluated, loaded by stock SAELens as any other tool would.
-        saved = [SAE.load_from_disk(output / name, settings.device) for name in pairs]
-        found = evaluate_transcoders(model, saved, held_out)
+    found = evaluated(model, output, pairs, held_out, settings)
+    if found is not None:
         log(found.table())
-    _record(output, settings, pairs, trained, estimate, found, model)
+    layers = layers_of(pairs, trained)
+    write_record(output, settings, layers, estimate, found, model)
     finish_output_folder(output)
     return output
 
@@ -123,7 +121,12 @@ def train_transcoders(
 # ---------------------------------------------------------------- before training
 
 
-def _pairs(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
+def pairs_of(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
+    """The hooks of each layer's transcoder, by its folder's name.
+
+    Raises:
+        ValueError: a layer or a hook does not exist, or all layers would have one hook.
+    """
     n_layers = model.cfg.n_layers
     layers = range(n_layers) if settings.layers is None else settings.layers
     for layer in layers:
@@ -150,9 +153,10 @@ def _pairs(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
     return pairs
 
 
-def _config(
+def config_of(
     pair: HookPair, widths: dict[str, int], settings: TranscoderSettings
 ) -> JumpReLUTrainingTranscoderConfig:
+    """The config of one transcoder, from the recipe and the settings."""
     recipe = get_transcoder_recipe(settings.recipe)
     given: dict[str, Any] = {}
     target = settings.target_l0
@@ -178,7 +182,7 @@ def _config(
     )
 
 
-def _within_memory(
+def within_memory(
     model: Any, configs: dict[str, Any], widths: dict[str, int], settings: TranscoderSettings
 ) -> tuple[TranscoderSettings, MemoryEstimate]:
     """The settings with a buffer that fits into `memory_gb`, and the memory the run takes."""
@@ -207,7 +211,7 @@ def _batch_tokens(settings: TranscoderSettings) -> int:
     return settings.train_batch_size_tokens or recipe.runner["train_batch_size_tokens"]
 
 
-def _runner_config(
+def runner_config(
     configs: dict[str, Any],
     pairs: dict[str, HookPair],
     settings: TranscoderSettings,
@@ -215,6 +219,15 @@ def _runner_config(
     output: Path,
     checkpoint: Path | None,
 ) -> MultiSAETrainingRunnerConfig:
+    """SAELens' config of the run.
+
+    Args:
+        unfinished: where the transcoders are written before they are moved to `output`.
+        checkpoint: from which the run goes on.
+
+    Raises:
+        ValueError: the run has no step.
+    """
     recipe = get_transcoder_recipe(settings.recipe)
     batch = _batch_tokens(settings)
     steps = settings.training_tokens // batch
@@ -267,29 +280,44 @@ def _recorded_class_name(settings: TranscoderSettings) -> str:
 # ---------------------------------------------------------------- after training
 
 
-def _record(
+def layers_of(pairs: Mapping[str, HookPair], trained: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the record says of each transcoder that was trained."""
+    return [
+        {
+            "folder": name,
+            "hook_name": pairs[name].hook_in,
+            "hook_name_out": pairs[name].hook_out,
+            "architecture": made.cfg.architecture(),
+            "d_in": made.cfg.d_in,
+            "d_out": made.cfg.width_out,
+            "d_sae": made.cfg.d_sae,
+            "l0_in_training": made.cfg.metadata.l0,
+            "dead_in_training": made.cfg.metadata.num_dead_features,
+        }
+        for name, made in trained.items()
+    ]
+
+
+def evaluated(
+    model: Any, output: Path, names: Iterable[str], held_out: Any, settings: TranscoderSettings
+) -> SplicedSet | None:
+    """How the saved set does on held-out text; None without any."""
+    if held_out is None:
+        return None
+    # The saved folders are what is evaluated, loaded by stock SAELens as any other tool would.
+    saved = [SAE.load_from_disk(output / name, settings.device) for name in names]
+    return evaluate_transcoders(model, saved, held_out)
+
+
+def write_record(
     output: Path,
     settings: TranscoderSettings,
-    pairs: dict[str, HookPair],
-    trained: dict[str, Any],
+    layers: list[dict[str, Any]],
     estimate: MemoryEstimate,
     found: SplicedSet | None,
     model: Any,
 ) -> None:
-    layers = [
-        {
-            "folder": name,
-            "hook_name": pair.hook_in,
-            "hook_name_out": pair.hook_out,
-            "architecture": trained[name].cfg.architecture(),
-            "d_in": trained[name].cfg.d_in,
-            "d_out": trained[name].cfg.width_out,
-            "d_sae": trained[name].cfg.d_sae,
-            "l0_in_training": trained[name].cfg.metadata.l0,
-            "dead_in_training": trained[name].cfg.metadata.num_dead_features,
-        }
-        for name, pair in pairs.items()
-    ]
+    """Write the record, by which the folder is known as finished."""
     write_json(
         output / RECORD_FILENAME,
         {

@@ -60,7 +60,7 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         pairs: both hooks, under the names of `cfg.saes`.
         metrics_path: see `LayerwiseTrainer`.
         checkpoints: where they are saved; by default in `cfg.checkpoint_path`, if it is set.
-        override_dataset, override_model: as in SAELens.
+        override_dataset, override_model, override_saes: as in SAELens.
 
     Raises:
         ValueError: a hook does not exist, does not fire, or has another width than the config says.
@@ -74,9 +74,10 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         override_model: Any = None,
         metrics_path: Path | None = None,
         checkpoints: Checkpoints | None = None,
+        override_saes: dict[str, Any] | None = None,
     ):
         torch.manual_seed(cfg.seed)
-        super().__init__(cfg, override_dataset, override_model)
+        super().__init__(cfg, override_dataset, override_model, override_saes)
         self.pairs, self.metrics_path = dict(pairs), metrics_path
         if checkpoints is None and cfg.checkpoint_path is not None:
             checkpoints = Checkpoints(cfg.checkpoint_path)
@@ -98,8 +99,8 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         self._set_sae_metadata()
         for name, pair in self.pairs.items():
             self.saes[name].cfg.metadata.hook_name_out = pair.hook_out
-        batches = InterruptibleIterator(self.activations_store.get_multi_hook_data_loader())
-        trainer = LayerwiseTrainer(
+        batches = self.make_batches()
+        trainer = self.make_trainer(
             cfg=self.cfg.to_sae_trainer_config(),
             saes=self.saes,
             hook_names={name: name for name in self.pairs},
@@ -120,6 +121,14 @@ class LayerwiseRunner(MultiSAETrainingRunner):
             with explained_at_the_end(self.cfg.output_path, last, "the same command"):
                 self._save_final_outputs(saes, trainer)
         return saes
+
+    def make_batches(self) -> InterruptibleIterator:
+        """The batches of this run, which stop on Ctrl-C."""
+        return InterruptibleIterator(self.activations_store.get_multi_hook_data_loader())
+
+    def make_trainer(self, **parts: Any) -> LayerwiseTrainer:
+        """The trainer of this run."""
+        return LayerwiseTrainer(**parts)
 
 
 def _refuse_widths(name: str, pair: HookPair, cfg: Any, widths: Mapping[str, int]) -> None:
