@@ -47,7 +47,7 @@ def run_explanation_study(
     a request, and one that stopped goes on.
 
     Args:
-        folders: SAELens folders, each `folder` or `label=folder`; see `load_study_saes`.
+        folders: SAE folders, each `folder` or `label=folder`; see `load_study_saes`.
         output: a new folder, or that of an earlier run.
         settings: latents, contexts and scores.
         backend: the language model.

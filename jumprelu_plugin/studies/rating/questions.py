@@ -42,7 +42,7 @@ def make_rating_study(
     """Write a rating set to `output` and its key to another file, and return both paths.
 
     Args:
-        folders: SAELens folders, each `folder` or `label=folder`; see `load_study_saes`.
+        folders: SAE folders, each `folder` or `label=folder`; see `load_study_saes`.
         output: the folder that `serve` reads.
         key_path: the key; beside `output`, as `<output>.key.json`, by default. It may not lie in
             `output`.
