@@ -23,7 +23,7 @@ settings = SweepSettings(
     d_sae=512,
     training_tokens=1024 * STEPS,
     cache_dtype="int8",
-    held_out=24,
+    held_out=12,
 )
 records = run_sweep(OUTPUT / "sweep", settings)
 report = plot_sweep([records], OUTPUT / "figures")

@@ -36,6 +36,7 @@ def test_it_leaves_an_sae_a_record_and_metrics(quick: tuple[Path, str]) -> None:
     assert f"jumprelu steer {output / 'sae'}" in said.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_it_can_be_repeated(quick: tuple[Path, str]) -> None:
     output, _ = quick
     before = json.loads((output / "demo.json").read_text())

@@ -56,11 +56,12 @@ def memory_run(folder: Path, changes: dict[str, Any]) -> None:
             {"sae": {"d_sae": 16381, "step_kernel": "dense"}, "train_batch_size_tokens": 601,
              "training_tokens": 3 * 601, "n_batches_in_buffer": 211},
         ),
-        (
+        pytest.param(
             "drawing",
             {"sae": {"d_sae": 499, "step_kernel": "sparse"}, "train_batch_size_tokens": 4001,
              "training_tokens": 60 * 4001, "n_batches_in_buffer": 53 * 499,
              "store_batch_size_prompts": 499},
+            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
