@@ -8,16 +8,17 @@ and the same with `--architectures jumprelu-plugin --lr 1.2e-2`; the records are
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architectures import PLUGIN
 from benchmarks.tables import RESULTS, Records, commits, mean, read, table
 from jumprelu_plugin.studies.figures.frontiers import delta_lm_loss
-from jumprelu_plugin.studies.figures.groups import architectures
+from jumprelu_plugin.studies.figures.groups import architectures, places
 from jumprelu_plugin.studies.figures.panel import save_figures
 
 PAPER = RESULTS / "paper_grid.jsonl"
-PLUGIN = "jumprelu-plugin"
 AT_RULE = f"{PLUGIN} (rate of the recipe)"
 # Farther from its target than this, a cell says its L0.
 FAR = 0.05
@@ -40,7 +41,7 @@ def paper_latents() -> str:
     records = [r for r in _records() if r["target_l0"] == MIDDLE]
     rows = [
         (
-            site,
+            _title(site),
             name,
             f"{mean(group, 'l0'):.1f}",
             f"{mean(group, 'dead_share'):.1%}",
@@ -48,7 +49,7 @@ def paper_latents() -> str:
             f"{mean(group, 'share_above_10_percent'):.2%}",
             f"{mean(group, 'uniformity'):.3f}",
         )
-        for site, here in _by_site(records).items()
+        for site, here in places(records).items()
         for name, group in architectures(here).items()
     ]
     header = ("", "", "L0", "dead", "above 1 %", "above 10 %", "uniformity")
@@ -59,9 +60,8 @@ def draw_frontier(path: Path) -> None:
     """Delta LM loss against L0 at the three sites, each architecture at its best learning rate."""
     figure = delta_lm_loss(r for r in _records() if r["architecture"] != AT_RULE)
     assert figure is not None  # every record has a delta LM loss
-    drawn = [p for p in save_figures([figure], path.parent) if p.suffix == ".png"]
-    drawn[0].replace(path)
-    drawn[0].with_suffix(".svg").unlink()
+    save_figures([replace(figure, name=path.stem)], path.parent)
+    path.with_suffix(".svg").unlink()  # the document shows the PNG
 
 
 def _records() -> Records:
@@ -73,12 +73,12 @@ def _fidelity(field: str, form: str) -> str:
     records = _records()
     names = list(architectures(records))
     rows = []
-    for site, here in _by_site(records).items():
+    for site, here in places(records).items():
         for target in sorted({r["target_l0"] for r in here}):
             at = architectures(r for r in here if r["target_l0"] == target)
             best = min(mean(group, field) for group in at.values() if not _is_far(group))
             cells = [_cell(at[name], field, form, best) for name in names]
-            rows.append((site, f"{target:g}", *cells))
+            rows.append((_title(site), f"{target:g}", *cells))
     header = ("", "L0", *names)
     return f"{table(header, rows)}\n\n{_setting(records)}"
 
@@ -95,11 +95,8 @@ def _is_far(group: Records) -> bool:
     return abs(mean(group, "l0") / group[0]["target_l0"] - 1) > FAR
 
 
-def _by_site(records: Records) -> dict[str, Records]:
-    return {
-        f"`{site.removeprefix('blocks.')}`": [r for r in records if r["site"] == site]
-        for site in dict.fromkeys(r["site"] for r in records)
-    }
+def _title(site: str) -> str:
+    return f"`{site.removeprefix('blocks.')}`"
 
 
 def _setting(records: Records) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
     else:
         _refused.discard(path)
         _written.add(path)
+
+
+def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float | None]:
+    """The numbers among the metrics; those that are not finite as null, which JSON has."""
+    return {
+        name: value if math.isfinite(value) else None
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+    }
 
 
 def keep_before(path: Path, step: int) -> None:

@@ -8,7 +8,6 @@ config asks for, one every few minutes, and one when the run is interrupted.
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
-from jumprelu_plugin.training.metrics_file import append_metrics
+from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
 
 PROGRESS_EVERY = 10
 
@@ -121,12 +120,8 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
     def _record(self, metrics: dict[str, Any]) -> None:
         if self.metrics_path is None:
             return
-        numbers = {
-            name: value if math.isfinite(value) else None
-            for name, value in metrics.items()
-            if isinstance(value, int | float)
-        }
-        append_metrics(self.metrics_path, {"step": self.n_training_steps, **numbers})
+        line = {"step": self.n_training_steps, **finite_numbers(metrics)}
+        append_metrics(self.metrics_path, line)
 
     # ---------------------------------------------------------------- interruption
 

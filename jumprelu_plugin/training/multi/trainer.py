@@ -34,7 +34,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.alarms import Alarm, Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
-from jumprelu_plugin.training.metrics_file import append_metrics
+from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
 
 
 class MultiTrainer(MultiSAETrainer):
@@ -126,7 +126,7 @@ class MultiTrainer(MultiSAETrainer):
     def _record(self, step_outputs: dict[str, TrainStepOutput]) -> None:
         if self.metrics_path is not None and self._due():
             lines = {
-                name: _finite(
+                name: finite_numbers(
                     trainer.build_train_step_log_dict(step_outputs[name], self.n_training_samples)
                     | self.monitors[name].gauges
                 )
@@ -235,11 +235,6 @@ def fit_until_stopped(trainer: MultiTrainer, batches: InterruptibleIterator) -> 
                 trainer.save_now()
                 logger.warning(f"interrupted; the last checkpoint: {trainer.checkpoints.last}")
             raise
-
-
-def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that are not finite as null, which JSON has."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _mean(values: list[float]) -> float:

@@ -112,13 +112,10 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     layers = read.get("layers")
     if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         raise ValueError(f"layers is {layers!r}; expected a list of whole numbers")
+    defaults = vars(CLTConfig(d_in=1, d_out=1, d_sae=1, layers=(0,)))
     for name in read.keys() - {"d_in", "d_out", "d_sae", "layers"}:
-        value = read[name]
-        if name == "model_from_pretrained_kwargs":
-            plain, kinds = {}, (dict,)
-        else:
-            plain = {f.name: f.default for f in fields(CLTConfig)}[name]
-            kinds = (str,) if isinstance(plain, str) else (int, type(None))
+        value, plain = read[name], defaults[name]
+        kinds = (int, type(None)) if plain is None else (type(plain),)
         if not isinstance(value, kinds):
             raise ValueError(f"{name} is {value!r}; expected something like {plain!r}")
     return read

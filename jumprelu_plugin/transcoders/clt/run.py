@@ -158,6 +158,7 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
     d_in = _one_width({pair.hook_in: widths[pair.hook_in] for pair in named.pairs}, "input")
     d_out = _one_width({pair.hook_out: widths[pair.hook_out] for pair in named.pairs}, "output")
     keywords = keywords_to_record(settings)
+    dtype = keywords.pop("dtype", "float32")
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
     return replace(
         named,
@@ -166,7 +167,7 @@ def _config(model: Any, settings: CLTSettings) -> CLTConfig:
         d_sae=d_sae,
         model_class_name=settings.model_class_name,
         model_from_pretrained_kwargs=keywords,
-        dtype=keywords.pop("dtype", "float32"),
+        dtype=dtype,
         dataset_path=settings.dataset_path,
         context_size=settings.context_size,
     )
