@@ -6,8 +6,8 @@ On the command line:
         --hook_name blocks.1.hook_resid_post,blocks.3.hook_resid_post --target_l0 16,32 \\
         --d_sae 512 --training_tokens 819200 --output_path output/19_train_many
 
-Each SAE is the one that its own run would train, bit for bit. Writes ./output/19_train_many, with a
-folder for each.
+Each SAE is the one that its own run would train, bit for bit where the config fixes step_kernel.
+Writes ./output/19_train_many, with a folder for each.
 """
 
 import os

@@ -16,6 +16,7 @@ from jumprelu_plugin.training.health.memory import (
     KEPT_FOR_LOG,
     calibration_bytes,
     forward_bytes,
+    parameter_bytes,
     rows_bytes,
     step_bytes,
     usual_entries,
@@ -75,7 +76,7 @@ def estimate_memory(
     weights = [transcoder_parameters(cfg) for cfg in configs]
     width = sum(hook_widths)
     return MemoryEstimate(
-        model=sum(p.numel() * p.element_size() for p in model.parameters()),
+        model=parameter_bytes(model),
         transcoders=FLOAT32 * (3 * sum(weights) + max(weights)),
         chunk=FLOAT32 * chunk_sequences * context_size * width,
         working=max(

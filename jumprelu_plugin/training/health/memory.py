@@ -101,14 +101,8 @@ def forecast(
         replicas: processes over which each batch is split; the first is calibrated on whole.
     """
     device = torch.device(cfg.device)
-    parameters = sum(p.numel() * p.element_size() for p in sae.parameters())
-    rows = cfg.n_batches_in_buffer * cfg.context_size
-    here = _same(device, cfg.act_store_device)
-    buffer = FLOAT32 * rows * width if here else 0
-    forward = 0
-    if _same(device, cfg.llm_device):
-        forward = forward_bytes(model, width, cfg.context_size, cfg.store_batch_size_prompts)
-    one_pass = FLOAT32 * cfg.store_batch_size_prompts * cfg.context_size * width if here else 0
+    parameters = parameter_bytes(sae)
+    buffer, forward, one_pass = harvest_bytes(cfg, model, width)
     moments = sae_moments(
         batch=cfg.train_batch_size_tokens,
         replicas=replicas,
@@ -125,11 +119,39 @@ def forecast(
         calibrates=calibrates,
         saves=bool(cfg.n_checkpoints),
     )
+    return at_its_peak(device, parameters, buffer, moments)
+
+
+def parameter_bytes(module: Any) -> int:
+    """Of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def harvest_bytes(cfg: Any, model: Any, width: int) -> tuple[int, int, int]:
+    """On the device of what is trained: the mixing buffer, a forward pass of the model, and what
+    one pass gives; 0 where another device holds it.
+
+    Args:
+        cfg: SAELens' runner config.
+        width: of the rows in the buffer.
+    """
+    device, prompts = torch.device(cfg.device), cfg.store_batch_size_prompts
+    row = FLOAT32 * cfg.context_size * width if _same(device, cfg.act_store_device) else 0
+    forward = 0
+    if _same(device, cfg.llm_device):
+        forward = forward_bytes(model, width, cfg.context_size, prompts)
+    return cfg.n_batches_in_buffer * row, forward, prompts * row
+
+
+def at_its_peak(
+    device: torch.device, weights: int, buffer: int, moments: Mapping[str, int]
+) -> MemoryForecast:
+    """The forecast from what each moment takes beside weights, optimizer and buffer, in bytes."""
     moment = max(moments, key=lambda name: moments[name])
     return MemoryForecast(
         device=str(device),
         there=taken(device),
-        optimizer=3 * parameters,
+        optimizer=3 * weights,
         buffer=buffer,
         moment=moment,
         working=moments[moment],

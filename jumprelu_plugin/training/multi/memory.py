@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from jumprelu_plugin.training.health.machine import available, taken
 from jumprelu_plugin.training.health.memory import (
     BUFFER_COPIES,
-    FLOAT32,
     KEPT_FOR_LOG,
     MemoryForecast,
+    at_its_peak,
     calibration_bytes,
-    forward_bytes,
+    harvest_bytes,
+    parameter_bytes,
     rows_bytes,
     step_bytes,
     usual_entries,
@@ -40,13 +40,9 @@ def forecast_of_all(
         calibrates: whether the first step measures z first.
     """
     device, batch = torch.device(cfg.device), cfg.train_batch_size_tokens
-    here = torch.device(cfg.act_store_device).type == device.type
-    width, tokens = sum(widths.values()), cfg.store_batch_size_prompts * cfg.context_size
-    buffer = FLOAT32 * cfg.n_batches_in_buffer * cfg.context_size * width if here else 0
-    drawing = 0
-    if torch.device(cfg.llm_device).type == device.type:
-        drawing = forward_bytes(model, width, cfg.context_size, cfg.store_batch_size_prompts)
-    weights = {name: _weights(sae) for name, sae in saes.items()}
+    width = sum(widths.values())
+    buffer, forward, one_pass = harvest_bytes(cfg, model, width)
+    weights = {name: parameter_bytes(sae) for name, sae in saes.items()}
     alone = {name: _step(name, sae, batch, device, entries, 0) for name, sae in saes.items()}
     kept = sum(
         _step(name, sae, batch, device, entries, 1) - alone[name] for name, sae in saes.items()
@@ -62,25 +58,10 @@ def forecast_of_all(
             calibration_bytes(batch, sae.cfg.d_sae) - 3 * weights[name]
             for name, sae in saes.items()
         ),
-        "drawing": max(int((BUFFER_COPIES - 1) * buffer), drawing)
-        + (FLOAT32 * tokens * width if here else 0)
-        - total,
+        "drawing": max(int((BUFFER_COPIES - 1) * buffer), forward) + one_pass - total,
         "saving": buffer if cfg.n_checkpoints else 0,
     }
-    moment = max(moments, key=lambda name: moments[name])
-    return MemoryForecast(
-        device=str(device),
-        there=taken(device),
-        optimizer=3 * total,
-        buffer=buffer,
-        moment=moment,
-        working=moments[moment],
-        available=available(device),
-    )
-
-
-def _weights(sae: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in sae.parameters())
+    return at_its_peak(device, total, buffer, moments)
 
 
 def _step(

@@ -12,6 +12,7 @@ from jumprelu_plugin.training.health.memory import (
     STEP_ARRAYS_CLT,
     calibration_bytes,
     forward_bytes,
+    parameter_bytes,
     rows_bytes,
     step_bytes,
     usual_entries,
@@ -60,7 +61,7 @@ def estimate_memory(
     # What each layer writes, and its gradient, which live until the backward pass.
     written = 2 * FLOAT32 * batch_tokens * _decoders(cfg) * cfg.d_out
     return MemoryEstimate(
-        model=sum(p.numel() * p.element_size() for p in model.parameters()),
+        model=parameter_bytes(model),
         transcoders=4 * FLOAT32 * parameter_count(cfg),
         chunk=FLOAT32 * chunk_sequences * context_size * width,
         working=max(
