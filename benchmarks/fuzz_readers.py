@@ -28,6 +28,8 @@ from jumprelu_plugin.records import append_jsonl, write_json
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.parameters import Parameters
+from jumprelu_plugin.training.activations.cache.reader import ActivationCache
+from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
 from jumprelu_plugin.training.activations.hook_pairs import HookPair
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.store import ResumableActivationsStore
@@ -264,6 +266,30 @@ def read_clt_checkpoint(folder: Path) -> None:
     clt_trainer(folder.parent).load(folder)
 
 
+# ---------------------------------------------------------------- activations
+
+
+def write_cache(folder: Path) -> None:
+    tokens = torch.randint(5, 900, (7, 11), generator=torch.Generator().manual_seed(2))
+    write_activation_cache(
+        folder,
+        load_model(EMBEDDED_MODEL),
+        [HOOK],
+        tokens,
+        dtype="int8",
+        sequences_per_shard=5,
+        log=lambda _: None,
+        model_name=EMBEDDED_MODEL,
+        model_class_name="HookedTransformer",
+    )
+
+
+def read_cache(folder: Path) -> None:
+    cache = ActivationCache(folder)
+    cache.mean(HOOK)
+    next(cache.batches(HOOK, 13))
+
+
 # ---------------------------------------------------------------- records and settings
 
 
@@ -309,6 +335,7 @@ READERS = {
         lambda folder: write_store(folder, pairs=False),
         lambda folder: kept_store(False).load_from_checkpoint(folder),
     ),
+    "activation-cache": Reader(write_cache, read_cache),
     "unfinished-run": Reader(write_output, read_output),
     "records": Reader(write_lines, read_lines),
 }

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import flat_input, require_folded
-from jumprelu_plugin.records import is_number, named, read_json, text_field
+from jumprelu_plugin.records import is_number, named, read_json, require_file, text_field
 from jumprelu_plugin.saes.parameters import PairScale, Parameters
 
 LOADER = Loader("SAE.load_from_disk", "sae_lens", "sae-lens", "pip install sae-lens")
@@ -73,6 +73,9 @@ def load_sae(folder: Path, device: str = "cpu") -> Any:
     """
     if is_format(folder):
         _refuse_damaged_config(folder / SAE_CFG_FILENAME)
+    weights = folder / SAE_WEIGHTS_FILENAME
+    if weights.exists():  # safetensors waits for a pipe without end, and no signal reaches it
+        require_file(weights)
     try:
         sae = load_inference_sae(folder, device)
     except FileNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_unfolded_checkpoint_is_refused_or_folded(tmp_path: Path) -> None:
     scaler.write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
     with pytest.raises(ValueError, match="whitened"):
         export(folder, "gemma-scope", tmp_path / "gs", fold_scale=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are Unix's")
+def test_weights_that_are_a_pipe_are_refused_without_waiting(tmp_path: Path) -> None:
+    folder = saved(random_sae(), tmp_path / "sae")
+    (folder / "sae_weights.safetensors").unlink()
+    os.mkfifo(folder / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="sae_weights.safetensors is a device or pipe"):
+        load_dictionary(folder)
 
 
 def test_transcoder_checkpoint_folds_two_scales(tmp_path: Path) -> None:

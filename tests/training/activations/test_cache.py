@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from jumprelu_plugin.models.hooks import flat_heads
+from jumprelu_plugin.records import read_json, write_json
 from jumprelu_plugin.training.activations.cache import writer
 from jumprelu_plugin.training.activations.cache.coding import (
     Standardization,
     decode_rows,
     encode_rows,
 )
-from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
+from jumprelu_plugin.training.activations.cache.manifest import MANIFEST_FILENAME, CacheManifest
 from jumprelu_plugin.training.activations.cache.reader import ActivationCache
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
 from tests.interrupted_runs import interrupted_after
@@ -271,3 +272,31 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
 def test_too_large_a_batch(cache: ActivationCache) -> None:
     with pytest.raises(ValueError, match="a batch has 10000 tokens and the activation cache"):
         cache.batches(RESIDUAL, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shard_rows", [3, "7"]),
+        ("shard_rows", []),
+        ("hooks", {RESIDUAL: -1}),
+        ("dtype", ["int8"]),
+        ("n_sequences", True),
+        ("of a later version", 1),
+    ],
+)
+def test_a_manifest_with_a_wrong_entry_is_refused_by_name(
+    cache: ActivationCache, tmp_path: Path, field: str, value: Any
+) -> None:
+    manifest = read_json(cache.folder / MANIFEST_FILENAME)
+    write_json(tmp_path / MANIFEST_FILENAME, {**manifest, field: value})
+    with pytest.raises(ValueError, match="activations.json is not the manifest"):
+        ActivationCache(tmp_path)
+
+
+def test_a_shard_of_another_cache_is_refused(cache: ActivationCache, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(cache.folder, tmp_path / "c"))
+    shards = sorted(folder.glob("shard_*"))
+    shutil.copy(shards[-1], shards[0])  # the last one holds fewer rows
+    with pytest.raises(ValueError, match=f"{shards[0].name} has .* of shape"):
+        list(ActivationCache(folder).rows(RESIDUAL))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jumprelu_plugin.records import write_json
-from jumprelu_plugin.training.activations.cache.coding import bytes_of_row
+from jumprelu_plugin.records import read_json, write_json
+from jumprelu_plugin.training.activations.cache.coding import DTYPES, bytes_of_row
 
 MANIFEST_FILENAME = "activations.json"
 FORMAT = "jumprelu-plugin activation cache 1"
@@ -102,17 +101,55 @@ class CacheManifest:
                 f"{folder} is not an activation cache (it has no {MANIFEST_FILENAME}); "
                 "write one with jumprelu cache-activations"
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("format") != FORMAT:
-                raise ValueError
-            values["excluded_tokens"] = tuple(values["excluded_tokens"])
-            values["shard_rows"] = tuple(values["shard_rows"])
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        values = read_json(path)
+        wrong = [name for name, is_valid in _VALID.items() if not is_valid(values.get(name))]
+        if wrong or set(values) != set(_VALID):
             raise ValueError(
-                f"{path} is not the manifest of a {FORMAT!r}; write the cache again"
-            ) from None
+                f"{path} is not the manifest of a {FORMAT!r}"
+                f"{f' ({wrong[0]} is {_short(values.get(wrong[0]))})' if wrong else ''}; "
+                "write the cache again"
+            )
+        del values["format"]
+        values["excluded_tokens"] = tuple(values["excluded_tokens"])
+        values["shard_rows"] = tuple(values["shard_rows"])
+        return cls(**values)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _are_widths(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_count(width) and width for width in value.values())
+
+
+# What each entry of `activations.json` must be.
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: value == FORMAT,
+    "model_name": _is_text,
+    "model_class_name": _is_text,
+    "model_digest": _is_text,
+    "dataset_path": _is_text,
+    "text_digest": _is_text,
+    "n_sequences": _is_count,
+    "context_size": _is_count,
+    "prepend_bos": lambda value: isinstance(value, bool),
+    "excluded_tokens": _are_counts,
+    "hooks": _are_widths,
+    "dtype": lambda value: _is_text(value) and value in DTYPES,
+    "seed": lambda value: type(value) is int,
+    "sequences_per_shard": _is_count,
+    "shard_rows": lambda value: _are_counts(value) and value != [],
+    "provenance": lambda value: isinstance(value, dict),
+}
 
 
 def _short(value: Any) -> str:

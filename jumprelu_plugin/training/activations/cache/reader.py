@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
+from jumprelu_plugin.records import require_file
+from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 from jumprelu_plugin.training.activations.cache.coding import Standardization, decode_rows
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 
@@ -65,22 +66,29 @@ class ActivationCache:
         """The mean over all tokens, from the activations before they were rounded."""
         self.width(hook)
         total = sum(
-            self._read(number, f"{hook}/sum") for number in range(len(self.manifest.shard_rows))
+            self._read(number, f"{hook}/sum", self.width(hook))
+            for number in range(len(self.manifest.shard_rows))
         )
         assert isinstance(total, Tensor)
         return (total / self.n_rows).float()
 
     def shard(self, hook: str, number: int) -> _Shard:
         """The stored values of a shard, and their scales; in memory."""
-        scale = self._read(number, f"{hook}/scale") if self.manifest.dtype == "int8" else None
-        return self._read(number, f"{hook}/values"), scale
+        rows, is_scaled = self.manifest.shard_rows[number], self.manifest.dtype == "int8"
+        scale = self._read(number, f"{hook}/scale", rows) if is_scaled else None
+        return self._read(number, f"{hook}/values", rows, self.width(hook)), scale
 
     def standardization(self, hook: str) -> Standardization | None:
         """What int8 values are decoded with."""
         if self.manifest.dtype != "int8":
             return None
-        saved = load_file(self.folder / STANDARDIZATION_FILENAME)
-        return Standardization(saved[f"{hook}/center"], saved[f"{hook}/spread"])
+        path = self.folder / STANDARDIZATION_FILENAME
+        saved = read_safetensors(path)
+        center, spread = (
+            _of_shape(saved.get(f"{hook}/{part}"), (self.width(hook),), f"{hook}/{part}", path)
+            for part in ("center", "spread")
+        )
+        return Standardization(center, spread)
 
     def rows(self, hook: str) -> Iterator[Float[Tensor, "rows d"]]:
         """All activations at a hook, a shard at a time, as they are stored."""
@@ -97,11 +105,22 @@ class ActivationCache:
         """
         return CacheBatches(self, hook, batch_size, seed)
 
-    def _read(self, number: int, name: str) -> Tensor:
+    def _read(self, number: int, name: str, *shape: int) -> Tensor:
         path = self.manifest.shard(self.folder, number)
-        with safe_open(path, framework="pt") as file:
+        require_file(path)
+        with explained(path), safe_open(path, framework="pt") as file:
             # A copy: the mapped file is then read once and in order, not in the rows' random order.
-            return file.get_tensor(name).clone()
+            return _of_shape(file.get_tensor(name), shape, name, path).clone()
+
+
+def _of_shape(found: Tensor | None, shape: tuple[int, ...], name: str, path: Path) -> Tensor:
+    """The tensor `name` of a file, refused where the manifest describes another."""
+    if found is None or found.shape != shape:
+        raise ValueError(
+            f"{path} has {name} of shape {None if found is None else tuple(found.shape)}; the "
+            f"cache's manifest says {shape}. Delete the file and write the cache again"
+        )
+    return found
 
 
 class CacheBatches(Iterator[Tensor]):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
 from jumprelu_plugin.models.language_models import model_digest
+from jumprelu_plugin.saes.tensor_files import read_safetensors
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.reader import ActivationCache, CacheBatches
 
@@ -52,7 +52,7 @@ class CachedActivationsStore(ActivationsStore):
         Raises:
             ValueError: the checkpoint is of a run that read no cache.
         """
-        state = load_file(file_path)
+        state = read_safetensors(Path(file_path))
         if _POSITION not in state:
             raise ValueError(
                 f"{file_path} is of a run that did not read an activation cache; resume it without "

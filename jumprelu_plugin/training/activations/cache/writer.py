@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,6 +24,7 @@ from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooks import flat_heads, hook_point
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.records import digest, provenance
+from jumprelu_plugin.saes.tensor_files import read_safetensors
 from jumprelu_plugin.step import spinning
 from jumprelu_plugin.training.activations.cache.coding import (
     DTYPES,
@@ -250,7 +251,7 @@ def _standardizations(
         tensors = {f"{hook}/center": s.center for hook, s in found.items()}
         tensors |= {f"{hook}/spread": s.spread for hook, s in found.items()}
         _save_whole(folder, STANDARDIZATION_FILENAME, tensors)
-    saved = load_file(path)
+    saved = read_safetensors(path)
     return {
         hook: Standardization(saved[f"{hook}/center"], saved[f"{hook}/spread"]) for hook in rows
     }
