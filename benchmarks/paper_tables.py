@@ -1,14 +1,14 @@
-"""The tables and the figure of the paper's comparison, from the records of `paper_grid.yaml`.
+"""The tables and figures of the paper's comparison, from the records of two sweeps.
 
     jumprelu sweep benchmarks/paper_grid.yaml --output_path output/paper_grid --train_together 1
 
 and the same with `--architectures jumprelu-plugin --lr 1.2e-2`; the records are the two sweeps'
-`records.jsonl`, one after the other.
+`records.jsonl`, one after the other. `paper_grid_gemma.yaml` is the same on Gemma 3 270M.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +18,81 @@ from jumprelu_plugin.studies.figures.frontiers import delta_lm_loss
 from jumprelu_plugin.studies.figures.groups import architectures, places
 from jumprelu_plugin.studies.figures.panel import save_figures
 
-PAPER = RESULTS / "paper_grid.jsonl"
 AT_RULE = f"{PLUGIN} (rate of the recipe)"
 # Farther from its target than this, a cell says its L0.
 FAR = 0.05
-# The L0 at which latents are compared.
-MIDDLE = 16
 
 
-def paper_delta() -> str:
-    """Delta LM loss of every architecture at each site and target L0."""
-    return _fidelity("delta_lm_loss", ".3f")
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep of the paper's architectures gave.
+
+    Attributes:
+        path: its records.
+        middle: the L0 at which latents are compared.
+    """
+
+    path: Path
+    middle: int
+
+    def delta(self) -> str:
+        """Delta LM loss of every architecture at each site and target L0."""
+        return self._fidelity("delta_lm_loss", ".3f")
+
+    def fvu(self) -> str:
+        """FVU of every architecture at each site and target L0."""
+        return self._fidelity("fvu", ".3f")
+
+    def latents(self) -> str:
+        """What the latents of every architecture are at one target L0."""
+        records = [r for r in self._records() if r["target_l0"] == self.middle]
+        rows = [
+            (
+                _title(site),
+                name,
+                f"{mean(group, 'l0'):.1f}",
+                f"{mean(group, 'dead_share'):.1%}",
+                f"{mean(group, 'share_above_1_percent'):.0%}",
+                f"{mean(group, 'share_above_10_percent'):.2%}",
+                f"{mean(group, 'uniformity'):.3f}",
+            )
+            for site, here in places(records).items()
+            for name, group in architectures(here).items()
+        ]
+        header = ("", "", "L0", "dead", "above 1 %", "above 10 %", "uniformity")
+        return f"{table(header, rows, names=2)}\n\n{_setting(records)}"
+
+    def draw_frontier(self, path: Path) -> None:
+        """Delta LM loss against L0 at each site, every architecture at its best learning rate."""
+        figure = delta_lm_loss(r for r in self._records() if r["architecture"] != AT_RULE)
+        assert figure is not None  # every record has a delta LM loss
+        save_figures([replace(figure, name=path.stem)], path.parent)
+        path.with_suffix(".svg").unlink()  # the document shows the PNG
+
+    def _records(self) -> Records:
+        """Those of the file; this package's at the recipe's rate apart, where it has two rates."""
+        records = read(self.path)
+        rates = {r["lr_by_width"] for r in records if r["architecture"] == PLUGIN}
+        if len(rates) == 1:
+            return records
+        return [{**r, "architecture": AT_RULE} if r["lr_by_width"] else r for r in records]
+
+    def _fidelity(self, field: str, form: str) -> str:
+        records = self._records()
+        names = list(architectures(records))
+        rows = []
+        for site, here in places(records).items():
+            for target in sorted({r["target_l0"] for r in here}):
+                at = architectures(r for r in here if r["target_l0"] == target)
+                best = min(mean(group, field) for group in at.values() if not _is_far(group))
+                cells = [_cell(at[name], field, form, best) for name in names]
+                rows.append((_title(site), f"{target:g}", *cells))
+        header = ("", "L0", *names)
+        return f"{table(header, rows)}\n\n{_setting(records)}"
 
 
-def paper_fvu() -> str:
-    """FVU of every architecture at each site and target L0."""
-    return _fidelity("fvu", ".3f")
-
-
-def paper_latents() -> str:
-    """What the latents of every architecture are at one target L0."""
-    records = [r for r in _records() if r["target_l0"] == MIDDLE]
-    rows = [
-        (
-            _title(site),
-            name,
-            f"{mean(group, 'l0'):.1f}",
-            f"{mean(group, 'dead_share'):.1%}",
-            f"{mean(group, 'share_above_1_percent'):.0%}",
-            f"{mean(group, 'share_above_10_percent'):.2%}",
-            f"{mean(group, 'uniformity'):.3f}",
-        )
-        for site, here in places(records).items()
-        for name, group in architectures(here).items()
-    ]
-    header = ("", "", "L0", "dead", "above 1 %", "above 10 %", "uniformity")
-    return f"{table(header, rows, names=2)}\n\n{_setting(records)}"
-
-
-def draw_frontier(path: Path) -> None:
-    """Delta LM loss against L0 at the three sites, each architecture at its best learning rate."""
-    figure = delta_lm_loss(r for r in _records() if r["architecture"] != AT_RULE)
-    assert figure is not None  # every record has a delta LM loss
-    save_figures([replace(figure, name=path.stem)], path.parent)
-    path.with_suffix(".svg").unlink()  # the document shows the PNG
-
-
-def _records() -> Records:
-    """Those of the file, with this package's at two learning rates apart."""
-    return [{**r, "architecture": AT_RULE} if r["lr_by_width"] else r for r in read(PAPER)]
-
-
-def _fidelity(field: str, form: str) -> str:
-    records = _records()
-    names = list(architectures(records))
-    rows = []
-    for site, here in places(records).items():
-        for target in sorted({r["target_l0"] for r in here}):
-            at = architectures(r for r in here if r["target_l0"] == target)
-            best = min(mean(group, field) for group in at.values() if not _is_far(group))
-            cells = [_cell(at[name], field, form, best) for name in names]
-            rows.append((_title(site), f"{target:g}", *cells))
-    header = ("", "L0", *names)
-    return f"{table(header, rows)}\n\n{_setting(records)}"
+EMBEDDED = Grid(RESULTS / "paper_grid.jsonl", middle=16)
+GEMMA = Grid(RESULTS / "paper_grid_gemma.jsonl", middle=20)
 
 
 def _cell(group: Any, field: str, form: str, best: float) -> str:
@@ -101,8 +113,9 @@ def _title(site: str) -> str:
 
 def _setting(records: Records) -> str:
     first = records[0]
-    seeds = len({r["seed"] for r in records})
+    seeds = {len({r["seed"] for r in here}) for here in places(records).values()}
+    averaged = f"mean of {' or '.join(map(str, sorted(seeds, reverse=True)))} seeds"
     return (
-        f"{first['d_sae']:,} latents, {first['steps']:,} steps of {first['batch']:,} tokens, mean "
-        f"of {seeds} seeds, {first['held_out_tokens']:,} held-out tokens; {commits(records)}."
+        f"{first['d_sae']:,} latents, {first['steps']:,} steps of {first['batch']:,} tokens, "
+        f"{averaged}, {first['held_out_tokens']:,} held-out tokens; {commits(records)}."
     )

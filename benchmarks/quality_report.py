@@ -292,9 +292,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "l0_sweep": l0_sweep,
     "against_sparsify": against_sparsify,
     "durability": durability,
-    "paper_delta": paper_tables.paper_delta,
-    "paper_fvu": paper_tables.paper_fvu,
-    "paper_latents": paper_tables.paper_latents,
+    "paper_delta": paper_tables.EMBEDDED.delta,
+    "paper_fvu": paper_tables.EMBEDDED.fvu,
+    "paper_latents": paper_tables.EMBEDDED.latents,
 }
 
 
@@ -371,7 +371,7 @@ def draw_targets(path: Path) -> None:
 FIGURE_OF: dict[str, Callable[[Path], None]] = {
     "frontier.png": draw_frontier,
     "target_l0.png": draw_targets,
-    "paper_frontier.png": paper_tables.draw_frontier,
+    "paper_frontier.png": paper_tables.EMBEDDED.draw_frontier,
 }
 
 

@@ -73,6 +73,8 @@ def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError("its files are not in one folder, each once")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("its files are compressed, as torch.save does not do")
+    if any(member.compress_size != member.file_size for member in members):
+        raise ValueError("its files have two sizes")  # the larger would be allocated
     if sum(member.file_size for member in members) > size:
         raise ValueError("its files are larger than itself")
     if "data.pkl" not in names:

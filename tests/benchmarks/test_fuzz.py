@@ -88,6 +88,18 @@ def test_a_tensor_is_no_larger_than_its_storage(tmp_path: Path) -> None:
             read_torch(path)
 
 
+def test_a_file_of_an_archive_has_one_size(tmp_path: Path) -> None:
+    """zipfile reads as many bytes as the packed size says, and allocates them first."""
+    path = tmp_path / "ae.pt"
+    torch.save({"W_enc": torch.zeros(7)}, path)
+    raw = bytearray(path.read_bytes())
+    entry = raw.index(b"PK\x01\x02")  # of data.pkl, the first in the archive's directory
+    raw[entry + 20 : entry + 24] = (2**27).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="its files have two sizes"):
+        read_torch(path)
+
+
 def test_what_torch_saves_is_read_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     random = torch.Generator().manual_seed(1)
