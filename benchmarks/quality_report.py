@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import architectures, paper_tables, trainers
+from benchmarks import architectures, interop, paper_tables, trainers
 from benchmarks.l0_sweep import TRAINED_L0 as SWEEP_TRAINED_L0
 from benchmarks.tables import (
     FIGURES,
@@ -295,6 +295,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "paper_delta": paper_tables.EMBEDDED.delta,
     "paper_fvu": paper_tables.EMBEDDED.fvu,
     "paper_latents": paper_tables.EMBEDDED.latents,
+    "saebench_core": interop.saebench_core,
+    "sae_probes": interop.sae_probes,
 }
 
 

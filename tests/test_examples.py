@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.dictionaries import needs
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
 STEPS = "7"
+# Examples of other tools, which are not of this package's environment.
+TOOL = {"20_saebench": "sae_bench", "21_sae_probes": "sae_probes"}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenized_once: None) -> It
 # In this process and not each in one of its own: importing PyTorch and SAELens takes 5 s.
 @pytest.mark.parametrize("example", EXAMPLES[1:], ids=lambda path: path.stem)
 def test_example_runs(example: Path, folder: Path) -> None:
+    if example.stem in TOOL:
+        needs(TOOL[example.stem])
     grad = torch.is_grad_enabled()
     before = set(Path("output").rglob("*"))
     runpy.run_path(str(example), run_name="__main__")

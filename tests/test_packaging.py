@@ -18,8 +18,10 @@ DISTRIBUTION = {
     "lazy_loader": "lazy-loader",
     "simple_parsing": "simple-parsing",
     "dictionary_learning": "dictionary-learning",
+    "sae_bench": "sae-bench",
     "sae_dashboard": "sae-dashboard",
     "sae_lens": "sae-lens",
+    "sae_probes": "sae-probes",
     "transformer_lens": "transformer-lens",
     "yaml": "pyyaml",
 }
