@@ -2,7 +2,7 @@
 
     python -m benchmarks.interop [--folder FOLDER]
 
-Runs the examples that train an SAE (1,000 steps), evaluate it with SAEBench and probe it with
+Runs the examples that train an SAE (300 steps), evaluate it with SAEBench and probe it with
 sae-probes, each in a process of its own, and appends a record for each tool. They need the tools
 (docs/guides/evaluate-and-steer.md) and no network.
 """
@@ -25,7 +25,7 @@ from benchmarks.tables import RESULTS, ROOT, Records, commits, read, table, term
 from jumprelu_plugin.records import append_jsonl, provenance, read_json
 
 INTEROP = RESULTS / "interop.jsonl"
-STEPS = 1000
+STEPS = 300
 # Of sae-probes' 113 those with short texts, from several sources.
 DATASETS = (
     "5_hist_fig_ismale",
