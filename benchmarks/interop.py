@@ -128,7 +128,8 @@ def saebench_core() -> str:
         for name, group, own in pairs:
             value, field = theirs[group][name], own.removeprefix("1 - ")
             own_value = ours[field] if field == own else 1 - ours[field]
-            difference = f"{abs(value - own_value) / abs(own_value):.0e}" if same else "other"
+            relative = abs(value - own_value) / abs(own_value)
+            difference = ("0", f"{relative:.0e}")[relative > 0] if same else "other"
             rows.append((f"`{name}`", f"`{own}`", f"{value:.6f}", f"{own_value:.6f}", difference))
     header = ("SAEBench `core`", "`evaluate`", "SAEBench", "jumprelu-plugin", "relative difference")
     note = (
