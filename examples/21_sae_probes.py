@@ -33,7 +33,7 @@ except ImportError as missing:
     )
 
 OUTPUT = Path("output/21_sae_probes")
-DATASETS = sys.argv[1:] or ["125_world_country_Italy", "154_athlete_sport_football"]
+DATASETS = sys.argv[1:] or ["125_world_country_Italy", "130_temp_cat_Frequency"]
 KS = [1, 2, 5, 16]  # latents that a probe may use
 
 # scikit-learn 1.8 and 1.9 take the argument `penalty` that sae-probes passes, and warn at each fit.
