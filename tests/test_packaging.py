@@ -22,6 +22,7 @@ DISTRIBUTION = {
     "sae_dashboard": "sae-dashboard",
     "sae_lens": "sae-lens",
     "sae_probes": "sae-probes",
+    "sklearn": "scikit-learn",
     "transformer_lens": "transformer-lens",
     "yaml": "pyyaml",
 }
