@@ -164,6 +164,9 @@ def _parser(architecture: str, command: Command) -> _Parser:
             if field.name in LIST_FLAGS:
                 read, metavar = LIST_FLAGS[field.name]
                 field.arg_options.update(nargs="+", type=read, metavar=metavar, action=_Concatenate)
+            elif field.type == str | None:
+                # Else the word would be the name of a folder, say.
+                field.arg_options.update(type=_text_or_none)
     return parser
 
 
@@ -224,6 +227,10 @@ def _whole_numbers(text: str) -> list[int]:
         return list(whole_numbers("it", text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
 
 
 def _slice(text: str) -> list[int | None]:

@@ -52,6 +52,7 @@ from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 # The initial L0 and FVU are measured on this many batches.
 MEASURED_BATCHES = 4
 NORMALIZATIONS = ("none", "expected_average_only_in")
+SEPARATOR, SHORT_LEFT_OUT = "sequence_separator_token", "disable_concat_sequences"
 # Entries of a dictionary's metadata that are flags of a training, too.
 RECORDED_OF_TEXT = (
     "dataset_path",
@@ -59,8 +60,8 @@ RECORDED_OF_TEXT = (
     "prepend_bos",
     "exclude_special_tokens",
     "seqpos_slice",
-    "sequence_separator_token",
-    "disable_concat_sequences",
+    SEPARATOR,
+    SHORT_LEFT_OUT,
 )
 RECORDED_OF_HOOK = ("hook_head_index",)
 
@@ -123,7 +124,7 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         refuse_used_output_folder(cfg.output_path)
         if cfg.resume_from_checkpoint == AUTO:
             cfg = resolve_auto(cfg, finetuned_from=str(source))
-        refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
+        refuse_wrong_checkpoint(cfg)
         if cfg.resume_from_checkpoint is not None:
             cfg.sae.target_l0 = _checkpoint_target(cfg.resume_from_checkpoint)
         loads_everything = override_model is None and override_dataset is None
@@ -250,6 +251,11 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
     recorded += () if other_model else ("model_class_name",)
     recorded += () if "--hook_name" in names else RECORDED_OF_HOOK
     metadata = dictionary.metadata
+    if metadata.get(SEPARATOR, "") is None:
+        metadata = {**metadata, SEPARATOR: "none"}  # and not SAELens' default
+    if "--dataset_path" not in names and not metadata.get("dataset_path"):
+        # The demo extra's rows are given: nothing says how they are made.
+        recorded = tuple(name for name in recorded if name not in (SEPARATOR, SHORT_LEFT_OUT))
     keywords = recorded_keywords(metadata, other_model=other_model)
     metadata = {**metadata, "model_from_pretrained_kwargs": keywords}
     values |= {name: metadata.get(name) for name in recorded}

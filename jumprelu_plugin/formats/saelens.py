@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import logger
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.models.hooks import flat_input, require_folded
 from jumprelu_plugin.records import is_number, named, read_json, require_file, text_field
-from jumprelu_plugin.saes.parameters import PairScale, Parameters
+from jumprelu_plugin.saes.parameters import PairScale, Parameters, fold_scales_
 
 LOADER = Loader("SAE.load_from_disk", "sae_lens", "sae-lens", "pip install sae-lens")
 
@@ -88,6 +89,25 @@ def load_sae(folder: Path, device: str = "cpu") -> Any:
     metadata = sae.cfg.metadata.to_dict()
     for name in (*_DICTIONARY_FIELDS, "model_class_name", "dataset_path"):
         text_field(metadata, name, folder / SAE_CFG_FILENAME)
+    return sae
+
+
+def load_folded_sae(folder: Path, device: str = "cpu") -> Any:
+    """SAELens' inference object in a folder, with the input scale of a checkpoint folded into it.
+
+    Raises:
+        ValueError: as `load_sae` does, or the checkpoint's inputs are whitened.
+    """
+    sae = load_sae(folder, device)
+    scales = _checkpoint_scales(sae, folder, fold_scale=True)
+    if scales is None:
+        return sae
+    logger.warning(f"{folder} is a checkpoint of an unfinished training; its input scale is folded")
+    if hasattr(sae.cfg, "d_out"):
+        fold_scales_(sae, *scales)
+    else:
+        sae.fold_activation_norm_scaling_factor(scales.scale_in)
+    sae.cfg.normalize_activations = "none"
     return sae
 
 

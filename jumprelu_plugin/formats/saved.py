@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
 from jumprelu_plugin.formats.reading import dictionary_folder, load_dictionary
-from jumprelu_plugin.formats.saelens import load_sae
+from jumprelu_plugin.formats.saelens import load_folded_sae
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import sae_sites
@@ -52,6 +52,8 @@ class SavedDictionary:
             held_out=held_out,
             train=train,
             prepend_bos=self.choice.prepend_bos,
+            sequence_separator_token=self.choice.sequence_separator_token,
+            disable_concat_sequences=self.choice.disable_concat_sequences,
             seed=seed,
         )
 
@@ -153,4 +155,4 @@ def _load_sae(source: Path, options: ModelOptions) -> Any:
             model_name=options.model_name,
         )
         return dictionary.as_sae().to(options.device)
-    return load_sae(folder, options.device)
+    return load_folded_sae(folder, options.device)

@@ -84,6 +84,8 @@ class ModelOptions:
             dataset_path=metadata.get("dataset_path") or "" if dataset is None else dataset,
             context_size=metadata.get("context_size"),
             prepend_bos=metadata.get("prepend_bos") is not False,
+            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+            disable_concat_sequences=metadata.get("disable_concat_sequences") is True,
             device=self.device,
             dtype=dtype,
             from_pretrained_kwargs=keywords,
@@ -136,6 +138,8 @@ class ModelChoice:
     Attributes:
         context_size: tokens in a sequence; None where nothing records it.
         prepend_bos: whether sequences begin with the tokenizer's BOS token.
+        sequence_separator_token: what SAELens puts between two documents.
+        disable_concat_sequences: whether documents stay apart, and short ones are left out.
         from_pretrained_kwargs: keyword arguments for `load_model`.
         differences: in what the choice differs from the metadata, one phrase each.
     """
@@ -148,6 +152,8 @@ class ModelChoice:
     device: str
     dtype: str
     from_pretrained_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sequence_separator_token: int | str | None = "bos"
+    disable_concat_sequences: bool = False
     differences: tuple[str, ...] = ()
 
     def load(self) -> Any:

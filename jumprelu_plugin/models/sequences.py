@@ -41,6 +41,8 @@ def read_sequences(
     held_out: int,
     train: int = 0,
     prepend_bos: bool = True,
+    sequence_separator_token: int | str | None = "bos",
+    disable_concat_sequences: bool = False,
     seed: int | None = None,
 ) -> tuple[Int[Tensor, "train context"], Int[Tensor, "held_out context"]]:
     """Up to `train` training sequences and up to `held_out` other sequences, for evaluation.
@@ -56,20 +58,36 @@ def read_sequences(
         context_size: tokens in a sequence.
         held_out, train: the largest numbers of sequences.
         prepend_bos: whether every sequence starts with the BOS token.
+        sequence_separator_token, disable_concat_sequences: how documents of a dataset of text
+            become sequences, as in SAELens.
         seed: shuffles the demo extra's sequences; None keeps their order.
 
     Raises:
-        ValueError: the text is shorter than one sequence.
+        ValueError: the text is shorter than one sequence, or the separator is no token.
         OSError: the dataset does not exist.
     """
     if not dataset_path:
         fit = _demo_text(model, "train", context_size, train, prepend_bos, seed)
         return fit, _demo_text(model, "test", context_size, held_out, prepend_bos, seed)
+    _require_separator(sequence_separator_token)
     splits = _Splits(dataset_path)
+    how = {
+        "prepend_bos": prepend_bos,
+        "sequence_separator_token": sequence_separator_token,
+        "disable_concat_sequences": disable_concat_sequences,
+    }
     held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits.names), "train")
     skip = held_out if held_out_split == "train" else 0
-    fit = _dataset(model, splits, "train", context_size, train, prepend_bos, skip)
-    return fit, _dataset(model, splits, held_out_split, context_size, held_out, prepend_bos)
+    fit = _dataset(model, splits, "train", context_size, train, how, skip)
+    return fit, _dataset(model, splits, held_out_split, context_size, held_out, how)
+
+
+def _require_separator(token: Any) -> None:
+    if token is not None and token not in ("bos", "eos", "sep") and type(token) is not int:
+        raise ValueError(
+            f"sequence_separator_token is {token!r}; expected bos, eos, sep, a token's number or "
+            "null"
+        )
 
 
 def written_by_save_to_disk(folder: str | Path) -> bool:
@@ -126,7 +144,7 @@ def _dataset(
     split: str,
     context_size: int,
     count: int,
-    prepend_bos: bool,
+    how: dict[str, Any],
     skip: int = 0,
 ) -> Tensor:
     from sae_lens.training.activations_store import ActivationsStore
@@ -150,7 +168,7 @@ def _dataset(
             total_training_tokens=1,
             store_batch_size_prompts=1,
             train_batch_size_tokens=1,
-            prepend_bos=prepend_bos,
+            **how,
             normalize_activations="none",
             device=torch.device("cpu"),
             dtype="float32",

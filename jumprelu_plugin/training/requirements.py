@@ -44,6 +44,9 @@ def require_possible_numbers(cfg: Any) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         value = getattr(cfg, name)
         _require(0 <= value < 1, name, value, "at least 0 and below 1")
+    mixing, prompts = cfg.activations_mixing_fraction, cfg.eval_batch_size_prompts
+    _require(0 <= mixing <= 1, "activations_mixing_fraction", mixing, "0 to 1")
+    _require(prompts is None or prompts >= 1, "eval_batch_size_prompts", prompts, "at least 1")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -68,8 +71,34 @@ def require_what_a_run_needs(cfg: Any) -> None:
             f"{cfg.lr_scheduler_name!r} does not read: set lr_scheduler_name={SCHEDULERS[-1]!r}, "
             "or leave it out"
         )
+    _require_effects(cfg)
+    _require_hook_to_reshape(cfg)
     if cfg.logger.log_to_wandb:
         _require_wandb_login()
+
+
+def _require_effects(cfg: Any) -> None:
+    """Raise ValueError for the first field that nothing in the run would read."""
+    rules = (
+        ("n_checkpoints", 0, cfg.checkpoint_path, "give checkpoint_path a folder"),
+        ("save_final_checkpoint", False, cfg.checkpoint_path, "give checkpoint_path a folder"),
+        ("cached_activations_path", None, cfg.use_cached_activations, "set use_cached_activations"),
+        ("llm_compilation_mode", None, cfg.compile_llm, "set compile_llm"),
+        ("sae_compilation_mode", None, cfg.compile_sae, "set compile_sae"),
+    )
+    for name, default, read, remedy in rules:
+        value = getattr(cfg, name)
+        if value != default and not read:
+            raise ValueError(f"{name} is {value} and has no effect: {remedy}, or leave it out")
+
+
+def _require_hook_to_reshape(cfg: Any) -> None:
+    """SAELens trains an SAE that flattens heads where there are none, and cannot load it then."""
+    if cfg.sae.reshape_activations == "hook_z" and not cfg.hook_name.endswith("_z"):
+        raise ValueError(
+            "reshape_activations is 'hook_z', which flattens the heads of an attn.hook_z, and "
+            f"hook_name is {cfg.hook_name}: leave it 'none'"
+        )
 
 
 def _require_wandb_login() -> None:

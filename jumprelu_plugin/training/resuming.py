@@ -84,7 +84,7 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
     checkpoints = _newest_first(below)
     # A run over several dictionaries is repaired before it comes here.
     possible = (cfg, repaired(cfg)[0]) if hasattr(cfg, "sae") else (cfg,)
-    wanted = [_identity(_plain(given.to_dict())) for given in possible]
+    wanted = [_identity(plain(given.to_dict())) for given in possible]
 
     def is_same(path: Path) -> bool:
         recorded = _recorded(path)
@@ -167,5 +167,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else None
 
 
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(fields))
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as its file holds it: tuples as lists, say."""
+    return json.loads(json.dumps(config))

@@ -70,6 +70,7 @@ from jumprelu_plugin.training.starting_weights import pretrained_sae, refuse_wro
 from jumprelu_plugin.training.text_source import (
     local_dataset,
     one_split,
+    refuse_unread_fields,
     without_remote_code_errors,
 )
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
@@ -136,7 +137,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         refuse_unwritable(cfg.output_path, "output_path")
         refuse_unwritable(cfg.checkpoint_path, "checkpoint_path")
         cfg = resolve_auto(cfg)
-        refuse_wrong_checkpoint(cfg.resume_from_checkpoint, cfg.sae)
+        refuse_wrong_checkpoint(cfg)
         cache = None if activations is None else open_cache_for(activations, cfg)
         if cfg.from_pretrained_path is not None and override_sae is None:
             override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
@@ -156,6 +157,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
                 super().__init__(cfg, override_dataset, model, override_sae)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
+        refuse_unread_fields(cfg, self.activations_store)
         if cache is None:
             self.activations_store = resumable(self.activations_store, cfg, save_buffer)
         else:
@@ -284,7 +286,9 @@ def language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
 def own_text(cfg: Any, model: Any) -> Any:
     """The text where it is this machine's: the demo extra's, or a folder's; None: the hub's."""
     if not cfg.dataset_path:
-        return tokenized_dataset(model.tokenizer, cfg.context_size, split="train")
+        return tokenized_dataset(
+            model.tokenizer, cfg.context_size, split="train", prepend_bos=cfg.prepend_bos
+        )
     dataset = local_dataset(cfg.dataset_path, streaming=cfg.streaming)
     refuse_empty_text(dataset)
     return dataset

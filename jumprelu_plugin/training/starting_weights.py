@@ -10,40 +10,64 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens import logger
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 
 from jumprelu_plugin.records import read_json
-from jumprelu_plugin.training.resuming import refuse_damaged
+from jumprelu_plugin.training.resuming import plain, refuse_damaged
 
 _WHAT = ("architecture", "d_in", "d_sae")
 # What a weight means depends on these.
 _MEANING = ("d_out", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
+# What the activations are that a run is resumed on.
+_READ = (
+    "hook_name",
+    "hook_head_index",
+    "hook_names",
+    "hook_head_indices",
+    "context_size",
+    "seqpos_slice",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "model_from_pretrained_kwargs",
+)
+# They may be called otherwise after a move, so another name is said and not refused.
+_NAMED = ("model_name", "dataset_path")
 # Our checkpoints hold parameters as the optimizer sees them, and the bandwidth in use.
 _STORED = ("log_threshold", "hyperparameter_units", "jumprelu_bandwidth", "jumprelu_bandwidth_std")
 
 
-def refuse_wrong_checkpoint(folder: str | None, sae_cfg: Any) -> None:
+def refuse_wrong_checkpoint(cfg: Any, sae_cfg: Any = None) -> None:
     """Raise if there is no such checkpoint (FileNotFoundError), or if this run cannot resume it: it
-    is damaged, of another SAE, or the end of a run (ValueError)."""
+    is damaged, of another SAE or of other activations, or the end of a run (ValueError).
+
+    Args:
+        cfg: SAELens' runner config.
+        sae_cfg: of the SAE that is trained, if it is not `cfg.sae`.
+    """
+    folder = cfg.resume_from_checkpoint
     if folder is None:
         return
     _require_checkpoint(folder, folder)
     refuse_damaged(folder)
-    _refuse_other_sae(folder, sae_cfg, "resume with the config the run started with")
+    remedy = "resume with the config the run started with"
+    _refuse_other_sae(folder, sae_cfg or cfg.sae, remedy)
+    _refuse_other_activations(folder, cfg, remedy)
 
 
-def refuse_wrong_checkpoint_of_all(folder: str | None, sae_cfgs: Mapping[str, Any]) -> None:
-    """As `refuse_wrong_checkpoint`, of a run over several dictionaries, whose configs are given by
-    name."""
+def refuse_wrong_checkpoint_of_all(cfg: Any) -> None:
+    """As `refuse_wrong_checkpoint`, of a run over several dictionaries."""
+    folder = cfg.resume_from_checkpoint
     if folder is None:
         return
-    for name in sae_cfgs:
+    for name in cfg.saes:
         _require_checkpoint(folder, str(Path(folder, name)))
     refuse_damaged(folder)
-    for name, cfg in sae_cfgs.items():
-        other = str(Path(folder, name))
-        _refuse_other_sae(other, cfg, "resume with the dictionaries the run started with")
+    remedy = "resume with the dictionaries the run started with"
+    for name, each in cfg.saes.items():
+        _refuse_other_sae(str(Path(folder, name)), each, remedy)
+    _refuse_other_activations(folder, cfg, remedy)
 
 
 def _require_checkpoint(given: str, folder: str) -> None:
@@ -106,6 +130,29 @@ def _refuse_other_training(folder: str, saved: Any, sae_cfg: Any, remedy: str) -
     if there.max_latent_density == 1.0:  # the checkpoint has no multipliers
         field, wanted = "max_latent_density (1: no limit)", here.max_latent_density
         _require_same(folder, field, 1.0, wanted, remedy)
+
+
+def _refuse_other_activations(folder: str, cfg: Any, remedy: str) -> None:
+    """Another hook of the same width would train on without a word, and so would other tokens."""
+    if not Path(folder, RUNNER_CFG_FILENAME).is_file():
+        return  # a checkpoint of an early SAELens
+    saved, here = read_json(Path(folder, RUNNER_CFG_FILENAME)), plain(cfg.to_dict())
+    for field in _READ:
+        if field in saved and field in here:
+            _require_same(folder, field, saved[field], here[field], remedy)
+    _require_same(folder, "hook_name_out", _output_hook(saved), _output_hook(here), remedy)
+    for field in _NAMED:
+        found, wanted = saved.get(field), here.get(field)
+        if found != wanted:
+            logger.warning(
+                f"the checkpoint {folder} has {field} {found!r} and this run {wanted!r}: the run "
+                "goes on with this run's"
+            )
+
+
+def _output_hook(config: Mapping[str, Any]) -> Any:
+    sae = config.get("sae")
+    return sae.get("hook_name_out") if isinstance(sae, dict) else None
 
 
 def _require_same(folder: str, field: str, found: Any, wanted: Any, remedy: str) -> None:

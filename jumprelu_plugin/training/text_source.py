@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import DatasetDict, load_dataset, load_from_disk
+from sae_lens import logger
+from sae_lens.training.activations_store import ActivationsStore
 
 from jumprelu_plugin.models.sequences import written_by_save_to_disk
 
@@ -54,6 +57,44 @@ def one_split(dataset: Any, name: str = "override_dataset") -> Any:
     return dataset["train"]
 
 
+def refuse_unread_fields(cfg: Any, store: ActivationsStore) -> None:
+    """Raise ValueError for a field that says how text becomes rows where the rows are given, as
+    those of the demo extra's text are; warn where they begin in another way than `prepend_bos`.
+
+    Args:
+        cfg: SAELens' runner config.
+        store: the store that it made, of a text whose first row can be read.
+    """
+    if store.dataset is None or not store.is_dataset_tokenized:
+        return
+    for name, default in (("disable_concat_sequences", False), ("sequence_separator_token", "bos")):
+        value = getattr(cfg, name)
+        if value != default:
+            raise ValueError(
+                f"{name} is {value!r}, and the text is tokenized already: its rows are taken as "
+                f"they are. Give a dataset of text, or set it to {default!r}"
+            )
+    first: Any = next(iter(store.dataset))
+    row = torch.as_tensor(first[store.tokens_column])[: cfg.context_size]
+    _refuse_other_vocabulary(row, store.model)
+    bos = getattr(getattr(store.model, "tokenizer", None), "bos_token_id", None)
+    if bos is not None and (row[0] == bos) != cfg.prepend_bos:
+        logger.warning(
+            f"prepend_bos is {cfg.prepend_bos}, and the first row of the tokenized text begins "
+            f"{'without' if cfg.prepend_bos else 'with'} BOS: rows are taken as they are; set "
+            f"prepend_bos={not cfg.prepend_bos}, so that the SAE is judged on what it reads"
+        )
+
+
+def _refuse_other_vocabulary(row: torch.Tensor, model: Any) -> None:
+    size = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    if size is not None and not ((row >= 0) & (row < size)).all():
+        raise ValueError(
+            f"the tokenized text holds token {int(row.max())}, and the model has {size} tokens: it "
+            "was tokenized for another model"
+        )
+
+
 @contextmanager
 def without_remote_code_errors() -> Iterator[None]:
     """Without the errors that `datasets` logs of an argument SAELens passes to every dataset."""
@@ -62,10 +103,10 @@ def without_remote_code_errors() -> Iterator[None]:
         return "trust_remote_code" not in record.getMessage()
 
     loggers = [logging.getLogger(name) for name in ("datasets.load", "datasets.builder")]
-    for logger in loggers:
-        logger.addFilter(keep)
+    for each in loggers:
+        each.addFilter(keep)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(keep)
+        for each in loggers:
+            each.removeFilter(keep)

@@ -7,6 +7,7 @@ a flag, and its text under "Attributes" is the flag's help.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,8 +125,31 @@ class CLTSettings(LayerRunSettings):
     jumprelu_tanh_scale: float = 4.0
 
 
-def refuse_two_penalties(settings: LayerRunSettings) -> None:
-    """Raise ValueError if both a target L0 and a fixed coefficient are set."""
+# The least of each number.
+_LEAST = {
+    "d_sae": 1,
+    "training_tokens": 1,
+    "train_batch_size_tokens": 1,
+    "context_size": 2,
+    "store_batch_size_prompts": 1,
+    "n_batches_in_buffer": 1,
+    "n_batches_for_norm_estimate": 1,
+    "n_checkpoints": 0,
+    "evaluation_sequences": 0,
+}
+
+
+def refuse_impossible(settings: LayerRunSettings) -> None:
+    """Raise ValueError for a number that no run can work with, or for both a target L0 and a fixed
+    coefficient."""
+    for name, least in _LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
+    for name in ("lr", "memory_gb"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; give a number above 0")
     target, coefficient = settings.target_l0, settings.l0_coefficient
     if target is not None and coefficient is not None:
         raise ValueError(

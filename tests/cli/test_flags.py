@@ -247,6 +247,13 @@ def test_saelens_flags_give_saelens_config(architecture: str) -> None:
     assert ours["streaming"] is ours["prepend_bos"] is False and ours["checkpoint_path"] is None
 
 
+def test_none_is_no_folder() -> None:
+    flags = ["--checkpoint_path", "None", "--output_path=none", "--run_name", "None of them"]
+    cfg = parse_flags(["--d_in", "33", *flags])
+    assert cfg.checkpoint_path is None and cfg.output_path is None
+    assert cfg.logger.run_name == "None of them"
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -259,6 +259,15 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
     assert {name: getattr(cfg, name) for name in recorded} == recorded | {"context_size": 17}
     other = pretrained_flags(tmp_path / "recorded", ["--model_name", "other"])
     assert "--model_class_name" not in other
+    trained.cfg.metadata.sequence_separator_token = None
+    trained.cfg.metadata.disable_concat_sequences = True
+    trained.save_model(tmp_path / "apart")
+    cfg = parse_flags(pretrained_flags(tmp_path / "apart", []))
+    assert cfg.sequence_separator_token is None and cfg.disable_concat_sequences
+    trained.cfg.metadata.dataset_path = ""  # rows of the demo extra, which are made already
+    trained.save_model(tmp_path / "demo")
+    cfg = parse_flags(pretrained_flags(tmp_path / "demo", []))
+    assert cfg.sequence_separator_token == "bos" and not cfg.disable_concat_sequences
     np.savez(tmp_path / "params.npz", **gemma_scope_arrays())
     with pytest.raises(ValueError, match="give --hook_name"):
         pretrained_flags(tmp_path / "params.npz", ["--model_name=x"])

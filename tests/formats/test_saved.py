@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
 from typer.testing import CliRunner
 
 from jumprelu_plugin.analysis.generation import generate, generate_steered, intervention
 from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp
 from jumprelu_plugin.cli.app import app
-from jumprelu_plugin.formats.saved import load_saved
+from jumprelu_plugin.formats.saved import SavedDictionary, load_saved, load_saved_sae
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.models.sequences import read_sequences
+from tests.dictionaries import D_OUT, random_sae, random_transcoder
 from tests.tiny import RESIDUAL, tiny_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,6 +119,29 @@ def test_the_command_evaluates_on_what_the_metadata_names(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_checkpoint_is_judged_on_activations_as_they_are(pair: bool, tmp_path: Path) -> None:
+    """Its weights take s·(x - c), and a transcoder's give s_out·(y - c_out)."""
+    sae = random_transcoder(skip=True, d_out=D_OUT) if pair else random_sae()
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    sae.save_model(tmp_path)
+    x = torch.randn(29, sae.cfg.d_in)
+    if pair:
+        scale_in, scale_out = 0.37, 2.3
+        center_in, center_out = torch.randn(sae.cfg.d_in), torch.randn(sae.cfg.d_out)
+        scales: Any = [scale_in, scale_out, center_in.tolist(), center_out.tolist()]
+    else:
+        scales = scale_in = scale_out = 0.37
+        center_in = center_out = torch.zeros(())
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scales}))
+    raw = SAE.load_from_disk(tmp_path)
+    found = load_saved_sae(tmp_path, ModelOptions())
+    assert found.cfg.normalize_activations == "none"
+    scaled = scale_in * (x - center_in)
+    torch.testing.assert_close(found.encode(x), raw.encode(scaled))
+    torch.testing.assert_close(found(x), raw(scaled) / scale_out + center_out)
+
+
 def test_only_where_asked_is_a_cross_layer_transcoder_taken(tmp_path: Path) -> None:
     (tmp_path / "cross_layer.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no dictionary"):
@@ -172,6 +198,45 @@ def test_the_beginning_of_a_sequence_is_as_asked(model: Any, tmp_path: Path) -> 
             )[1]
             assert tokens.shape == (2, CONTEXT)
             assert (tokens[:, 0] == bos).all() == prepend_bos
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"sequence_separator_token": None},
+        {"sequence_separator_token": "eos"},
+        {"sequence_separator_token": 41, "prepend_bos": False},
+        {"disable_concat_sequences": True},
+    ],
+)
+def test_text_becomes_sequences_as_it_did_in_the_training(
+    how: dict[str, Any], model: Any, tmp_path: Path
+) -> None:
+    """What SAELens' own store makes of the text is what the saved SAE is judged on."""
+    lines = [json.dumps({"text": f"{number} " * (3 + 11 * (number % 3))}) for number in range(31)]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.jsonl").write_text("\n".join(lines))
+    place = str(tmp_path / "text")
+    store = ActivationsStore(
+        model, load_dataset(place, split="train", streaming=True), True, RESIDUAL, None, CONTEXT,
+        256, 1, 1, 1, 1, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
+        **{"prepend_bos": True, **how},
+    )  # fmt: skip
+    wanted = torch.cat([store.get_batch_tokens(1, True) for _ in range(5)])
+    saved = saved_sae(tmp_path / "sae", dataset_path=place, context_size=CONTEXT, **how)
+    choice = ModelOptions().resolve(SAE.load_from_disk(saved).cfg.metadata.to_dict(), saved)
+    found = SavedDictionary(saved, None, model, choice).sequences(5)[1]
+    assert torch.equal(found, wanted)
+    plain = read_sequences(model, place, context_size=CONTEXT, held_out=5)[1]
+    assert not torch.equal(plain, wanted)
+
+
+def test_a_separator_that_is_none_is_refused(model: Any, tmp_path: Path) -> None:
+    place = text_folder(tmp_path / "text", train="island")
+    with pytest.raises(ValueError, match="sequence_separator_token is 'comma'; expected bos"):
+        read_sequences(
+            model, place, context_size=CONTEXT, held_out=2, sequence_separator_token="comma"
+        )
 
 
 def test_the_demo_text_is_shuffled_by_seed(model: Any) -> None:

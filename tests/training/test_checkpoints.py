@@ -16,7 +16,7 @@ from jumprelu_plugin import JumpReLUTrainingSAEConfig
 from jumprelu_plugin.control.density import TENSOR_NAME
 from jumprelu_plugin.saes.checkpoint import TENSORS_FILENAME
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
-from tests.tiny import D_MODEL
+from tests.tiny import D_MODEL, MLP, RESIDUAL
 from tests.training.runs import BATCH, D_SAE, assert_same_sae, config, run, steps_logged, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +144,37 @@ def test_a_run_whose_weights_would_mean_something_else_is_refused(
     with pytest.raises(ValueError, match=words):
         run(model, cfg, token_rows())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hook_name": MLP}, f"hook_name '{RESIDUAL}' and this run '{MLP}'"),
+        ({"context_size": 11}, "context_size 13 and this run 11"),
+        ({"seqpos_slice": (2, None)}, r"seqpos_slice \[None\] and this run \[2, None\]"),
+        ({"prepend_bos": False}, "prepend_bos True and this run False"),
+        ({"exclude_special_tokens": [5]}, r"exclude_special_tokens True and this run \[5\]"),
+        ({"model_from_pretrained_kwargs": {"fold_ln": True}}, "kwargs .* and this run .*fold_ln"),
+    ],
+)
+def test_a_run_on_other_activations_is_refused(
+    model: Any, half_way: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    """Of the same width, they would be trained on without a word."""
+    more = {"training_tokens": 30 * BATCH, "resume_from_checkpoint": str(half_way)}
+    with pytest.raises(ValueError, match=words + ".*resume with the config the run started with"):
+        run(model, config(tmp_path, **more, **changes), token_rows())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_moved_is_told_of(
+    model: Any, half_way: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"training_tokens": 30 * BATCH, "resume_from_checkpoint": str(half_way)}
+    with caplog.at_level("WARNING"):
+        resumed = run(model, config(tmp_path, model_name="moved", **more), token_rows())
+    assert resumed.trainer.n_training_samples == 30 * BATCH
+    assert "model_name 'tiny' and this run 'moved'" in caplog.text
 
 
 def test_a_checkpoint_without_the_buffer_is_smaller_and_resumes(model: Any, tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
-from jumprelu_plugin.models import language_models
+from jumprelu_plugin.models import language_models, text
 from jumprelu_plugin.training import runner
+from jumprelu_plugin.training.multi.runner import JumpReLUMultiTrainingRunner
 from jumprelu_plugin.training.text_source import one_split
-from tests.tiny import tiny_tokens
+from tests.tiny import BOS, VOCABULARY, tiny_tokens
 from tests.training.folders import flags
+from tests.training.runs import config, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +54,20 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"adam_beta2": 1}, ["adam_beta2 is 1.0; give at least 0 and below 1"]),
         ({"lr_scheduler_name": "cosine"}, ["'cosine'", "cosineannealing"]),
         ({"n_restart_cycles": 3}, ["n_restart_cycles is 3", "cosineannealingwarmrestarts"]),
+        ({"activations_mixing_fraction": 1.5}, ["activations_mixing_fraction is 1.5; give 0 to 1"]),
+        ({"eval_batch_size_prompts": 0}, ["eval_batch_size_prompts is 0; give at least 1"]),
+        (
+            {"n_checkpoints": 3, "checkpoint_path": "None"},
+            ["n_checkpoints is 3 and has no effect", "give checkpoint_path"],
+        ),
+        (
+            {"save_final_checkpoint": True, "checkpoint_path": "none"},
+            ["save_final_checkpoint is True and has no effect", "give checkpoint_path"],
+        ),
+        ({"cached_activations_path": "there"}, ["has no effect", "use_cached_activations"]),
+        ({"llm_compilation_mode": "default"}, ["has no effect", "set compile_llm"]),
+        ({"sae_compilation_mode": "default"}, ["has no effect", "set compile_sae"]),
+        ({"reshape_activations": "hook_z"}, ["'hook_z', which flattens", "leave it 'none'"]),
         ({"log_to_wandb": True}, ["wandb login", "WANDB_MODE=offline", "--log_to_wandb False"]),
     ],
 )
@@ -73,6 +90,51 @@ def test_what_a_run_lacks_is_said_before_a_model_is_loaded(
     said = " ".join(result.output.split())
     assert all(word in said for word in words), said
     assert not (tmp_path / "output").exists()
+
+
+def test_the_demo_text_begins_as_asked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [text.Document(f"c/{number}", "w5 w9 " * 23) for number in range(31)]
+    monkeypatch.setattr(text, "corpus", lambda: documents)
+    for prepend_bos in (True, False):
+        cfg = config(Path(), dataset_path="", prepend_bos=prepend_bos)
+        rows = torch.tensor(runner.own_text(cfg, model)["tokens"])
+        assert rows.shape[1] == 13 and len(rows) > 5
+        assert ((rows[:, 0] == BOS) == prepend_bos).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"disable_concat_sequences": True}, "disable_concat_sequences is True.*set it to False"),
+        ({"sequence_separator_token": None}, "sequence_separator_token is None.*set it to 'bos'"),
+    ],
+)
+def test_what_rows_of_tokens_cannot_heed_is_refused(
+    fields: dict[str, Any], words: str, model: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        runner.JumpReLUTrainingRunner(config(tmp_path, **fields), token_rows(), model)
+    with pytest.raises(ValueError, match=words):
+        JumpReLUMultiTrainingRunner({"a": config(tmp_path, **fields)}, token_rows(), model)
+
+
+def test_rows_tokenized_for_another_model_are_refused(model: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"tokens": [[BOS] + [VOCABULARY + 4] * 12] * 37})
+    with pytest.raises(ValueError, match=f"token {VOCABULARY + 4}.*has {VOCABULARY} tokens"):
+        runner.JumpReLUTrainingRunner(config(tmp_path), rows, model)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_rows_that_begin_otherwise_are_told_of(
+    begins: bool, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for says in (True, False):
+        caplog.clear()
+        first = [BOS] if begins else [7]
+        rows = Dataset.from_dict({"tokens": [[*first, *range(5, 17)]] * 37})
+        with caplog.at_level("WARNING"):
+            runner.JumpReLUTrainingRunner(config(tmp_path, prepend_bos=says), rows, model)
+        assert (f"set prepend_bos={begins}" in caplog.text) == (says != begins)
 
 
 def pretokenized(rows: int = 97) -> Dataset:
@@ -121,4 +183,28 @@ def test_a_run_over_layers_asks_for_its_device_first(
     given = ["--model_name", "tiny-gemma-2", "--output_path", str(output), "--device", "cuda"]
     result = CliRunner().invoke(app, [command, *given])
     assert result.exit_code == 2 and "no CUDA device" in " ".join(result.output.split())
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("train-transcoders --training_tokens 0", "training_tokens is 0; give at least 1"),
+        ("train-transcoders --lr 0", "lr is 0.0; give a number above 0"),
+        ("train-transcoders --context_size 0", "context_size is 0; give at least 2"),
+        ("train-clt --lr nan", "lr is nan; give a number above 0"),
+        ("train-clt --d_sae -7", "d_sae is -7; give at least 1"),
+        ("train-clt --memory_gb 0", "memory_gb is 0.0; give a number above 0"),
+        ("cache-activations --hook_names h --context_size 1", "context_size is 1; give at least 2"),
+        (
+            "cache-activations --hook_names h --store_batch_size_prompts 0",
+            "store_batch_size_prompts is 0; give at least 1",
+        ),
+    ],
+)
+def test_other_runs_ask_for_possible_numbers_first(given: str, words: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, [*given.split(), "--output_path", str(output)])
+    assert result.exit_code == 2 and words in " ".join(result.output.split()), result.output
     assert not output.exists()

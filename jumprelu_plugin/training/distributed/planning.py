@@ -134,7 +134,7 @@ def plan(
         require_divisible(given, model_parallel_size)
     layout = LatentLayout(given.d_sae, model_parallel_size, given.resolve().matryoshka_widths)
     cfg = copy.copy(resolve_auto(cfg))
-    refuse_wrong_checkpoint(cfg.resume_from_checkpoint, given)
+    refuse_wrong_checkpoint(cfg, given)
     # It is of the whole dictionary; what is looked at starts anew.
     cfg.sae, cfg.resume_from_checkpoint = config_of_share(given, layout), None
     runner = JumpReLUTrainingRunner(cfg, **options)

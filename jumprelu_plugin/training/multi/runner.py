@@ -58,7 +58,11 @@ from jumprelu_plugin.training.runner import (
     refuse_wrong_hook,
 )
 from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint_of_all
-from jumprelu_plugin.training.text_source import one_split, without_remote_code_errors
+from jumprelu_plugin.training.text_source import (
+    one_split,
+    refuse_unread_fields,
+    without_remote_code_errors,
+)
 
 RECORD_FILENAME = "dictionaries.json"
 _REMEDY = "the same command with --resume_from_checkpoint auto"
@@ -118,7 +122,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
         }
         first = next(iter(self.configs.values()))
         cfg = resolve_auto(config_of_all(self.configs))
-        refuse_wrong_checkpoint_of_all(cfg.resume_from_checkpoint, cfg.saes)
+        refuse_wrong_checkpoint_of_all(cfg)
         override_dataset = one_split(override_dataset)
         refuse_empty_text(override_dataset)
         model = language_model(first) if override_model is None else override_model
@@ -133,6 +137,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
                 super().__init__(cfg, override_dataset, model, saes)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
+        refuse_unread_fields(cfg, self.activations_store)
         torch.set_rng_state(drawn)
         heads = {each.hook_name: each.hook_head_index for each in self.configs.values()}
         widths = {each.hook_name: each.sae.d_in for each in self.configs.values()}

@@ -43,7 +43,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
     CLTSettings,
-    refuse_two_penalties,
+    refuse_impossible,
 )
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
@@ -125,7 +125,7 @@ def train_clt(
 
 
 def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
-    refuse_two_penalties(settings)
+    refuse_impossible(settings)
     target = settings.target_l0
     if target is None and settings.l0_coefficient is None:
         target = DEFAULT_TARGET_L0

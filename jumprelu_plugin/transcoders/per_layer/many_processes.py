@@ -45,7 +45,7 @@ from jumprelu_plugin.transcoders.per_layer.run import (
     within_memory,
     write_record,
 )
-from jumprelu_plugin.transcoders.settings import TranscoderSettings, refuse_two_penalties
+from jumprelu_plugin.transcoders.settings import TranscoderSettings, refuse_impossible
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 
@@ -140,7 +140,7 @@ def _train(
 
 def _refuse(settings: TranscoderSettings) -> None:
     require_device(settings.device)
-    refuse_two_penalties(settings)
+    refuse_impossible(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     if settings.memory_gb is not None:
         raise ValueError(

@@ -48,7 +48,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_EXPANSION,
     DEFAULT_TARGET_L0,
     TranscoderSettings,
-    refuse_two_penalties,
+    refuse_impossible,
 )
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
@@ -85,7 +85,7 @@ def train_transcoders(
             checkpoint is saved.
     """
     require_device(settings.device)
-    refuse_two_penalties(settings)
+    refuse_impossible(settings)
     output = Path(output)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)

@@ -272,6 +272,18 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "output").exists()
 
 
+def test_a_checkpoint_of_other_hooks_is_refused(model: Any, tmp_path: Path) -> None:
+    made = dictionaries(tmp_path, n_checkpoints=1)
+    train(model, made)
+    (checkpoint,) = Path(made["low"].checkpoint_path or "").iterdir()
+    given = {"resume_from_checkpoint": str(checkpoint)}
+    others = dictionaries(tmp_path / "other", **given)
+    others["high"].hook_name = MLP
+    with pytest.raises(ValueError, match=f"hook_names .*{RESIDUAL}.*and this run .*'high': '{MLP}"):
+        train(model, others)
+    assert not (tmp_path / "other").exists()
+
+
 def test_names_folders_and_prefetching_are_refused(model: Any, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no dictionary"):
         train(model, {})

@@ -14,6 +14,14 @@ from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
 
+# The least of each number.
+_LEAST = {
+    "training_tokens": 1,
+    "context_size": 2,
+    "sequences_per_shard": 1,
+    "store_batch_size_prompts": 1,
+}
+
 
 @dataclass(frozen=True)
 class CacheSettings:
@@ -66,11 +74,10 @@ def cache_activations(
         ValueError, OSError: as `write_activation_cache`, `load_model` and `read_sequences` do.
     """
     require_device(settings.device)
-    if settings.training_tokens < 1 or settings.context_size < 2:
-        raise ValueError(
-            f"training_tokens is {settings.training_tokens} and context_size is "
-            f"{settings.context_size}; expected at least 1 and 2"
-        )
+    for name, least in _LEAST.items():
+        value = getattr(settings, name)
+        if value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
     model = named_model(settings)
     tokens, _ = read_sequences(
         model,
