@@ -17,5 +17,5 @@ folder=${1:-.venv-circuits}
 "$folder/bin/python" -m pip install --quiet --no-deps -r tools/circuit_tools.txt
 HF_HUB_OFFLINE=1 WANDB_MODE=disabled "$folder/bin/python" -m pytest -n 2 \
     tests/formats tests/circuits tests/transcoders/clt tests/evaluation/test_saebench.py \
-    tests/test_examples.py \
+    tests/evaluation/test_sae_probes.py tests/test_examples.py \
     -k "not test_example_runs or 10_circuit or 16_clt or 20_saebench or 21_sae_probes"
