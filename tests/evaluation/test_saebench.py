@@ -13,13 +13,15 @@ from sae_lens import SAE, ActivationsStore
 
 from jumprelu_plugin.evaluation import evaluate
 from tests.dictionaries import needs
-from tests.tiny import BOS, EOS, PAD, RESIDUAL, tiny_sae, tiny_tokens
+from tests.tiny import BOS, EOS, HEADS, PAD, RESIDUAL, tiny_sae, tiny_tokens
 
 SPECIAL, BATCH, BATCHES, POSITIONS = {BOS, EOS, PAD}, 3, 2, 13
 
 
-@pytest.fixture(scope="module")
-def both(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[RESIDUAL, HEADS])
+def both(
+    models: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Any]:
     """An SAE saved and loaded, evaluated by SAEBench in two batches, and by this package."""
     needs("sae_bench")
     from sae_bench.evals.core import main as core
@@ -27,7 +29,7 @@ def both(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 
     folder = tmp_path_factory.mktemp("saebench")
-    sae = tiny_sae(RESIDUAL)
+    sae = tiny_sae(request.param)
     sae.cfg.metadata.prepend_bos = True
     sae.save_model(folder / "sae")
     sae = SAE.load_from_disk(folder / "sae")
@@ -66,14 +68,15 @@ def both(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "densities": latents["feature_density"],
         "ours": evaluate(models.hooked, sae, tokens, batch_size=5),
         "file": Path(path),
-        "x": activations(models.hooked, tokens),
+        "x": activations(models.hooked, request.param, tokens),
         "sae": sae,
     }
 
 
-def activations(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    _, cache = model.run_with_cache(tokens, names_filter=RESIDUAL)
-    return cache[RESIDUAL][:, 1:].flatten(0, 1).detach()
+def activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Of all but BOS, heads flattened."""
+    _, cache = model.run_with_cache(tokens, names_filter=hook)
+    return cache[hook][:, 1:].flatten(0, 1).flatten(1).detach()
 
 
 def test_what_both_define_alike_agrees(both: dict[str, Any]) -> None:
@@ -117,7 +120,7 @@ def test_its_ablation_also_zeroes_the_first_position(both: dict[str, Any], model
         tokens,
         return_type="loss",
         loss_per_token=True,
-        fwd_hooks=[(RESIDUAL, lambda x, hook: torch.zeros_like(x))],
+        fwd_hooks=[(both["ours"].hook, lambda x, hook: torch.zeros_like(x))],
     )
     ablated = losses[:, 1:].mean().item()
     saebench, ours = both["saebench"], both["ours"]
