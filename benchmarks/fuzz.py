@@ -19,7 +19,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class Outcomes:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-def fuzz(name: str, inputs: range, folder: Path) -> Outcomes:
+def fuzz(name: str, inputs: Iterable[int], folder: Path) -> Outcomes:
     """Read `inputs`, which their numbers determine, in an empty `folder`."""
     reader, outcomes = READERS[name], Outcomes()
     whole, sandbox, mark = folder / "whole", folder / "sandbox", folder / "mark"

@@ -21,9 +21,7 @@ def require_same_form(found: Any, expected: Any, name: str = "its state") -> Non
     Raises:
         ValueError: naming the field, what it holds and what is expected.
     """
-    if found is None or expected is None:
-        if expected is not None and not isinstance(expected, Mapping):
-            raise ValueError(f"{name} is null; expected a number")
+    if expected is None:
         if not (found is None or is_number(found) or isinstance(found, Mapping)):
             raise ValueError(f"{name} is {found!r}; expected a number or null")
     elif isinstance(expected, Mapping):

@@ -16,11 +16,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from jumprelu_plugin.records import is_number
 
 # The letters of the shapes below, for the error message of a wrong one.
 _SHAPES = {
@@ -221,10 +224,21 @@ class PairScale(NamedTuple):
     center_out: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> PairScale:
-        """From a sequence as JSON gives it, with centers or without."""
-        scale_in, scale_out, *centers = values
-        return cls(scale_in, scale_out, *map(tuple, centers))
+    def of(cls, values: Any) -> PairScale:
+        """From a sequence as JSON gives it, with centers or without.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        is_whole = isinstance(values, Sequence) and len(values) in (2, 4)
+        scales, centers = (values[:2], values[2:]) if is_whole else ((), ())
+        are_lists = all(isinstance(center, Sequence) for center in centers)
+        if not (is_whole and are_lists and all(map(is_number, chain(scales, *centers)))):
+            raise ValueError(
+                f"the scales of a transcoder's rows are {values!r}; expected two numbers, or two "
+                "numbers and two lists of numbers"
+            )
+        return cls(*scales, *map(tuple, centers))
 
 
 @torch.no_grad()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jumprelu_plugin.control.units import INPUT_UNITS
 from jumprelu_plugin.step.choose import STEP_PATHS
@@ -34,10 +38,52 @@ class Rule:
 
 
 def require(cfg: Any, rules: Iterable[Rule]) -> None:
-    """Raise ValueError with the message of the first rule that does not hold."""
+    """Raise ValueError for a field that holds no value of its type, and then with the message of
+    the first rule that does not hold."""
+    require_types(cfg)
     for rule in rules:
         if not rule.holds(cfg):
             raise ValueError(rule.text(cfg))
+
+
+def require_types(cfg: Any) -> None:
+    """Raise ValueError where a dataclass has something else for a number, a yes or no, or a list of
+    numbers; what other fields hold is not looked at."""
+    for field, hint in _type_hints(type(cfg)).items():
+        value = getattr(cfg, field)
+        if not _fits(hint, value):
+            raise ValueError(f"{field} is {value!r}; it must be {_in_words(hint)}")
+
+
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(part, value) for part in parts)
+    if kind in (int, float):
+        return isinstance(value, Real) and not isinstance(value, bool)
+    if kind is bool:
+        return value in (False, True)
+    if kind is NoneType:
+        return value is None
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(parts[0], part) for part in value)
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_in_words, parts))
+    if kind in (list, tuple):
+        return f"a list of {_in_words(parts[0]).removeprefix('a ')}s"
+    words = {int: "a number", float: "a number", bool: "True or False", NoneType: "None"}
+    return words.get(kind, str(kind))
 
 
 def positive(field: str, message: str = "it must be a finite number greater than 0") -> Rule:

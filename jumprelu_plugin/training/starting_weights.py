@@ -15,6 +15,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, TRAINER_ST
 from sae_lens.saes.sae import TrainingSAE
 
 from jumprelu_plugin.records import read_json
+from jumprelu_plugin.saes.tensor_files import explained
+from jumprelu_plugin.saes.validation import require_types
 from jumprelu_plugin.training.resuming import plain, refuse_damaged
 
 _WHAT = ("architecture", "d_in", "d_sae")
@@ -113,7 +115,10 @@ def _refuse_other_sae(folder: str, sae_cfg: Any, remedy: str) -> None:
             f"normalizes them as {wanted!r}{_about_normalization(folder, found)}"
         )
     if "standardize_activations" in saved:
-        _refuse_other_training(folder, type(sae_cfg).from_dict(saved), sae_cfg, remedy)
+        with explained(Path(folder, SAE_CFG_FILENAME)):
+            saved_cfg = type(sae_cfg).from_dict(saved)
+            require_types(saved_cfg)
+        _refuse_other_training(folder, saved_cfg, sae_cfg, remedy)
 
 
 def _refuse_other_training(folder: str, saved: Any, sae_cfg: Any, remedy: str) -> None:

@@ -26,6 +26,20 @@ def test_a_reader_refuses_by_name_what_it_cannot_read(name: str, tmp_path: Path)
     assert found.read and found.refused > inputs / 4
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("saelens", [2190]),  # weights that are a pipe
+        ("dictionary-learning", [8654]),  # a file of an archive with two sizes
+        ("checkpoint", [115, 309, 312, 534, 802, 1140, 4079]),  # fields of another type
+        ("cross-layer-checkpoint", [185, 301, 628, 644, 1429]),  # scales and states of another form
+        ("activation-cache", [7875]),  # more rows than a number holds
+    ],
+)
+def test_inputs_that_were_faults_are_refused(name: str, inputs: list[int], tmp_path: Path) -> None:
+    assert not fuzz(name, inputs, tmp_path).faults
+
+
 def test_the_same_number_is_the_same_input(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -1,9 +1,11 @@
 """Folding keeps the function; the function is SAELens' own; broken parameters are refused."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
+from jumprelu_plugin.saes.parameters import PairScale, Parameters, dead_parameters
 from tests.dictionaries import D_IN, D_OUT, D_SAE, random_sae, random_transcoder
 
 INPUTS = 2.0 * torch.randn(101, D_IN, generator=torch.Generator().manual_seed(11))
@@ -103,3 +105,10 @@ def test_other_architectures_and_scales_are_refused() -> None:
         Parameters.of(random_sae()).fold_scales(-1.0)
     with pytest.raises(ValueError, match="one scale"):
         Parameters.of(random_sae()).fold_scales(1.5, 2.5)
+
+
+@pytest.mark.parametrize("given", [3.0, None, "ab", [1.0], [1.0, 2.0, 3.0, 4.0], [1.0, "2"]])
+def test_scales_of_a_pair_that_are_none_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="expected two numbers"):
+        PairScale.of(given)
+    assert PairScale.of([0.37, 2.9, [1.0], [2.0, 3.0]]) == (0.37, 2.9, (1.0,), (2.0, 3.0))

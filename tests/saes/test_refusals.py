@@ -46,6 +46,16 @@ def test_the_good_config_is_good() -> None:
         ("log_threshold", "exp"),
         ("unit_norm_decoder", "unit"),
         ("step_kernel", "fast"),
+        ("target_l0", "3"),
+        ("target_l0", [3]),
+        ("l0_coefficient", "3"),
+        ("jumprelu_bandwidth", True),
+        ("jumprelu_ste_to_input", "no"),
+        ("max_latent_density", "6 %"),
+        ("matryoshka_widths", 5),
+        ("matryoshka_loss_weight", {}),
+        ("outlier_norm_ratio", [10]),
+        ("l0_warm_up_steps", "100"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:

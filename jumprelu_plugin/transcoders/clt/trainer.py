@@ -236,6 +236,8 @@ class Trainer:
         checkpoint = Path(checkpoint)
         tensors = read_safetensors(checkpoint / _TENSORS, str(self.model.device))
         moving = read_torch(checkpoint / _OPTIMIZER)
+        if not isinstance(moving, Mapping):
+            raise ValueError(f"{checkpoint / _OPTIMIZER} holds no optimizer's state")
         state = read_json(checkpoint / _STATE)
         with explained(checkpoint, "resume from an earlier one, or start anew"):
             self._restore(tensors, moving, state)
@@ -254,8 +256,10 @@ class Trainer:
             group["fused"] = None  # for the seam to switch on, which then turns what it has to
         self.scheduler.load_state_dict(moving["scheduler"])
         require_same_form(state["step"], self.step, "its step")
-        self.step = state["step"]
-        for scaler, factors in zip(self.scalers, state["scales"], strict=True):
+        self.step, scales = state["step"], state["scales"]
+        if not isinstance(scales, list) or len(scales) != len(self.scalers):
+            raise ValueError(f"its scales are {scales!r}; expected one for each layer")
+        for scaler, factors in zip(self.scalers, scales, strict=True):
             scaler.scaling_factor = PairScale.of(factors)
         self.training_step.load_state(state["training_step"], tensors)
 
