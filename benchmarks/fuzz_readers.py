@@ -41,6 +41,7 @@ from jumprelu_plugin.transcoders.clt.folder import load_clt, save_clt
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.trainer import Schedule
 from jumprelu_plugin.transcoders.clt.trainer import Trainer as CLTTrainer
+from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
 from jumprelu_plugin.transcoders.settings import CLTSettings
 
@@ -234,8 +235,7 @@ def kept_store(pairs: bool) -> Any:
 
 def clt_trainer(folder: Path) -> CLTTrainer:
     return CLTTrainer(
-        small_clt(),
-        CLTTrainingConfig(target_l0=5.0),
+        CLTTrainingStep(small_clt(), CLTTrainingConfig(target_l0=5.0)),
         Schedule(steps=7, lr=1e-3, decay_steps=2),
         kept_store(True),
         checkpoints=Checkpoints(folder),

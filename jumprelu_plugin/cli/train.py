@@ -63,7 +63,7 @@ ModelParallelSize = Annotated[
     typer.Option(
         "--model_parallel_size",
         help="processes over which the latents are sharded: torchrun --nproc-per-node N -m "
-        "jumprelu_plugin train … --model_parallel_size N. Default: 1.",
+        "jumprelu_plugin … --model_parallel_size N. Default: 1.",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
+from jumprelu_plugin.cli.train import DataParallelSize, ModelParallelSize
 from jumprelu_plugin.transcoders.settings import CLTSettings, TranscoderSettings
 
 app = typer.Typer()
@@ -43,11 +45,22 @@ def train_clt(
         Path, typer.Option("--output_path", help="folder for the transcoder and a record.")
     ],
     settings: CLTSettings,
+    data_parallel_size: DataParallelSize = 1,
+    model_parallel_size: ModelParallelSize = 1,
 ) -> None:
     """Train a cross-layer transcoder: latents of each layer write to all later MLP outputs.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. torchrun --nproc-per-node N -m
+    jumprelu_plugin train-clt … --model_parallel_size N shards the latents over N processes.
     """
+    from jumprelu_plugin.training.distributed.launch import is_one_of_many
+    from jumprelu_plugin.transcoders.clt.many_processes import train_sharded_clt
     from jumprelu_plugin.transcoders.clt.run import train_clt
 
+    if (data_parallel_size, model_parallel_size) != (1, 1) or is_one_of_many():
+        train_clt = partial(
+            train_sharded_clt,
+            data_parallel_size=data_parallel_size,
+            model_parallel_size=model_parallel_size,
+        )
     console.print(f"written: {train_clt(output_path, settings, log=console.print)}")

@@ -169,9 +169,12 @@ class DictionaryControl:
 
     def count_active(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Measure the L0 of a batch; activations dense or sparse COO of the active ones."""
-        self._batch = len(feature_acts) * self.processes.replicas
         active = self.processes.count_pairs(active_count(feature_acts))
-        self.batch_l0 = active / self._batch
+        self.take_active(active, len(feature_acts) * self.processes.replicas)
+
+    def take_active(self, active: float, batch: int) -> None:
+        """Take in how many pairs of a batch of so many tokens are active, on all processes."""
+        self._batch, self.batch_l0 = batch, active / batch
 
     def observe(
         self,
@@ -209,16 +212,23 @@ class DictionaryControl:
         coefficient: float | Tensor,
     ) -> None:
         """The slopes of L0 and penalty now, the loss's when the thresholds' gradient arrives."""
-        slopes = threshold_slopes(sparsity, step, penalty)
-        self._l0_slope = slopes.l0
-        paid = coefficient * slopes.penalty
+        own = threshold_slopes(sparsity, step, penalty)
+        penalty_slope = torch.zeros_like(own.penalty)
+
+        def take_l0_slope(total: Tensor) -> None:
+            self._l0_slope = total
+
+        def take_penalty_slope(total: Tensor) -> None:
+            penalty_slope.copy_(total)
 
         def update(total: Tensor) -> None:
-            controller.update_multiplier(total - paid, slopes.penalty)
+            controller.update_multiplier(total - coefficient * penalty_slope, penalty_slope)
 
         def sum_gradient(gradient: Tensor) -> None:
             self.processes.after_backward(gradient.sum(), update)
 
+        self.processes.after_backward(own.l0, take_l0_slope)
+        self.processes.after_backward(own.penalty, take_penalty_slope)
         step.threshold.register_hook(sum_gradient)
 
     def resampling_is_due(self) -> bool:
@@ -242,9 +252,6 @@ class DictionaryControl:
 
     def _usual_l0(self) -> float:
         return self.settings.target_l0 or max(1.0, self.batch_l0)
-
-    def _mean_density(self) -> float:
-        return self._usual_l0() / self.settings.d_sae
 
     # ---------------------------------------------------------------- after the update
 
@@ -302,7 +309,7 @@ class DictionaryControl:
             directions,
             optimizer,
             seed,
-            mean_density=self._mean_density(),
+            mean_density=self._usual_l0() / self.settings.d_sae,
             processes=self.processes,
         )
 

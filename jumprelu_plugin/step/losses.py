@@ -288,7 +288,7 @@ def sparsity_term(
 
 @dataclass(frozen=True)
 class ThresholdSlopes:
-    """Derivatives along a shift of all thresholds together: Σ_i ∂/∂θ_i by the estimators.
+    """Derivatives along a shift of thresholds together: Σ_i ∂/∂θ_i by the estimators.
 
     Attributes:
         l0: the derivative of the mean L0.
@@ -300,11 +300,14 @@ class ThresholdSlopes:
 
 
 def threshold_slopes(term: Term, step: Step, penalty: Float[Tensor, ""]) -> ThresholdSlopes:
-    """The slopes on this batch, detached; `penalty` is term(step), whose graph is kept."""
+    """The slopes of this process's latents and tokens, detached.
+
+    Args:
+        penalty: term(step), whose graph is kept.
+    """
 
     def slope(value: Tensor) -> Tensor:
-        own = torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
-        return step.processes.total(own)
+        return torch.autograd.grad(value, step.threshold, retain_graph=True)[0].sum()
 
     penalty_slope = slope(penalty)
     l0_slope = penalty_slope if isinstance(term, L0) else slope(step.l0().mean())

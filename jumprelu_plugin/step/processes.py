@@ -13,7 +13,7 @@ all replicas are averaged after a backward pass, so a mean over replicas hands i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -103,7 +103,11 @@ class OneProcess:
 
     def count_pairs(self, count: float | Tensor) -> float:
         """The sum of a count of (token, latent) pairs, on the host."""
-        return float(count)
+        return self.count_each([count])[0]
+
+    def count_each(self, counts: Sequence[float | Tensor]) -> list[float]:
+        """The sum of each of several counts of pairs, on the host."""
+        return [float(count) for count in counts]
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum over shards of the mean over replicas, without a gradient."""
@@ -112,8 +116,8 @@ class OneProcess:
     def after_backward(self, partial: Tensor, use: Callable[[Tensor], None]) -> None:
         """Call `use` with the `total` of every process's `partial`, before the optimizer's step.
 
-        A sum that is asked for inside a backward pass waits for its end: processes must exchange
-        values in one order, and gradients arrive in another order on each.
+        A sum that is asked for before the end of a backward pass waits for it: processes must
+        exchange values in one order, and gradients may arrive in another order on each.
         """
         use(partial)
 

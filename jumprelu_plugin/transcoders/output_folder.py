@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sae_lens import logger
 
@@ -17,6 +18,8 @@ from jumprelu_plugin.training.checkpoints import (
     numbered,
     refuse_unwritable,
 )
+
+CheckpointsT = TypeVar("CheckpointsT", bound=Checkpoints)
 
 SETTINGS_FILENAME = "unfinished.json"
 CHECKPOINTS = "checkpoints"
@@ -76,15 +79,21 @@ def start_output_folder(output: Path, settings: Any) -> None:
     write_json(output / SETTINGS_FILENAME, settings)
 
 
-def checkpoints_of(output: Path, settings: Any) -> Checkpoints:
-    """Where a run that was started in `output` saves its checkpoints."""
+def checkpoints_of(
+    output: Path, settings: Any, kind: Callable[..., CheckpointsT] = Checkpoints
+) -> CheckpointsT:
+    """Where a run that was started in `output` saves its checkpoints.
+
+    Args:
+        kind: makes them, with the arguments of `Checkpoints`.
+    """
 
     def prepare() -> None:
         if not (output / SETTINGS_FILENAME).exists():
             logger.warning(f"what was in {output} is gone; training goes on and saves there anew")
             start_output_folder(output, settings)
 
-    return Checkpoints(output / CHECKPOINTS, settings.checkpoint_every_n_minutes, prepare)
+    return kind(output / CHECKPOINTS, settings.checkpoint_every_n_minutes, prepare)
 
 
 def finish_output_folder(output: Path) -> None:

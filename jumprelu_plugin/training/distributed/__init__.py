@@ -9,6 +9,7 @@ sharded_sae  the training SAE of one shard
 shares       what one process has of a run's config
 gathering    the whole dictionary from its shards, and the shards from a whole one
 trainer      the trainer of one shard: saves whole checkpoints, stops together
+agreed       what the processes decide together: when to stop, when to save
 launch       the processes torchrun started: who they are, and how an error ends them all
 runner       `jumprelu train` on many processes
 forecast     what a step exchanges and takes, from sizes and published figures (hardware)

@@ -10,7 +10,7 @@ No gradient is divided by the number of replicas: the pass that clips the norm d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,17 @@ from jumprelu_plugin.training.distributed.processes import ManyProcesses
 
 # SAELens' trainer clips the gradient's norm at this, of all parameters together.
 MAX_GRADIENT_NORM = 1.0
-# The order in which a backward pass finds the gradients of the matrices.
-_BACKWARD_ORDER = ("W_dec", "W_skip", "W_enc")
+# The order in which a backward pass finds the gradients of a dictionary's matrices.
+BACKWARD_ORDER = ("W_dec", "W_skip", "W_enc")
 
 
 class Gradients:
     """Makes of every process's gradients those of the training.
 
     Args:
-        parameters: by the name of the SAE's attribute, as its optimizer sees them.
+        parameters: by name, as their optimizer sees them.
+        matrices: the names of those with two axes, in the order in which a backward pass finds
+            their gradients.
         split: those that are split over the shards; every shard has all of the others.
         summed: those whose gradient, in a shard, is of this shard's latents alone, though every
             shard has all of it.
@@ -39,13 +41,14 @@ class Gradients:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
+        matrices: Sequence[str],
         split: frozenset[str],
         summed: frozenset[str],
         processes: ManyProcesses,
     ):
         self.parameters, self.processes = dict(parameters), processes
         self._split, self._summed = split, summed
-        self._matrices = [name for name in _BACKWARD_ORDER if name in parameters]
+        self._matrices = list(matrices)
         self._ready: set[str] = set()
         self._started: list[Callable[[], Any]] = []
         self.finished = True
@@ -59,6 +62,7 @@ class Gradients:
         """Expect the gradients of a new step."""
         self._ready.clear()
         self._started.clear()
+        self.processes.begin_step()
         self.finished = False
 
     def _found(self, name: str) -> None:

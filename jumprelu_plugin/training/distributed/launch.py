@@ -126,14 +126,16 @@ def is_one_of_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def require_sizes(data_parallel_size: int, model_parallel_size: int, device: str) -> None:
+def require_sizes(
+    data_parallel_size: int, model_parallel_size: int, device: str, command: str = "train"
+) -> None:
     """Raise ValueError for sizes, or a device, that the processes there are cannot have."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     require_positive(data_parallel_size, model_parallel_size)
     wanted = data_parallel_size * model_parallel_size
     if started != wanted:
         start = (
-            f"start the run with torchrun --nproc-per-node {wanted} -m jumprelu_plugin train … "
+            f"start the run with torchrun --nproc-per-node {wanted} -m jumprelu_plugin {command} … "
             f"--data_parallel_size {data_parallel_size} "
             f"--model_parallel_size {model_parallel_size}"
         )
@@ -163,14 +165,18 @@ def require_sizes(data_parallel_size: int, model_parallel_size: int, device: str
 
 @contextmanager
 def joined(
-    data_parallel_size: int, model_parallel_size: int, device: str, again: str = Launch.again
+    data_parallel_size: int,
+    model_parallel_size: int,
+    device: str,
+    again: str = Launch.again,
+    command: str = "train",
 ) -> Iterator[Launch]:
     """Join the processes that torchrun started; within the block, an error of one ends them all.
 
     Args:
         data_parallel_size, model_parallel_size: of the mesh of all processes.
         device: of the training; on `cuda`, each process takes the GPU of its local rank.
-        again: how a run that ended goes on, for the message.
+        again, command: how a run that ended goes on, and how it is started, for messages.
 
     Raises:
         ValueError: the sizes or the device do not fit. On the first process, what ends the run.
@@ -179,7 +185,7 @@ def joined(
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         _be_silent()
-    require_sizes(data_parallel_size, model_parallel_size, device)
+    require_sizes(data_parallel_size, model_parallel_size, device, command)
     cuda = torch.device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:

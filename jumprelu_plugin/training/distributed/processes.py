@@ -14,12 +14,14 @@ The gradient of a sum over shards is the same for each of them, so no activation
 
 Gradients become ready in an order that may differ from process to process (each chooses its own
 step kernel). What a backward pass has to exchange therefore waits in `after_backward` until all
-gradients are there, and travels in one piece.
+gradients are there, and travels in one piece; so do the slopes, which nobody needs before. Where
+several dictionaries train in one step, a backward pass goes through one after the other, the last
+first, whatever their kernels: each waits in its turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -135,8 +137,9 @@ class ManyProcesses(OneProcess):
     # ---------------------------------------------------------------- both
 
     @override
-    def count_pairs(self, count: float | Tensor) -> float:
-        return float(self.mesh.all.sum_in_place(_countable(count)))
+    def count_each(self, counts: Sequence[float | Tensor]) -> list[float]:
+        of_each = torch.stack([_countable(count) for count in counts])
+        return self.mesh.all.sum_in_place(of_each).tolist()
 
     @override
     def total(self, partial: Tensor) -> Tensor:
@@ -145,6 +148,10 @@ class ManyProcesses(OneProcess):
     @override
     def after_backward(self, partial: Tensor, use: Callable[[Tensor], None]) -> None:
         self._waiting.append((partial.detach(), use))
+
+    def begin_step(self) -> None:
+        """Forget what a step left that had no backward pass."""
+        self._waiting.clear()
 
     def finish_backward(self) -> None:
         """Sum what waits in `after_backward`, in one piece, and hand each sum to its user."""

@@ -24,7 +24,7 @@ from jumprelu_plugin.saes.transcoder import (
 )
 from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.training.distributed.gradients import Gradients
+from jumprelu_plugin.training.distributed.gradients import BACKWARD_ORDER, Gradients
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.mesh import Mesh
 from jumprelu_plugin.training.distributed.processes import ManyProcesses, ShareOfGradient
@@ -117,7 +117,10 @@ class ShardOfSAE(JumpReLUTrainingSAE):
         if self.gradients is None and self.training:
             summed = frozenset({"b_dec"} if self.cfg.apply_b_dec_to_input else ())
             parameters = {plain_name(name): p for name, p in self.named_parameters()}
-            self.gradients = Gradients(parameters, frozenset(LATENT_AXIS), summed, self.processes)
+            matrices = [name for name in BACKWARD_ORDER if name in parameters]
+            self.gradients = Gradients(
+                parameters, matrices, frozenset(LATENT_AXIS), summed, self.processes
+            )
             self.gradients.listen()
         if self.gradients is not None:
             self.gradients.begin()

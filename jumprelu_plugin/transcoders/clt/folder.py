@@ -7,7 +7,7 @@ class for it. `jumprelu export --to circuit-tracer` writes the one that circuit-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,19 @@ def save_clt(model: CrossLayerTranscoder, folder: str | Path) -> Path:
     Raises:
         ValueError: parameters that are not finite, or negative thresholds.
     """
+    return save_layers(model.cfg, model.sources, folder)
+
+
+def save_layers(cfg: CLTConfig, sources: Iterable[SourceLayer], folder: str | Path) -> Path:
+    """`save_clt` of layers that come one after the other, so that not all have to be there.
+
+    Raises as `save_clt` does.
+    """
     with whole_files(folder, last=CONFIG) as unfinished:
-        for layer, source in zip(model.cfg.layers, model.sources, strict=True):
+        for layer, source in zip(cfg.layers, sources, strict=True):
             source.parameters_to_all()
             save_file(_tensors(source), unfinished / f"layer_{layer}.safetensors")
-        write_json(unfinished / CONFIG, {"architecture": ARCHITECTURE, **asdict(model.cfg)})
+        write_json(unfinished / CONFIG, {"architecture": ARCHITECTURE, **asdict(cfg)})
     return Path(folder)
 
 

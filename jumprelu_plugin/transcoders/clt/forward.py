@@ -18,6 +18,7 @@ from jumprelu_plugin.step.dense import encode_dense
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.losses import Step
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
 
@@ -47,6 +48,7 @@ def forward(
     path: str = "sparse",
     to_input: bool = True,
     multipliers: Sequence[Float[Tensor, " d_sae"] | None] | None = None,
+    processes: OneProcess = ONE_PROCESS,
 ) -> tuple[list[Step], Float[Tensor, "batch layers*d_out"]]:
     """What the loss needs of each layer, and ŷ of all layers side by side.
 
@@ -56,6 +58,8 @@ def forward(
         path: `sparse`, `screened` or `dense`; all give the same numbers.
         to_input: whether the estimators' gradient also reaches the encoders.
         multipliers: of each layer's density limit; None where no layer has one.
+        processes: that hold the latents and split the batch. What is returned of a layer is of this
+            one's latents; ŷ is of all latents, for this one's tokens.
     """
     steps, written = [], []
     multipliers = [None] * len(bandwidths) if multipliers is None else multipliers
@@ -79,7 +83,7 @@ def forward(
         written.append(entries.decode(activations, source.W_dec))
     biases = torch.cat([source.b_dec for source in model.sources])
     total: Tensor = _SumOfLater.apply(*written)  # type: ignore[assignment]
-    return steps, total + biases
+    return steps, processes.sum_over_shards(total) + biases
 
 
 def _encode(

@@ -21,10 +21,15 @@ from jumprelu_plugin.transcoders.clt.config import CLTConfig
 from jumprelu_plugin.transcoders.memory import MemoryEstimate
 
 
-def parameter_count(cfg: CLTConfig) -> int:
-    """How many numbers a cross-layer transcoder has: of n layers, n(n + 1)/2 decoders."""
-    own = cfg.d_sae * (cfg.d_in + 2) + cfg.d_out
-    return cfg.n_layers * own + _decoders(cfg) * cfg.d_sae * cfg.d_out
+def parameter_count(cfg: CLTConfig, shards: int = 1) -> int:
+    """How many numbers a cross-layer transcoder has: of n layers, n(n + 1)/2 decoders.
+
+    Args:
+        shards: over which its latents are divided; the numbers are then of one of them.
+    """
+    held = cfg.d_sae // shards
+    own = held * (cfg.d_in + 2) + cfg.d_out
+    return cfg.n_layers * own + _decoders(cfg) * held * cfg.d_out
 
 
 def estimate_memory(
@@ -38,20 +43,26 @@ def estimate_memory(
     target_l0: float | None,
     step_kernel: str,
     device: str = "cpu",
+    replicas: int = 1,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Add up a run. `transcoders` holds all gradients here: there is one backward pass for all.
 
     Args:
-        sequences_per_pass: in a forward pass of the model.
+        sequences_per_pass: in a forward pass of the model, of all processes.
         target_l0, step_kernel: as in the training's config.
+        replicas, shards: over which processes split each batch, and the latents; the estimate is
+            then of the first, which joins the whole to save it.
     """
     widths = [cfg.d_in, cfg.d_out] * cfg.n_layers
     width = sum(widths)
+    held, tokens, processes = cfg.d_sae // shards, batch_tokens // replicas, replicas * shards
+    own = FLOAT32 * parameter_count(cfg, shards)
     step = step_bytes(
-        batch_tokens,
+        tokens,
         cfg.d_in,
-        cfg.d_sae,
-        usual_entries(batch_tokens, cfg.d_sae, target_l0),
+        held,
+        usual_entries(batch_tokens, cfg.d_sae, target_l0) / shards,
         step_kernel,
         torch.device(device).type,
         others=cfg.n_layers - 1,
@@ -59,18 +70,21 @@ def estimate_memory(
         arrays=STEP_ARRAYS_CLT,
     )
     # What each layer writes, and its gradient, which live until the backward pass.
-    written = 2 * FLOAT32 * batch_tokens * _decoders(cfg) * cfg.d_out
+    written = 2 * FLOAT32 * tokens * _decoders(cfg) * cfg.d_out
+    # Weights and both moments, in the memory of the first process's host.
+    joined = 3 * FLOAT32 * parameter_count(cfg)
+    joins_here = processes > 1 and torch.device(device).type == "cpu"
     return MemoryEstimate(
         model=parameter_bytes(model),
-        transcoders=4 * FLOAT32 * parameter_count(cfg),
+        transcoders=4 * own,
         chunk=FLOAT32 * chunk_sequences * context_size * width,
         working=max(
             step + written,
             # Before the first step there are no gradients or moments.
-            calibration_bytes(batch_tokens, cfg.d_sae, transcoder=True)
-            - 3 * FLOAT32 * parameter_count(cfg),
-            forward_bytes(model, width, context_size, sequences_per_pass)
+            calibration_bytes(batch_tokens, held, transcoder=True) - 3 * own,
+            forward_bytes(model, width, context_size, -(-sequences_per_pass // processes))
             + FLOAT32 * sequences_per_pass * context_size * width,
+            joined if joins_here else 0,
         )
         + rows_bytes(batch_tokens, width),
     )

@@ -79,16 +79,20 @@ class SourceLayer(nn.Module):
 class CrossLayerTranscoder(nn.Module):
     """A cross-layer transcoder, in float32.
 
+    Args:
+        held: latents of each layer that are here, where several processes hold them; None: all.
+
     Attributes:
-        cfg: sizes and places.
+        cfg: sizes and places; of the whole transcoder.
         sources: its layers, in order.
     """
 
-    def __init__(self, cfg: CLTConfig):
+    def __init__(self, cfg: CLTConfig, held: int | None = None):
         super().__init__()
         self.cfg = cfg
+        latents = cfg.d_sae if held is None else held
         self.sources: Sequence[SourceLayer] = nn.ModuleList(  # type: ignore[assignment]
-            SourceLayer(cfg.d_in, cfg.d_sae, cfg.d_out, cfg.later(index))
+            SourceLayer(cfg.d_in, latents, cfg.d_out, cfg.later(index))
             for index in range(cfg.n_layers)
         )
 

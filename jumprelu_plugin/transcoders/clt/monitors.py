@@ -29,12 +29,11 @@ class LayerMonitors:
 
     def step(self, output: StepOutput, step: int) -> Iterator[tuple[int, Alarm]]:
         """Take in a step that was made; the alarms it raised, with their layer's place."""
-        tokens = len(output.target)
         errors = output.errors(len(self._monitors)).unbind()
         for index, (monitor, error) in enumerate(zip(self._monitors, errors, strict=True)):
             firing = self._controls[index].firing
             assert firing is not None  # a cross-layer transcoder keeps one for every layer
-            stats = StepStats(round(output.l0[index] * tokens), tokens, error)
+            stats = StepStats(output.active[index], output.tokens, error)
             for alarm in monitor.step(stats, firing.silent, step):
                 yield index, alarm
 

@@ -31,6 +31,7 @@ from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt
 from jumprelu_plugin.transcoders.clt.memory import estimate_memory
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.trainer import Schedule, Trainer, pair_name
+from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
 from jumprelu_plugin.transcoders.memory import MemoryEstimate, fitting_chunk, smallest_chunk
 from jumprelu_plugin.transcoders.output_folder import (
     METRICS_FILENAME,
@@ -85,21 +86,20 @@ def train_clt(
     """
     require_device(settings.device)
     output = Path(output)
-    training = _training_config(settings)
+    training = training_config(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
-    cfg = _config(model, settings)
-    chunk, estimate = _within_memory(model, cfg, settings)
-    schedule = _schedule(settings)
+    cfg = config_of(model, settings)
+    chunk, estimate = within_memory(model, cfg, settings)
+    schedule = schedule_of(settings)
     dataset, held_out = texts_of(model, settings, dataset)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     torch.manual_seed(settings.seed)
     trainer = Trainer(
-        CrossLayerTranscoder(cfg).to(settings.device),
-        training,
+        CLTTrainingStep(CrossLayerTranscoder(cfg).to(settings.device), training),
         schedule,
-        _store(model, cfg, settings, chunk, dataset),
+        store_of(model, cfg, settings, chunk, dataset),
         checkpoints=checkpoints_of(output, settings),
         metrics_path=output / METRICS_FILENAME,
     )
@@ -110,13 +110,11 @@ def train_clt(
     trainer.fold_scales()
     with explained_at_the_end(output, trainer.checkpoints.last, "the same command"):
         folders.save_clt(trainer.model, output)
-    found = None
-    if held_out is not None:
-        # The saved folder is what is evaluated.
-        saved = folders.load_clt(output, settings.device)
-        found = evaluate_clt(model, saved, held_out)
+    found = evaluated(model, output, held_out, settings.device)
+    if found is not None:
         log(found.table())
-    _record(output, settings, cfg, trainer, estimate, found, model)
+    dead = trainer.training_step.dead_share()
+    write_record(output, settings, trainer, dead, estimate, found, model)
     finish_output_folder(output)
     return output
 
@@ -124,7 +122,12 @@ def train_clt(
 # ---------------------------------------------------------------- before training
 
 
-def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
+def training_config(settings: CLTSettings) -> CLTTrainingConfig:
+    """How the transcoder is trained.
+
+    Raises:
+        ValueError: a setting that cannot be, or two that cannot be together.
+    """
     refuse_impossible(settings)
     target = settings.target_l0
     if target is None and settings.l0_coefficient is None:
@@ -141,7 +144,12 @@ def _training_config(settings: CLTSettings) -> CLTTrainingConfig:
     )
 
 
-def _config(model: Any, settings: CLTSettings) -> CLTConfig:
+def config_of(model: Any, settings: CLTSettings) -> CLTConfig:
+    """What is trained: its sizes, read at the model's hooks.
+
+    Raises:
+        ValueError: layers or hooks that the model does not have, or that have unequal widths.
+    """
     n_layers = model.cfg.n_layers
     layers = tuple(range(n_layers)) if settings.layers is None else settings.layers
     for layer in layers:
@@ -183,8 +191,14 @@ def _one_width(widths: dict[str, int], what: str) -> int:
     return next(iter(widths.values()))
 
 
-def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[int, MemoryEstimate]:
-    """Sequences in a chunk, and what the run takes."""
+def within_memory(
+    model: Any, cfg: CLTConfig, settings: CLTSettings, replicas: int = 1, shards: int = 1
+) -> tuple[int, MemoryEstimate]:
+    """Sequences in a chunk, and what each process of the run takes.
+
+    Raises:
+        ValueError: it takes more than `settings.memory_gb`, however small the chunk.
+    """
 
     def estimate(chunk_sequences: int) -> MemoryEstimate:
         return estimate_memory(
@@ -194,9 +208,11 @@ def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[i
             context_size=settings.context_size,
             sequences_per_pass=settings.store_batch_size_prompts,
             chunk_sequences=chunk_sequences,
-            target_l0=_training_config(settings).target_l0,
+            target_l0=training_config(settings).target_l0,
             step_kernel=settings.step_kernel,
             device=settings.device,
+            replicas=replicas,
+            shards=shards,
         )
 
     smallest = smallest_chunk(
@@ -205,7 +221,12 @@ def _within_memory(model: Any, cfg: CLTConfig, settings: CLTSettings) -> tuple[i
     return fitting_chunk(estimate, settings.n_batches_in_buffer, smallest, settings.memory_gb)
 
 
-def _schedule(settings: CLTSettings) -> Schedule:
+def schedule_of(settings: CLTSettings) -> Schedule:
+    """How long it is trained, and how fast.
+
+    Raises:
+        ValueError: there are fewer tokens than in a batch.
+    """
     steps = settings.training_tokens // settings.train_batch_size_tokens
     if steps < 1:
         raise ValueError(
@@ -221,9 +242,10 @@ def _schedule(settings: CLTSettings) -> Schedule:
     )
 
 
-def _store(
+def store_of(
     model: Any, cfg: CLTConfig, settings: CLTSettings, chunk: int, dataset: Any
 ) -> PairStore:
+    """The text's activations at the hooks of all layers, in chunks of so many sequences."""
     special = torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
     pairs = {pair_name(index): pair for index, pair in enumerate(cfg.pairs)}
     with without_remote_code_errors():
@@ -251,25 +273,38 @@ def _store(
 # ---------------------------------------------------------------- after training
 
 
-def _record(
+def evaluated(model: Any, output: Path, held_out: Any, device: str) -> SplicedSet | None:
+    """How the saved transcoder does on the held-out text; None where there is none."""
+    if held_out is None:
+        return None
+    return evaluate_clt(model, folders.load_clt(output, device), held_out)
+
+
+def write_record(
     output: Path,
     settings: CLTSettings,
-    cfg: CLTConfig,
     trainer: Trainer,
+    dead: float,
     estimate: MemoryEstimate,
     found: SplicedSet | None,
     model: Any,
 ) -> None:
+    """Write what was trained, how it went and where it came from.
+
+    Args:
+        dead: the share of all latents that count as dead.
+        estimate: of each process.
+    """
     last = trainer.last
     write_json(
         output / RECORD_FILENAME,
         {
             "kind": "cross_layer_transcoder",
             "settings": settings,
-            "config": cfg,
+            "config": trainer.model.cfg,
             "l0_in_training": None if last is None else last.l0,
             "coefficients": None if last is None else [float(c) for c in last.coefficients],
-            "dead_in_training": trainer.training_step.dead_share(),
+            "dead_in_training": dead,
             "memory_estimate": {**asdict(estimate), "total": estimate.total},
             "held_out": None if found is None else found.to_dict(),
             "provenance": provenance(seed=settings.seed, model_digest=model_digest(model)),

@@ -12,32 +12,28 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens import logger
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
-from jumprelu_plugin.records import read_json, write_json
 from jumprelu_plugin.saes.parameters import PairScale
-from jumprelu_plugin.saes.tensor_files import explained, read_safetensors, read_torch
+from jumprelu_plugin.saes.tensor_files import explained
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.activations.scaler import PairScaler
 from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.training.metrics_file import append_metrics, keep_before
-from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
-from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.monitors import LayerMonitors
+from jumprelu_plugin.transcoders.clt.saved_training import SavedTraining
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep, StepOutput
 
-_STATE, _TENSORS, _OPTIMIZER = "training_state.json", "training_state.safetensors", "optimizer.pt"
 _UPDATE_EVERY = 10
 # SAELens' trainer clips at this.
 _CLIP_NORM = 1.0
@@ -70,27 +66,24 @@ class Trainer:
     Args:
         checkpoints: where checkpoints are saved; the last two are kept.
         metrics_path: JSON lines with each layer's L0, FVU and coefficient, and one for each alarm
-            (`health.alarms`).
+            (`health.alarms`); None: another process writes them.
     """
 
     def __init__(
         self,
-        model: CrossLayerTranscoder,
-        cfg: CLTTrainingConfig,
+        training_step: CLTTrainingStep,
         schedule: Schedule,
         store: PairStore,
         *,
         checkpoints: Checkpoints,
-        metrics_path: Path,
+        metrics_path: Path | None,
     ):
-        self.model, self.schedule, self.store = model, schedule, store
+        self.training_step, self.model = training_step, training_step.model
+        self.schedule, self.store = schedule, store
         self.checkpoints, self.metrics_path = checkpoints, metrics_path
-        self.training_step = CLTTrainingStep(model, cfg)
-        shape = model.cfg
-        self.scalers = [
-            PairScaler(shape.d_in, shape.d_out, centers=cfg.controls_l0) for _ in shape.layers
-        ]
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
+        shape, centers = self.model.cfg, training_step.cfg.controls_l0
+        self.scalers = [PairScaler(shape.d_in, shape.d_out, centers=centers) for _ in shape.layers]
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=schedule.lr)
         self.scheduler = get_lr_scheduler(
             "constant",
             self.optimizer,
@@ -111,7 +104,7 @@ class Trainer:
             InterruptedException: stopped by Ctrl-C or SIGTERM; the step was finished and a
                 checkpoint saved.
         """
-        batches = InterruptibleIterator(self.store.get_multi_hook_data_loader())
+        batches = self.make_batches()
         due = self._checkpoint_steps()
         monitors = LayerMonitors(self.training_step, self.schedule.steps)
         with (
@@ -137,6 +130,10 @@ class Trainer:
                     logger.warning(f"interrupted; the last checkpoint: {self.checkpoints.last}")
                 raise
 
+    def make_batches(self) -> InterruptibleIterator:
+        """The batches of the run, which end where it is asked to stop."""
+        return InterruptibleIterator(self.store.get_multi_hook_data_loader())
+
     @torch.no_grad()
     def fold_scales(self) -> None:
         """Make the weights take and give the model's own activations: when training is over."""
@@ -156,7 +153,8 @@ class Trainer:
     def _take_step(self, rows: Mapping[str, Tensor]) -> StepOutput:
         inputs, targets = [], []
         for index, scaler in enumerate(self.scalers):
-            scaled = scaler.scale(rows[pair_name(index)].to(self.model.device))
+            mine = self.own_tokens(rows[pair_name(index)])
+            scaled = scaler.scale(mine.to(self.model.device))
             x, y = scaled.split([scaler.d_in, scaler.d_out], dim=1)
             # Copied apart: the sparse products read whole rows.
             inputs.append(x.contiguous())
@@ -164,11 +162,19 @@ class Trainer:
         output = self.training_step.loss(inputs, targets)
         self.optimizer.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
+        self.clip_gradients()
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
         return output
+
+    def own_tokens(self, rows: Float[Tensor, "batch width"]) -> Float[Tensor, "tokens width"]:
+        """The part of a batch's rows that is trained on here."""
+        return rows
+
+    def clip_gradients(self) -> None:
+        """Limit the norm of the gradients before the optimizer's step."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
 
     def _show(self, bar: tqdm, output: StepOutput) -> None:
         bar.update(1)
@@ -178,19 +184,19 @@ class Trainer:
         if not (shown or logged):
             return
         errors, n_layers = output.fvu(self.model.cfg.n_layers), self.model.cfg.n_layers
-        dead = self.training_step.dead_share()
+        dead, loss = self.training_step.dead_share(), output.batch_loss()
         if shown:
             bar.set_postfix(
-                loss=f"{output.loss.item():.3g}",
+                loss=f"{loss:.3g}",
                 L0=f"{sum(output.l0) / n_layers:.1f}",
                 FVU=f"{sum(errors) / n_layers:.3f} ({min(errors):.3f} to {max(errors):.3f})",
                 dead=f"{dead:.1%}",
             )
-        if logged:
+        if logged and self.metrics_path is not None:
             finite = [error if math.isfinite(error) else None for error in errors]
             line = {
                 "step": self.step,
-                "loss": output.loss.item(),
+                "loss": loss,
                 "l0": output.l0,
                 "fvu": finite,
                 "coefficient": [float(value) for value in output.coefficients],
@@ -208,23 +214,27 @@ class Trainer:
     def save(self) -> Path | None:
         """Save a checkpoint in one piece; None where the disk refuses it."""
         self.training_step.restore_layout()
-        return self.checkpoints.save(str(self.step), self._write)
+        state = self.state()
 
-    def _write(self, folder: Path) -> None:
-        weights = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file({**weights, **self.training_step.tensors()}, folder / _TENSORS)
-        moving = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
-        torch.save(moving, folder / _OPTIMIZER)
-        state = {
-            "step": self.step,
-            "scales": [scaler.scaling_factor for scaler in self.scalers],
-            "training_step": self.training_step.state(),
-        }
-        write_json(folder / _STATE, state)
-        self.store.save_to_checkpoint(folder)
+        def write(folder: Path) -> None:
+            state.write(folder)
+            self.store.save_to_checkpoint(folder)
+
+        return self.checkpoints.save(str(self.step), write)
+
+    def state(self) -> SavedTraining:
+        """What a resumed run needs beside the place in the text."""
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return SavedTraining(
+            tensors={**weights, **self.training_step.tensors()},
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            values={
+                "step": self.step,
+                "scales": [scaler.scaling_factor for scaler in self.scalers],
+                "training_step": self.training_step.state(),
+            },
+        )
 
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of a training with the same settings; call before `fit`.
@@ -234,34 +244,36 @@ class Trainer:
             OSError: a file is missing.
         """
         checkpoint = Path(checkpoint)
-        tensors = read_safetensors(checkpoint / _TENSORS, str(self.model.device))
-        moving = read_torch(checkpoint / _OPTIMIZER)
-        if not isinstance(moving, Mapping):
-            raise ValueError(f"{checkpoint / _OPTIMIZER} holds no optimizer's state")
-        state = read_json(checkpoint / _STATE)
+        state = self.read(checkpoint)
         with explained(checkpoint, "resume from an earlier one, or start anew"):
-            self._restore(tensors, moving, state)
+            self._restore(state)
         self.store.load_from_checkpoint(checkpoint)
         self.checkpoints.last = checkpoint
-        keep_before(self.metrics_path, self.step + 1)
+        if self.metrics_path is not None:
+            keep_before(self.metrics_path, self.step + 1)
 
-    def _restore(self, tensors: dict[str, Any], moving: Any, state: dict[str, Any]) -> None:
+    def read(self, checkpoint: Path) -> SavedTraining:
+        """What a checkpoint holds of what is trained here."""
+        return SavedTraining.read(checkpoint, str(self.model.device))
+
+    def _restore(self, state: SavedTraining) -> None:
         parameters = {f"model.{name}": value for name, value in self.model.named_parameters()}
+        tensors = dict(state.tensors)
         require_same_shapes(tensors, parameters)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors.pop(name))
-        self.optimizer.load_state_dict(moving["optimizer"])
+        self.optimizer.load_state_dict(state.optimizer)
         for group in self.optimizer.param_groups:
             group["fused"] = None  # for the seam to switch on, which then turns what it has to
-        self.scheduler.load_state_dict(moving["scheduler"])
-        require_same_form(state["step"], self.step, "its step")
-        self.step, scales = state["step"], state["scales"]
+        self.scheduler.load_state_dict(state.scheduler)
+        require_same_form(state.values["step"], self.step, "its step")
+        self.step, scales = state.values["step"], state.values["scales"]
         if not isinstance(scales, list) or len(scales) != len(self.scalers):
             raise ValueError(f"its scales are {scales!r}; expected one for each layer")
         for scaler, factors in zip(self.scalers, scales, strict=True):
             scaler.scaling_factor = PairScale.of(factors)
-        self.training_step.load_state(state["training_step"], tensors)
+        self.training_step.load_state(state.values["training_step"], tensors)
 
 
 def pair_name(index: int) -> str:

@@ -2,6 +2,9 @@
 
 The reconstruction is joint, ‖y - ŷ‖² over all outputs. Sparsity is each layer's own: each has a
 `control.DictionaryControl`, as an SAE has, which holds its L0 and measures its coefficient.
+
+Where several processes hold the latents of every layer and split the batch, each makes this step
+with its own, and the sums over them are `step.processes`'.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.control.calibration import output_directions
@@ -28,6 +31,7 @@ from jumprelu_plugin.step.losses import (
     reconstruction,
     sparsity_term,
 )
+from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.forward import forward
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
@@ -40,29 +44,46 @@ class StepOutput:
     Attributes:
         loss: to call backward on.
         target, output: y and ŷ, [batch, layers · d_out], in the units of training.
-        l0: of each layer.
+        active: active pairs of each layer.
+        l0: of each layer, on the whole batch.
         coefficients: λ of each layer.
+        processes: that made the step together. `loss` and what has a row a token is of this one's
+            tokens, `active` of its latents too.
     """
 
     loss: Float[Tensor, ""]
     target: Float[Tensor, "batch layers*d_out"]
     output: Float[Tensor, "batch layers*d_out"]
+    active: list[Int[Tensor, ""]]
     l0: list[float]
     coefficients: list[float | Tensor]
+    processes: OneProcess = ONE_PROCESS
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole batch."""
+        return len(self.target) * self.processes.replicas
+
+    @torch.no_grad()
+    def batch_loss(self) -> float:
+        """The loss on the whole batch."""
+        return float(self.processes.mean_over_replicas(self.loss.detach()))
 
     @torch.no_grad()
     def fvu(self, n_layers: int) -> list[float]:
-        """Fraction of variance unexplained of each layer's output on this batch."""
+        """Fraction of variance unexplained of each layer's output on the whole batch."""
+        mean = self.processes.mean_over_replicas(self.target.mean(0))
         residual = (self.output - self.target).square().sum(0)
-        deviation = (self.target - self.target.mean(0)).square().sum(0)
-        shape = (n_layers, -1)
-        return (residual.view(shape).sum(1) / deviation.view(shape).sum(1)).tolist()
+        deviation = (self.target - mean).square().sum(0)
+        sums = self.processes.mean_over_replicas(torch.stack([residual, deviation]))
+        residual, deviation = sums.unflatten(1, (n_layers, -1)).sum(2)
+        return (residual / deviation).tolist()
 
     @torch.no_grad()
     def errors(self, n_layers: int) -> Float[Tensor, " layers"]:
-        """Mean over tokens of each layer's ‖ŷ - y‖²."""
+        """Mean over the whole batch's tokens of each layer's ‖ŷ - y‖²."""
         squares = (self.output - self.target).square().sum(0).view(n_layers, -1)
-        return squares.sum(1) / len(self.target)
+        return self.processes.mean_over_replicas(squares.sum(1) / len(self.target))
 
 
 class CLTTrainingStep:
@@ -70,6 +91,9 @@ class CLTTrainingStep:
 
     `loss` begins a step and calibrates on the first; the rest happens around the step of the
     optimizer that holds the parameters (`control.optimizer_hooks`).
+
+    Args:
+        processes: that hold the latents and split the batch; `model` has this one's.
 
     Attributes:
         controls: one `DictionaryControl` a layer.
@@ -79,8 +103,13 @@ class CLTTrainingStep:
         ValueError: the target L0 is above the number of latents.
     """
 
-    def __init__(self, model: CrossLayerTranscoder, cfg: CLTTrainingConfig):
-        shape = model.cfg
+    def __init__(
+        self,
+        model: CrossLayerTranscoder,
+        cfg: CLTTrainingConfig,
+        processes: OneProcess = ONE_PROCESS,
+    ):
+        shape, self.processes = model.cfg, processes
         if cfg.target_l0 is not None and cfg.target_l0 > shape.d_sae:
             raise ValueError(
                 f"target_l0 is {cfg.target_l0}; it must be at most d_sae, which is {shape.d_sae}"
@@ -95,7 +124,9 @@ class CLTTrainingStep:
         )
         n_layers = shape.n_layers
         self.controls = [
-            DictionaryControl(settings, keep_firing_record=True, index=index, of=n_layers)
+            DictionaryControl(
+                settings, keep_firing_record=True, index=index, of=n_layers, processes=processes
+            )
             for index in range(n_layers)
         ]
         self._calibrated = False
@@ -115,7 +146,7 @@ class CLTTrainingStep:
         inputs: Sequence[Float[Tensor, "batch d_in"]],
         targets: Sequence[Float[Tensor, "batch d_out"]],
     ) -> StepOutput:
-        """The loss on a batch, scaled as training scales it.
+        """The loss on a batch, scaled as training scales it; of its tokens, this process's.
 
         Raises:
             ValueError: activations or parameters that are not finite.
@@ -125,7 +156,7 @@ class CLTTrainingStep:
         if not self._calibrated:
             self._calibrate(inputs, targets)
         target = torch.cat(list(targets), dim=1)
-        weights = self._token_weights(targets)
+        weights = self._token_weights(targets, self.processes)
         path = self._path_choice.start(target.device, self._dense_sizes(len(target)))
         steps, output = forward(
             self.model,
@@ -134,13 +165,21 @@ class CLTTrainingStep:
             path=path,
             to_input=self.cfg.jumprelu_ste_to_input,
             multipliers=[control.density_multipliers(target.device) for control in self.controls],
+            processes=self.processes,
         )
-        penalties = [self.sparsity(step) for step in steps]
+        # A CLT's penalties are sums over latents, so all layers' travel in one piece.
+        own = torch.stack([self.sparsity(step) for step in steps])
+        penalties = self.processes.sum_over_shards(own).unbind()
         coefficients = self._coefficients()
         loss = self._reconstruction(output, target, weights)
         for coefficient, penalty in zip(coefficients, penalties, strict=True):
             loss = loss + coefficient * penalty
         self._require_finite(loss, inputs, targets)
+        active = [step.activations.detach().count_nonzero() for step in steps]
+        tokens = len(target) * self.processes.replicas
+        counts = self.processes.count_each(active)
+        for control, count in zip(self.controls, counts, strict=True):
+            control.take_active(count, tokens)
         if loss.requires_grad:
             residual = (target - output).detach().unflatten(1, (shape.n_layers, shape.d_out))
             for index, step in enumerate(steps):
@@ -152,23 +191,23 @@ class CLTTrainingStep:
                     self.controls[index].keep_for_resampling(inputs[index], later.flatten(1))
             self.steps += 1
         l0 = [control.batch_l0 for control in self.controls]
-        return StepOutput(loss, target, output, l0, coefficients)
+        return StepOutput(loss, target, output, active, l0, coefficients, self.processes)
 
     def _observe(
         self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor
     ) -> None:
         active = step.entries.as_matrix(step.activations, where=step.activations > 0)
-        self.controls[index].count_active(active)
         self.controls[index].observe(step, self.sparsity, penalty, coefficient, active)
 
     def _token_weights(
-        self, targets: Sequence[Float[Tensor, "batch d_out"]]
+        self, targets: Sequence[Float[Tensor, "batch d_out"]], processes: OneProcess
     ) -> Float[Tensor, "batch layers"] | None:
         """The weight of a token's squared error at each output; None: 1 for all."""
         ratio = self.cfg.outlier_norm_ratio
         if ratio is None:
             return None
-        return torch.stack([outlier_token_weights(target, ratio) for target in targets], dim=1)
+        weights = [outlier_token_weights(y, ratio, processes=processes) for y in targets]
+        return torch.stack(weights, dim=1)
 
     def _reconstruction(
         self,
@@ -187,7 +226,8 @@ class CLTTrainingStep:
         cfg = self.model.cfg
         decoders = cfg.n_layers * (cfg.n_layers + 1) / 2 * cfg.d_out / cfg.d_in
         products = 2 * cfg.n_layers + 3 * decoders
-        return round(batch * products / DENSE_PRODUCTS), cfg.d_in, cfg.d_sae
+        held = self.processes.held(cfg.d_sae)
+        return round(batch * products / DENSE_PRODUCTS), cfg.d_in, held
 
     def _coefficients(self) -> list[float | Tensor]:
         fixed, warm_up = self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps
@@ -216,8 +256,13 @@ class CLTTrainingStep:
 
     @torch.no_grad()
     def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """θ₀ and ε from the data, biases at the outputs' means, decoders where latents fire."""
-        weights = self._token_weights(targets)
+        """θ₀ and ε from the data, biases at the outputs' means, decoders where latents fire.
+
+        Every process measures the whole batch.
+        """
+        inputs = [self.processes.gather_tokens(x) for x in inputs]
+        targets = [self.processes.gather_tokens(y) for y in targets]
+        weights = self._token_weights(targets, ONE_PROCESS)
         if weights is not None:
             # One outlier would move an output's mean, and the decoder rows of what fires on it.
             inlier = (weights == 1).all(1)
@@ -247,8 +292,8 @@ class CLTTrainingStep:
 
     def dead_share(self) -> float:
         """Share of all latents that have not fired for so long that they count as dead."""
-        shares = [float(control.dead().float().mean()) for control in self.controls]
-        return sum(shares) / len(shares)
+        dead = torch.stack([control.dead() for control in self.controls])
+        return float(self.processes.mean_over_shards(dead.float()))
 
     # ---------------------------------------------------------------- resuming
 

@@ -25,10 +25,9 @@ from typing_extensions import override
 
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
-from jumprelu_plugin.training.checkpoints import Checkpoints
+from jumprelu_plugin.training.distributed.agreed import AgreedBatches, CheckpointsByTheFirst
 from jumprelu_plugin.training.distributed.launch import Launch
 from jumprelu_plugin.training.health.alarms import Alarm
-from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner, LayerwiseTrainer
 
 
@@ -91,27 +90,11 @@ class DealtHarvest:
         return None if parts is None else torch.cat(parts)
 
 
-class AgreedBatches(InterruptibleIterator):
-    """Stops every process before the same step, whichever was asked to stop."""
-
-    launch: Launch
-
-    @override
-    def stops(self) -> bool:
-        return self.launch.any_of(super().stops())[0]
-
-
-class DealtCheckpoints(Checkpoints):
+class DealtCheckpoints(CheckpointsByTheFirst):
     """Checkpoints of which every process writes a part; the first joins them.
 
     The processes of a run have to see one file system.
     """
-
-    launch: Launch
-
-    @override
-    def due(self) -> bool:
-        return self.launch.any_of(super().due())[0]
 
     @override
     def save(
@@ -133,11 +116,7 @@ class DealtCheckpoints(Checkpoints):
                 raise OSError(failures[0])
             _move(parts, unfinished)
 
-        def on_the_first() -> tuple[Path | None, Path | None]:
-            found = super(DealtCheckpoints, self).save(name, join, replaceable=replaceable)
-            return found, self.last
-
-        saved, self.last = self.launch.from_the_first(on_the_first)
+        saved = super().save(name, join, replaceable=replaceable)
         shutil.rmtree(mine, ignore_errors=True)
         return saved
 

@@ -101,8 +101,9 @@ def _train(
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))
     launch.from_the_first(lambda: start_output_folder(output, settings))
-    checkpoints = DealtCheckpoints(output / CHECKPOINTS, settings.checkpoint_every_n_minutes)
-    checkpoints.launch = launch
+    checkpoints = DealtCheckpoints(
+        launch, output / CHECKPOINTS, settings.checkpoint_every_n_minutes
+    )
     first = launch.rank == 0
     with whole_files(output) if first else nullcontext(output / ".unfinished") as unfinished:
         launch.wait()  # for the first to have made it
