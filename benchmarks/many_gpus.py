@@ -8,7 +8,6 @@ those that tests count, times those of published rates (`training.distributed.fo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from jumprelu_plugin.training.distributed.forecast import (
     PASSES,
     StepTimes,
     TrainingSizes,
+    exchange_seconds,
     step_times,
     traffic,
 )
@@ -33,6 +33,7 @@ from jumprelu_plugin.training.health.memory import (
 )
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
 from jumprelu_plugin.transcoders.clt.memory import estimate_memory, parameter_count
+from jumprelu_plugin.transcoders.clt.traffic import clt_traffic
 
 PAGE = tables.ROOT / "docs" / "guides" / "many-gpus.md"
 GPU = HARDWARE["h100"]
@@ -195,10 +196,9 @@ def clt_table() -> str:
     for name, d_sae in CLT_WIDTHS.items():
         for gpus in GPUS:
             cfg = CLTConfig(2304, 2304, d_sae, tuple(range(model.n_layers)))
-            share = dataclasses.replace(cfg, d_sae=d_sae // gpus)
             memory = estimate_memory(
                 model,
-                share,
+                cfg,
                 batch_tokens=CLT_BATCH,
                 context_size=CONTEXT,
                 sequences_per_pass=SEQUENCES,
@@ -206,8 +206,11 @@ def clt_table() -> str:
                 target_l0=TARGET_L0,
                 step_kernel="sparse",
                 device=GPU_TYPE,
+                shards=gpus,
             ).total
-            passes = FLOAT32 * PASSES * parameter_count(share) / GPU.memory_bandwidth
+            passes = FLOAT32 * PASSES * parameter_count(cfg, gpus) / GPU.memory_bandwidth
+            sent = clt_traffic(cfg, CLT_BATCH, 1, gpus)
+            exchange = exchange_seconds(sent, 1, gpus, GPU)
             fits = "yes" if memory <= USABLE * GPU.memory else "no"
             rows.append(
                 (
@@ -216,10 +219,21 @@ def clt_table() -> str:
                     f"{parameter_count(cfg) / 1e9:.1f}",
                     f"{memory / 1e9:.1f}",
                     fits,
+                    f"{sent.total / 1e6:.0f}",
                     f"{1e3 * passes:.1f}",
+                    f"{1e3 * exchange:.1f}",
                 )
             )
-    header = ("", "GPUs", "billion parameters", "GB a GPU", "fits", "memory ms")
+    header = (
+        "",
+        "GPUs",
+        "billion parameters",
+        "GB a GPU",
+        "fits",
+        "MB handed over",
+        "memory ms",
+        "traffic ms",
+    )
     return tables.table(header, rows)
 
 

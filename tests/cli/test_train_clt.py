@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.options import ModelOptions
-from jumprelu_plugin.transcoders.clt import CLTConfig, CrossLayerTranscoder, load_clt, run, save_clt
+from jumprelu_plugin.transcoders.clt import (
+    CLTConfig,
+    CrossLayerTranscoder,
+    load_clt,
+    many_processes,
+    run,
+    save_clt,
+)
 from jumprelu_plugin.transcoders.clt.run import CLTSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +50,24 @@ def test_the_command_hands_over_its_settings(
         memory_gb=3.0,
     )
     assert given == [(tmp_path, expected)]
+
+
+def test_sizes_of_a_mesh_go_to_the_training_on_many_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[Any] = []
+
+    def note(output: Path, chosen: CLTSettings, log: Any, **sizes: int) -> Path:
+        given.append((output, chosen.d_sae, sizes))
+        return output
+
+    monkeypatch.setattr(many_processes, "train_sharded_clt", note)
+    sizes = ["--data_parallel_size", "2", "--model-parallel-size", "3"]
+    arguments = ["train-clt", "--output_path", str(tmp_path), "--d_sae", "60", *sizes]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    expected = {"data_parallel_size": 2, "model_parallel_size": 3}
+    assert given == [(tmp_path, 60, expected)]
 
 
 def test_evaluate_takes_its_folder(tmp_path: Path) -> None:

@@ -139,12 +139,15 @@ def step_times(sizes: TrainingSizes, replicas: int, shards: int, gpu: Hardware) 
     return StepTimes(
         compute=product + model,
         memory=(pairs + passes) / gpu.memory_bandwidth,
-        exchange=_seconds(traffic(sizes, replicas, shards), replicas, shards, gpu),
+        exchange=exchange_seconds(traffic(sizes, replicas, shards), replicas, shards, gpu),
     )
 
 
-def _seconds(sent: Traffic, replicas: int, shards: int, gpu: Hardware) -> float:
-    """Rings: a sum carries 2(N - 1)/N of what each hands over, a gathering N - 1 times."""
+def exchange_seconds(sent: Traffic, replicas: int, shards: int, gpu: Hardware) -> float:
+    """Seconds that a step's traffic takes on a mesh of one kind of GPU.
+
+    Rings: a sum carries 2(N - 1)/N of what each hands over, a gathering N - 1 times.
+    """
     size = replicas * shards
     everywhere = gpu.link if size <= gpu.gpus else gpu.network
     in_a_row = gpu.link if shards <= gpu.gpus else gpu.network

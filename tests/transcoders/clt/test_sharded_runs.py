@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sae_lens.training._interruption import InterruptedException
 
 from jumprelu_plugin.training import checkpoints
@@ -96,11 +97,11 @@ def assert_same(found: Path, expected: Path) -> None:
     for line, other in zip(lines, others, strict=True):
         assert list(line) == list(other) and line["l0"] == other["l0"]
         for metric in ("step", "loss", "fvu", "coefficient", "dead", "lr"):
-            assert line[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-9), metric
+            assert line[metric] == pytest.approx(other[metric], rel=2e-6, abs=1e-9), metric
     mine, its = (json.loads((f / "cross_layer_record.json").read_text()) for f in (found, expected))
     for field in ("kind", "settings", "config", "l0_in_training"):
         assert mine[field] == its[field], field
-    assert mine["coefficients"] == pytest.approx(its["coefficients"], rel=1e-5)
+    assert mine["coefficients"] == pytest.approx(its["coefficients"], rel=2e-6)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=["latents", "tokens"])

@@ -151,7 +151,7 @@ def one_place(
     return Place(kept, whole, traffic, sum(p.nbytes for p in model.parameters()))
 
 
-# The same sums in another order: 40 to 100 steps make 3e-7 of it in float32, in decoders, and 2e-15 in
+# The same sums in another order: 60 steps make 3e-7 of it in float32, in decoders, and 2e-15 in
 # float64, in thresholds.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
