@@ -187,8 +187,16 @@ def assert_same_training(
             assert torch.equal(value, places[rank % shards].own.tensors[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=["latents", "tokens"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((1, 2), torch.float32),
+        ((1, 2), torch.float64),
+        ((2, 1), torch.float64),
+        pytest.param((2, 1), torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_processes_train_as_one(
     sizes: tuple[int, int], dtype: torch.dtype, tmp_path: Path, one_thread: None
 ) -> None:
