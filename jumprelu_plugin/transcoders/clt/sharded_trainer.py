@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from jumprelu_plugin.saes.tensor_files import explained
 from jumprelu_plugin.training.distributed.agreed import AgreedBatches
 from jumprelu_plugin.training.distributed.gathering import gather
 from jumprelu_plugin.training.distributed.launch import Launch
@@ -84,6 +85,10 @@ class ShardedTrainer(Trainer):
     @override
     def read(self, checkpoint: Path) -> SavedTraining:
         whole = SavedTraining.read(checkpoint, "cpu")
+        with explained(checkpoint, "resume from an earlier one, or start anew"):
+            return self._part_of(whole)
+
+    def _part_of(self, whole: SavedTraining) -> SavedTraining:
         names = [name for name, _ in self.model.named_parameters()]
         optimizer = dict(whole.optimizer)
         optimizer["state"] = {
