@@ -165,6 +165,17 @@ def damage(checkpoint: Path) -> str | None:
     return f"{MANIFEST_FILENAME} does not hold what was written"
 
 
+def is_as_written(checkpoint: Path, name: str) -> bool:
+    """Whether one file of a checkpoint holds what was written; True where no manifest says."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILENAME).read_text())
+        return manifest["files"][name] == _size_and_digest(checkpoint / name)
+    except FileNotFoundError:
+        return not (checkpoint / MANIFEST_FILENAME).exists()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 def refuse_negative_minutes(minutes: float) -> None:
     """Raise ValueError for an interval below 0."""
     if not minutes >= 0:
@@ -258,12 +269,16 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILENAME:
-            with path.open("rb") as file:
-                state = hashlib.sha256()
-                while part := file.read(1 << 20):
-                    state.update(part)
-                found[name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
+            found[name] = _size_and_digest(path)
     return found
+
+
+def _size_and_digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        state = hashlib.sha256()
+        while part := file.read(1 << 20):
+            state.update(part)
+        return {"bytes": file.tell(), "sha256": state.hexdigest()}
 
 
 def _manifest(files: dict[str, Any], replaceable: bool) -> str:

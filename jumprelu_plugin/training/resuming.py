@@ -16,7 +16,13 @@ from typing import Any
 from sae_lens import logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
-from jumprelu_plugin.training.checkpoints import MANIFEST_FILENAME, damage, newest_whole, numbered
+from jumprelu_plugin.training.checkpoints import (
+    MANIFEST_FILENAME,
+    damage,
+    is_as_written,
+    newest_whole,
+    numbered,
+)
 from jumprelu_plugin.training.health.schedule import repaired
 
 AUTO = "auto"
@@ -88,8 +94,8 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
 
     def is_same(path: Path) -> bool:
         recorded = _recorded(path)
-        if recorded is None:  # damaged, which is said where it would be the one to take
-            return True
+        if recorded is None or not is_as_written(path, RUNNER_CFG_FILENAME):
+            return True  # damaged, which is said where it would be the one to take
         if finetuned_from is not None and cfg.sae.target_l0 is None:
             recorded["sae.target_l0"] = None  # the L0 that the dictionary was found to have
         return recorded in wanted and _finetuned_from(path) == finetuned_from

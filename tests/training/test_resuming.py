@@ -12,6 +12,7 @@ import pytest
 
 from jumprelu_plugin import FinetuningRunner, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.training.checkpoints import numbered
+from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from tests.tiny import D_MODEL, tiny_sae
@@ -104,6 +105,20 @@ def test_auto_takes_the_one_before_a_damaged_one(
     assert f"{weights.parent} is damaged (sae_weights.safetensors does not hold" in caplog.text
     assert f"resuming from {before}" in caplog.text
     assert_same_sae(resumed, whole)
+
+
+def test_a_config_that_was_changed_in_a_checkpoint_is_damage_not_another_run(
+    model: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, before = (killed / str(steps * BATCH) for steps in (29, 28))
+    saved = newest / "runner_cfg.json"
+    text = saved.read_text()
+    saved.write_text(text.replace('"lr": 0.003', '"lr": 0.007'))
+    assert saved.read_text() != text
+    with caplog.at_level("WARNING"):
+        chosen = resolve_auto(short(tmp_path, resume_from_checkpoint="auto"))
+    assert f"{newest} is damaged (runner_cfg.json does not hold" in caplog.text
+    assert chosen.resume_from_checkpoint == str(before)
 
 
 @pytest.mark.parametrize(
