@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,7 +182,8 @@ def sign(folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> None:
     sign(folder)
-    refuse_wrong_checkpoint(str(folder), training_config())
+    run = SimpleNamespace(resume_from_checkpoint=str(folder), sae=training_config())
+    refuse_wrong_checkpoint(run)
     trainer = sae_trainer()
     trainer.sae.load_weights_from_checkpoint(folder)
     trainer.load_trainer_state(folder)
