@@ -35,7 +35,7 @@ def quick_transcoders(folder: Path) -> Path:
     """Encoders that match random inputs and fire on 4 % of them; decoders by least squares."""
     model = load_model(EMBEDDED_MODEL)
     text = tokenized_dataset(model.tokenizer, 128, split="train")
-    tokens = torch.tensor(text[:96]["tokens"])
+    tokens = torch.tensor(text[:64]["tokens"])
     hooks = [f"blocks.{i}.{h}" for i in range(model.cfg.n_layers) for h in (READ, WRITTEN)]
     _, cache = model.run_with_cache(tokens, names_filter=hooks)
     for layer in range(model.cfg.n_layers):
@@ -44,7 +44,7 @@ def quick_transcoders(folder: Path) -> Path:
         mean = x.mean(0)
         W_enc = torch.nn.functional.normalize((x - mean)[torch.randperm(len(x))[:D_SAE]]).T
         z = (x - mean) @ W_enc
-        threshold = z.quantile(0.96, dim=0).clamp_min(0)
+        threshold = z.T.contiguous().kthvalue(round(0.96 * len(z))).values.clamp_min(0)
         f = z * (z > threshold)
         ones = torch.cat([f, torch.ones(len(f), 1)], dim=1)
         ridge = 1.0 * torch.eye(D_SAE + 1)

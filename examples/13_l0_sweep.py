@@ -45,18 +45,18 @@ def harvest(text: torch.Tensor) -> torch.Tensor:
     return harvest_activations(model, metadata.hook_name, text, special_token_ids=special)
 
 
-held_out = tokens("test", 48)
+held_out = tokens("test", 24)
 # "thresholds" keeps every direction bit for bit; "all" gives the lowest FVU.
 settings = RefitSettings(train="all", steps=STEPS, batch_tokens=1024)
 points = run_l0_sweep(
     SAE_FOLDER,
     [16, 48],
     OUTPUT,
-    activations=harvest(tokens("train", 128)),
+    activations=harvest(tokens("train", 64)),
     held_out=harvest(held_out),
     settings=settings,
     model=model,
-    tokens=held_out[:16],
+    tokens=held_out[:8],
     log=print,
 )
 for point in points:

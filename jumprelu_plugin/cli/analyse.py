@@ -19,7 +19,9 @@ Folder = Annotated[Path, typer.Argument(help="folder of an SAE, as SAELens saves
 ContextSize = Annotated[
     int | None,
     typer.Option(
-        "--context_size", help="tokens in a sequence. Default: the dictionary's own, else 128."
+        "--context_size",
+        min=2,
+        help="tokens in a sequence. Default: the dictionary's own, else 128.",
     ),
 ]
 
@@ -37,7 +39,7 @@ class Change(str, Enum):
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="folder of an SAE or a cross-layer transcoder.")],
     options: ModelOptions,
-    sequences: Annotated[int, typer.Option("--sequences", help="held-out sequences.")] = 128,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="held-out sequences.")] = 128,
     context_size: ContextSize = None,
     output_path: Annotated[
         Path | None, typer.Option("--output_path", help="JSON record to write.")
@@ -72,7 +74,7 @@ def steer(
     change: Annotated[
         Change, typer.Option("--change", help="what to do to the latent.")
     ] = Change.add,
-    tokens: Annotated[int, typer.Option("--tokens", help="tokens to generate.")] = 40,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="tokens to generate.")] = 40,
     seed: Annotated[int, typer.Option("--seed", help="of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt without and with a change to one latent."""
@@ -102,9 +104,11 @@ def dashboard(
     output_path: Annotated[Path, typer.Option("--output_path", help="HTML file to write.")] = Path(
         "features.html"
     ),
-    sequences: Annotated[int, typer.Option("--sequences", help="held-out sequences.")] = 256,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="held-out sequences.")] = 256,
     context_size: ContextSize = None,
-    examples: Annotated[int, typer.Option("--examples", help="contexts shown of a latent.")] = 8,
+    examples: Annotated[
+        int, typer.Option("--examples", min=1, help="contexts shown of a latent.")
+    ] = 8,
     latents: Annotated[
         str | None,
         typer.Option("--latents", help="numbers of latents. Default: all.", metavar="0,1,3|0-5"),
@@ -142,17 +146,19 @@ def l0_sweep(
     train: Annotated[
         str, typer.Option("--train", help="thresholds, decoder or all.")
     ] = "thresholds",
-    steps: Annotated[int, typer.Option("--steps", help="training steps for each L0.")] = 300,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="training steps for each L0.")] = 300,
     train_batch_size_tokens: Annotated[
-        int, typer.Option("--train_batch_size_tokens", help="tokens in a training step.")
+        int, typer.Option("--train_batch_size_tokens", min=1, help="tokens in a training step.")
     ] = 2048,
     lr: Annotated[
         float | None,
         typer.Option("--lr", help="learning rate. Default: what suits --train."),
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", help="sequences to fit on.")] = 2048,
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=1, help="sequences to fit on.")
+    ] = 2048,
     held_out: Annotated[
-        int, typer.Option("--held_out", help="held-out sequences to evaluate on.")
+        int, typer.Option("--held_out", min=1, help="held-out sequences to evaluate on.")
     ] = 256,
     context_size: ContextSize = None,
     seed: Annotated[int, typer.Option("--seed", help="of the data order.")] = 0,

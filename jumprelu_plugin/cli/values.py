@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -19,9 +20,12 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     for part in text.split(","):
         ends = _RANGE.fullmatch(part.strip())
         try:
-            found += range(int(ends[1]), int(ends[2]) + 1) if ends else [int(part)]
+            numbers = range(int(ends[1]), int(ends[2]) + 1) if ends else [int(part)]
         except ValueError:
-            raise ValueError(f"{flag} is {text!r}; give numbers such as 0,1,3 or 0-5") from None
+            numbers = []
+        if not numbers:
+            raise ValueError(f"{flag} is {text!r}; give numbers such as 0,1,3 or 0-5")
+        found += numbers
     return tuple(found)
 
 
@@ -32,9 +36,12 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
         ValueError: it is no such list; the message names the flag.
     """
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40") from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40")
+    return found
 
 
 def names_and_values(flag: str, text: str) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def _train(
     if len(activations) < batch:
         raise ValueError(
             f"there are {len(activations)} activations and one batch takes {batch}: use more text, "
-            "or a smaller batch_tokens"
+            "or a smaller batch_tokens (--sequences, --train_batch_size_tokens)"
         )
     scale = start.d_in**0.5 / _mean_norm(activations)
     sae = _training_sae(rescale(start, scale, unit_rows=True), target, settings)

@@ -23,7 +23,6 @@ from tests.training.runs import (
     BATCH,
     CONTEXT,
     D_SAE,
-    STEPS,
     assert_same_sae,
     config,
     run,
@@ -33,16 +32,6 @@ from tests.training.runs import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # ---------------------------------------------------------------- real signals
-
-
-TRAIN = """
-import sys
-from pathlib import Path
-from tests.tiny import tiny_hf, tiny_hooked, tiny_tokenizer
-from tests.training.runs import config, run, token_rows
-folder = Path(sys.argv[1])
-run(tiny_hooked(tiny_hf(), tiny_tokenizer(folder / "tokenizer")), config(folder), token_rows())
-"""
 
 
 def interrupted(command: Sequence[str], folder: Path, sent: signal.Signals) -> tuple[int, str]:
@@ -74,23 +63,8 @@ def interrupted(command: Sequence[str], folder: Path, sent: signal.Signals) -> t
 def only_checkpoint(folder: Path) -> Path:
     (checkpoint,) = (folder / "checkpoints").glob("*/*")
     assert not checkpoint.name.startswith(".")  # no unfinished one beside it either
-    assert 7 <= int(checkpoint.name) // BATCH < STEPS
+    assert 7 <= int(checkpoint.name) // BATCH < 300
     return checkpoint
-
-
-def test_a_terminated_run_resumes_exactly(model: Any, tmp_path: Path) -> None:
-    script = [sys.executable, "-c", TRAIN, str(tmp_path)]
-    code, said = interrupted(script, tmp_path, signal.SIGTERM)
-    assert code != 0 and "InterruptedException: interrupted; continue with" in said
-    checkpoint = only_checkpoint(tmp_path)
-    assert str(checkpoint) in said
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
-    before = steps_logged(tmp_path / "output")
-    assert before == list(range(int(checkpoint.name) // BATCH))
-
-    resumed = run(model, config(tmp_path, resume_from_checkpoint=str(checkpoint)), token_rows())
-    assert steps_logged(tmp_path / "output") == list(range(STEPS))
-    assert_same_sae(resumed, run(model, config(tmp_path / "whole"), token_rows()))
 
 
 def test_ctrl_c_on_the_command_line_resumes_exactly(tmp_path: Path) -> None:
@@ -111,7 +85,7 @@ def test_ctrl_c_on_the_command_line_resumes_exactly(tmp_path: Path) -> None:
         "d_sae": D_SAE,
         "target_l0": 7,
         "step_kernel": "sparse",
-        "training_tokens": STEPS * BATCH,
+        "training_tokens": 300 * BATCH,  # it is to be stopped before it ends
         "train_batch_size_tokens": BATCH,
         "context_size": CONTEXT,
         "store_batch_size_prompts": 17,
@@ -151,6 +125,7 @@ class Stopping(JumpReLUTrainingRunner):
 
     after: int
     times: int = 1
+    sent: signal.Signals = signal.SIGINT
 
     def run(self) -> Any:
         store, steps = self.activations_store, 0
@@ -162,7 +137,7 @@ class Stopping(JumpReLUTrainingRunner):
                 batch, steps = draw(inner), steps + 1
                 if steps == self.after:
                     for _ in range(self.times):
-                        signal.raise_signal(signal.SIGINT)
+                        signal.raise_signal(self.sent)
                 return batch
 
         store.__class__ = Counting
@@ -193,3 +168,21 @@ def test_what_an_interruption_saves(
     # Three batches for the scale, so the ninth batch is the sixth step.
     assert [p.name for p in saved] == ([str(6 * BATCH)] if message == "continue with" else [])
     assert not (tmp_path / "output" / "cfg.json").exists()
+
+
+def test_a_terminated_run_resumes_exactly(model: Any, tmp_path: Path) -> None:
+    steps = 97
+    cfg = {"training_tokens": steps * BATCH}
+    runner = Stopping(config(tmp_path, **cfg), override_dataset=token_rows(), override_model=model)
+    runner.after, runner.sent = 3 + 31, signal.SIGTERM
+    with pytest.raises(InterruptedException, match="interrupted; continue with") as said:
+        runner.run()
+    checkpoint = only_checkpoint(tmp_path)
+    assert checkpoint.name == str(31 * BATCH) and str(checkpoint) in str(said.value)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
+    assert steps_logged(tmp_path / "output") == list(range(31))
+
+    again = config(tmp_path, resume_from_checkpoint=str(checkpoint), **cfg)
+    resumed = run(model, again, token_rows())
+    assert steps_logged(tmp_path / "output") == list(range(steps))
+    assert_same_sae(resumed, run(model, config(tmp_path / "whole", **cfg), token_rows()))

@@ -75,7 +75,7 @@ def _status(name: str) -> int:
 STEP = {
     "d_sae": 16381,
     "train_batch_size_tokens": 601,
-    "training_tokens": 3 * 601,
+    "training_tokens": 2 * 601,  # Adam's moments are there from the second step on
     "step_kernel": "dense",
 }
 CALIBRATION = {
@@ -102,14 +102,20 @@ DRAWING = {
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
-@pytest.mark.parametrize("kind", ["set", "clt"])
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "changes"),
     [
-        pytest.param(STEP, id="step"),
-        pytest.param(CALIBRATION, id="calibration", marks=pytest.mark.slow),
-        pytest.param(ENTRIES, id="entries", marks=pytest.mark.slow),
-        pytest.param(DRAWING, id="drawing", marks=pytest.mark.slow),
+        pytest.param("set", STEP, id="step-set"),
+        *(
+            pytest.param(kind, changes, id=f"{name}-{kind}", marks=pytest.mark.slow)
+            for name, changes, kinds in (
+                ("step", STEP, ["clt"]),  # in .ci/run
+                ("calibration", CALIBRATION, ["set", "clt"]),
+                ("entries", ENTRIES, ["set", "clt"]),
+                ("drawing", DRAWING, ["set", "clt"]),
+            )
+            for kind in kinds
+        ),
     ],
 )
 def test_stated_memory_is_what_a_run_takes(

@@ -54,7 +54,7 @@ def memory_run(folder: Path, changes: dict[str, Any]) -> None:
         (
             "step",
             {"sae": {"d_sae": 16381, "step_kernel": "dense"}, "train_batch_size_tokens": 601,
-             "training_tokens": 3 * 601, "n_batches_in_buffer": 211},
+             "training_tokens": 2 * 601, "n_batches_in_buffer": 211},
         ),
         pytest.param(
             "drawing",

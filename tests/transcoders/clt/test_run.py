@@ -167,8 +167,8 @@ def test_every_layer_is_monitored_and_its_alarm_names_it(
 def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
     model: Any, tmp_path: Path
 ) -> None:
-    # Silent means for 288 steps at this width and batch; there are looks at steps 300 to 600.
-    harsh = settings(training_tokens=607 * 41, target_l0=None, l0_coefficient=30.0)
+    # Silent means for 288 steps at this width and batch; there are looks at steps 300 and 400.
+    harsh = settings(training_tokens=407 * 41, target_l0=None, l0_coefficient=30.0)
     train_clt(tmp_path / "clt", harsh, model=model, dataset=text())
     lines = [json.loads(line) for line in (tmp_path / "clt/metrics.jsonl").read_text().splitlines()]
     names = {(line["of"], line["alarm"]) for line in lines if "alarm" in line}
