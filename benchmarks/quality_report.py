@@ -295,6 +295,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "paper_delta": paper_tables.EMBEDDED.delta,
     "paper_fvu": paper_tables.EMBEDDED.fvu,
     "paper_latents": paper_tables.EMBEDDED.latents,
+    "gemma_delta": paper_tables.GEMMA.delta,
+    "gemma_fvu": paper_tables.GEMMA.fvu,
+    "gemma_latents": paper_tables.GEMMA.latents,
     "saebench_core": interop.saebench_core,
     "sae_probes": interop.sae_probes,
 }
