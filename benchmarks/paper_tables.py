@@ -114,7 +114,7 @@ def _title(site: str) -> str:
 def _setting(records: Records) -> str:
     first = records[0]
     seeds = {len({r["seed"] for r in here}) for here in places(records).values()}
-    averaged = f"mean of {' or '.join(map(str, sorted(seeds, reverse=True)))} seeds"
+    averaged = "one seed" if seeds == {1} else f"mean of {' or '.join(map(str, seeds))} seeds"
     return (
         f"{first['d_sae']:,} latents, {first['steps']:,} steps of {first['batch']:,} tokens, "
         f"{averaged}, {first['held_out_tokens']:,} held-out tokens; {commits(records)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -53,6 +53,14 @@ def require_types(cfg: Any) -> None:
         value = getattr(cfg, field)
         if not _fits(hint, value):
             raise ValueError(f"{field} is {value!r}; it must be {_in_words(hint)}")
+
+
+def require_at_least(settings: Any, least: Mapping[str, float]) -> None:
+    """Raise ValueError for the first field whose number is below the least; None is no number."""
+    for name, number in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < number:
+            raise ValueError(f"{name} is {value}; give at least {number}")
 
 
 @cache
@@ -104,15 +112,6 @@ def one_of(field: str, allowed: Sequence[str]) -> Rule:
         field,
         lambda cfg: getattr(cfg, field) in allowed,
         f"{{field}} is {{value!r}}; it must be one of {', '.join(allowed)}",
-    )
-
-
-def yes_no_or_none(field: str) -> Rule:
-    """The field is True, False or None."""
-    return Rule(
-        field,
-        lambda cfg: getattr(cfg, field) in (None, False, True),
-        "{field} is {value!r}; it must be True, False, or None to follow the other settings",
     )
 
 
@@ -271,13 +270,6 @@ SAE_RULES = (
     one_of("pre_act_loss_latents", ("dead", "all")),
     one_of("initialization", ("saelens", "anthropic")),
     one_of("hyperparameter_units", INPUT_UNITS),
-    Rule(
-        "log_threshold",
-        lambda cfg: cfg.log_threshold in (False, True),
-        "{field} is {value!r}; it must be True (train log θ) or False (train θ)",
-    ),
-    yes_no_or_none("unit_norm_decoder"),
-    yes_no_or_none("resample_dead_latents"),
     one_of("step_kernel", STEP_PATHS),
 )
 

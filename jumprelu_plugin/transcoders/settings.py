@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jumprelu_plugin.saes.validation import require_at_least
+
 DEFAULT_TARGET_L0 = 24.0
 DEFAULT_EXPANSION = 8
 
@@ -142,10 +144,7 @@ _LEAST = {
 def refuse_impossible(settings: LayerRunSettings) -> None:
     """Raise ValueError for a number that no run can work with, or for both a target L0 and a fixed
     coefficient."""
-    for name, least in _LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; give at least {least}")
+    require_at_least(settings, _LEAST)
     for name in ("lr", "memory_gb"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
@@ -155,4 +154,13 @@ def refuse_impossible(settings: LayerRunSettings) -> None:
         raise ValueError(
             f"both target_l0={target:g} and l0_coefficient={coefficient:g} are set: a target has "
             "its coefficient measured, so give one of them"
+        )
+
+
+def refuse_memory_limit(settings: LayerRunSettings) -> None:
+    """Raise ValueError for a `memory_gb` where many processes train."""
+    if settings.memory_gb is not None:
+        raise ValueError(
+            f"memory_gb is {settings.memory_gb:g}, which is not taken on many processes, whose "
+            "data would come in another order than on one: set n_batches_in_buffer in its place"
         )

@@ -51,6 +51,10 @@ class Launch:
     mesh: Mesh
     again: str = "the same command with --resume_from_checkpoint auto"
 
+    def own(self, device: str | torch.device) -> str | torch.device:
+        """The GPU of this process where a device says `cuda`; any other stays."""
+        return f"cuda:{self.local_rank}" if str(device) == "cuda" else device
+
     def all_objects(self, value: T) -> list[T]:
         """What every process gives, by rank."""
         found: list[Any] = [None] * self.size

@@ -87,8 +87,7 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         if self.launch.rank:
             cfg.logger = dataclasses.replace(cfg.logger, log_to_wandb=False)
         for field in ("device", "llm_device", "act_store_device"):
-            if str(getattr(cfg, field)) == "cuda":
-                setattr(cfg, field, f"cuda:{self.launch.local_rank}")
+            setattr(cfg, field, self.launch.own(getattr(cfg, field)))
         return cfg
 
     @property

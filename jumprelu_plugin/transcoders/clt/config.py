@@ -20,7 +20,6 @@ from jumprelu_plugin.saes.validation import (
     require,
     unread_bandwidth_std,
     unread_tanh_scale,
-    yes_no_or_none,
 )
 from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS
 from jumprelu_plugin.training.activations.pairs import HookPair
@@ -203,8 +202,6 @@ CLT_RULES = (
     not_negative("l0_coefficient", "it must be 0 or more"),
     a_density("max_latent_density"),
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
-    yes_no_or_none("unit_norm_decoder"),
-    yes_no_or_none("resample_dead_latents"),
     one_of("step_kernel", PLAIN_STEP_PATHS),
     no_fixed_penalty_to_warm_up("Give an l0_coefficient in place of target_l0, or leave it out"),
     unread_tanh_scale(),

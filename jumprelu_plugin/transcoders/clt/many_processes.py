@@ -49,7 +49,7 @@ from jumprelu_plugin.transcoders.output_folder import (
     finish_output_folder,
     start_output_folder,
 )
-from jumprelu_plugin.transcoders.settings import CLTSettings
+from jumprelu_plugin.transcoders.settings import CLTSettings, refuse_memory_limit
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 
@@ -101,9 +101,7 @@ def _train(
     checkpoint = launch.from_the_first(
         lambda: claim_output_folder(output, settings, RECORD_FILENAME)
     )
-    here = settings
-    if settings.device == "cuda":
-        here = replace(settings, device=f"cuda:{launch.local_rank}")
+    here = replace(settings, device=launch.own(settings.device))
     model = launch.agree(lambda: model_of(here, model))
     cfg = launch.agree(lambda: config_of(model, here))
     launch.agree(lambda: LatentLayout(cfg.d_sae, shards))
@@ -153,11 +151,7 @@ def _checked(settings: CLTSettings, replicas: int, shards: int) -> CLTTrainingCo
     require_even_batch(settings, replicas)
     if settings.d_sae is not None:
         LatentLayout(settings.d_sae, shards)
-    if settings.memory_gb is not None:
-        raise ValueError(
-            f"memory_gb is {settings.memory_gb:g}, which is not taken on many processes, whose "
-            "data would come in another order than on one: set n_batches_in_buffer in its place"
-        )
+    refuse_memory_limit(settings)
     return training
 
 

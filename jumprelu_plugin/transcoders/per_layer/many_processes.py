@@ -45,7 +45,11 @@ from jumprelu_plugin.transcoders.per_layer.run import (
     within_memory,
     write_record,
 )
-from jumprelu_plugin.transcoders.settings import TranscoderSettings, refuse_impossible
+from jumprelu_plugin.transcoders.settings import (
+    TranscoderSettings,
+    refuse_impossible,
+    refuse_memory_limit,
+)
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 
@@ -87,9 +91,7 @@ def _train(
     checkpoint = launch.from_the_first(
         lambda: claim_output_folder(output, settings, RECORD_FILENAME)
     )
-    here = settings
-    if settings.device == "cuda":
-        here = replace(settings, device=f"cuda:{launch.local_rank}")
+    here = replace(settings, device=launch.own(settings.device))
     model = launch.agree(lambda: model_of(here, model))
     pairs = launch.agree(lambda: pairs_of(model, here))
     mine = launch.agree(lambda: dealt(list(pairs), launch.rank, launch.size))
@@ -143,11 +145,7 @@ def _refuse(settings: TranscoderSettings) -> None:
     require_device(settings.device)
     refuse_impossible(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
-    if settings.memory_gb is not None:
-        raise ValueError(
-            f"memory_gb is {settings.memory_gb:g}, which is not taken on many processes, whose "
-            "data would come in another order than on one: set n_batches_in_buffer in its place"
-        )
+    refuse_memory_limit(settings)
 
 
 def _join(parts: list[Path], into: Path) -> None:

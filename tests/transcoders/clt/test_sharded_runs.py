@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sae_lens.training._interruption import InterruptedException
 
 from jumprelu_plugin.training import checkpoints
 from jumprelu_plugin.training.checkpoints import damage, numbered
@@ -25,6 +25,12 @@ from jumprelu_plugin.transcoders.clt.sharded_trainer import ShardedTrainer
 from tests.tiny import N_LAYERS
 from tests.training.distributed.processes import ended, run_on
 from tests.transcoders.clt.test_run import settings, text, weights
+from tests.transcoders.on_many import (
+    assert_same_files,
+    how_it_ended,
+    metrics_of,
+    stopped_by_the_last,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BATCH = 30, 42
@@ -47,28 +53,17 @@ def everything(**changes: Any) -> Any:
 
 def on_many(model: Any, folder: Path, sizes: Sizes, chosen: Any, stop_at: int = -1) -> str:
     """How one process of a run ended, in a word."""
-    show = ShardedTrainer._show
-
-    def stopping(self: ShardedTrainer, *args: Any) -> None:
-        if self.launch.rank == self.launch.size - 1 and self.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        show(self, *args)
-
-    ShardedTrainer._show = stopping  # type: ignore[method-assign]
-    try:
-        train_sharded_clt(
-            folder,
-            chosen,
-            data_parallel_size=sizes[0],
-            model_parallel_size=sizes[1],
-            model=model,
-            dataset=text(),
-        )
-    except (InterruptedException, SystemExit, ValueError) as error:
-        return f"{type(error).__name__} {error}"
-    finally:
-        ShardedTrainer._show = show  # type: ignore[method-assign]
-    return "finished"
+    run = partial(
+        train_sharded_clt,
+        folder,
+        chosen,
+        data_parallel_size=sizes[0],
+        model_parallel_size=sizes[1],
+        model=model,
+        dataset=text(),
+    )
+    with stopped_by_the_last(ShardedTrainer, "_show", "step", stop_at):
+        return how_it_ended(run)
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +75,14 @@ def one(model: Any, tmp_path_factory: pytest.TempPathFactory, one_thread_through
 
 def assert_same(found: Path, expected: Path) -> None:
     """Weights and metrics to float32's rounding; the same files."""
-    assert sorted(path.name for path in found.iterdir()) == sorted(
-        path.name for path in expected.iterdir()
-    )
+    assert_same_files(found, expected)
     ours, theirs = weights(found), weights(expected)
     assert ours.keys() == theirs.keys() and len(ours) == N_LAYERS * 5
     for name, value in theirs.items():
         # A bias is added to pre-activations, and as exact as these.
         scale = float(theirs[name.replace("b_enc", "threshold")].abs().max())
         torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6 * scale, msg=name)
-    lines, others = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (found, expected)
-    )
+    lines, others = metrics_of(found), metrics_of(expected)
     assert len(lines) == len(others) == STEPS // 10
     for line, other in zip(lines, others, strict=True):
         assert list(line) == list(other) and line["l0"] == other["l0"]

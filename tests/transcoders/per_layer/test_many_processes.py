@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE
-from sae_lens.training._interruption import InterruptedException
 
 from jumprelu_plugin.training.checkpoints import damage, numbered
 from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer
@@ -20,6 +20,12 @@ from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 from tests.tiny import N_LAYERS, WIDTH
 from tests.training.distributed.processes import ended, run_on
 from tests.training.transcoder_runs import POSITIONS, text
+from tests.transcoders.on_many import (
+    assert_same_files,
+    how_it_ended,
+    metrics_of,
+    stopped_by_the_last,
+)
 from tests.transcoders.per_layer.test_run import settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,21 +39,9 @@ def long(**changes: Any) -> Any:
 
 def on_many(model: Any, folder: Path, chosen: Any, stop_at: int | None = None) -> str:
     """How one process of a run ended, in a word."""
-    update = DealtTrainer._update_pbar
-
-    def stopping(self: DealtTrainer, *args: Any, **kwargs: Any) -> None:
-        if self.launch.rank == self.launch.size - 1 and self.n_training_steps == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        update(self, *args, **kwargs)
-
-    DealtTrainer._update_pbar = stopping  # type: ignore[method-assign]
-    try:
-        train_dealt_transcoders(folder, chosen, model=model, dataset=text())
-    except (InterruptedException, SystemExit, ValueError) as error:
-        return f"{type(error).__name__} {error}"
-    finally:
-        DealtTrainer._update_pbar = update  # type: ignore[method-assign]
-    return "finished"
+    run = partial(train_dealt_transcoders, folder, chosen, model=model, dataset=text())
+    with stopped_by_the_last(DealtTrainer, "_update_pbar", "n_training_steps", stop_at):
+        return how_it_ended(run)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +53,12 @@ def one(model: Any, tmp_path_factory: pytest.TempPathFactory, one_thread_through
 
 def assert_same(found: Path, expected: Path) -> None:
     """Weights and metrics to 1e-6 of their largest number; the same files."""
-    assert sorted(path.name for path in found.iterdir()) == sorted(
-        path.name for path in expected.iterdir()
-    )
+    assert_same_files(found, expected)
     ours, theirs = weights(found), weights(expected)
     assert ours.keys() == theirs.keys() and len(ours) == N_LAYERS * 5
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6 * float(value.abs().max()))
-    lines, others = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (found, expected)
-    )
+    lines, others = metrics_of(found), metrics_of(expected)
     assert [list(line) for line in lines] == [list(line) for line in others]
     for line, other in zip(lines, others, strict=True):
         for layer in set(other) - {"step"}:

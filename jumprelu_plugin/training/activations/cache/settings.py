@@ -11,6 +11,7 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.options import named_model
 from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.saes.validation import require_at_least
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
 
@@ -74,10 +75,7 @@ def cache_activations(
         ValueError, OSError: as `write_activation_cache`, `load_model` and `read_sequences` do.
     """
     require_device(settings.device)
-    for name, least in _LEAST.items():
-        value = getattr(settings, name)
-        if value < least:
-            raise ValueError(f"{name} is {value}; give at least {least}")
+    require_at_least(settings, _LEAST)
     model = named_model(settings)
     tokens, _ = read_sequences(
         model,
