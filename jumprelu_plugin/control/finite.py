@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jumprelu_plugin.step.readback import Readback
 
-def require_finite(
-    loss: Tensor,
-    dictionaries: Iterable[Any],
-    activations: Mapping[str, Tensor],
-    step: int,
-    *,
-    input_remedy: str,
-    remedy: str,
-) -> None:
-    """Raise ValueError for a loss, a bias or a threshold that is NaN or infinite.
+
+class FiniteCheck:
+    """Whether a step's loss, biases and thresholds are finite: read when called, not before.
 
     Args:
         dictionaries: with b_enc and threshold, [d_sae].
@@ -27,17 +22,36 @@ def require_finite(
         input_remedy: what to do about activations that are not finite.
         remedy: what to do about a training that diverged.
     """
-    # A latent whose b_enc or θ is NaN is selected nowhere, and the loss would not show it.
-    vectors = sum(d.b_enc.detach().sum() + d.threshold.detach().sum() for d in dictionaries)
-    if torch.isfinite(loss.detach() + 0 * vectors):
-        return
-    for name, values in activations.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"the activations of {name} hold NaN or infinite values (training step {step}); "
-                f"{input_remedy}"
-            )
-    raise ValueError(
-        f"the loss became {loss.item()} at training step {step} though the activations of "
-        f"{', '.join(activations)} are finite: the training diverged; {remedy}"
-    )
+
+    def __init__(
+        self,
+        loss: Tensor,
+        dictionaries: Iterable[Any],
+        activations: Mapping[str, Tensor],
+        step: int,
+        *,
+        input_remedy: str,
+        remedy: str,
+    ):
+        # A latent whose b_enc or θ is NaN is selected nowhere, and the loss would not show it.
+        vectors = sum(d.b_enc.detach().sum() + d.threshold.detach().sum() for d in dictionaries)
+        loss = loss.detach()
+        self._read = Readback(torch.stack((loss, loss + 0 * vectors)))
+        self._activations, self._step = activations, step
+        self._input_remedy, self._remedy = input_remedy, remedy
+
+    def __call__(self) -> None:
+        """Raise ValueError for a loss, a bias or a threshold that is NaN or infinite."""
+        loss, with_vectors = self._read.tolist()
+        if math.isfinite(with_vectors):
+            return
+        for name, values in self._activations.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"the activations of {name} hold NaN or infinite values (training step "
+                    f"{self._step}); {self._input_remedy}"
+                )
+        raise ValueError(
+            f"the loss became {loss} at training step {self._step} though the activations of "
+            f"{', '.join(self._activations)} are finite: the training diverged; {self._remedy}"
+        )

@@ -21,7 +21,7 @@ from jumprelu_plugin.control.dictionary_control import (
     DictionaryControl,
     keep_thresholds_positive_,
 )
-from jumprelu_plugin.control.finite import require_finite
+from jumprelu_plugin.control.finite import FiniteCheck
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.units import units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
@@ -57,6 +57,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
         pair_buffers: the size of its buffers, where that is the way of the kernels.
+        finite_check: of the last step, where it is not yet read.
         processes: that hold the dictionary and split its batches; where they are several, `cfg` and
             the shapes are of this one's latents, and `resolved` is of the whole dictionary.
 
@@ -92,6 +93,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         self.sparsity = sparsity_of(cfg, self.resolved)
         self.path_choice = PathChoice(cfg.step_kernel)
         self.pair_buffers = PairBuffers()
+        self.finite_check: FiniteCheck | None = None
         standardizes = self.standardizes_itself and self.resolved.standardize_activations
         known = self.resolved.jumprelu_init_threshold and self.resolved.jumprelu_bandwidth
         self.calibrated = bool(known) and cfg.initialization == "saelens" and not standardizes
@@ -161,6 +163,8 @@ class JumpReLUTrainingSAE(StoredParameters):
         activations = jumprelu(entries.z, entries.per_latent(threshold), bandwidth, to_input)
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
+        active = activations > 0
+        entries.count(active)
         offset = self.decoder_offset(x, b_dec)
         weights = token_weights(resolved, target, target_center(self), self.processes)
         prefix_errors = None
@@ -203,8 +207,7 @@ class JumpReLUTrainingSAE(StoredParameters):
             losses = {name: value / self.units.loss for name, value in losses.items()}
         losses = over_batch(losses, self.processes)
         loss = torch.stack(list(losses.values())).sum()
-        active = activations > 0
-        entries.require_complete(active)
+        entries.require_complete()
         self._require_finite(loss, step_input.sae_in, step_input.n_training_steps)
         feature_acts = entries.as_matrix(activations, where=active)
         control.count_active(feature_acts)
@@ -259,8 +262,9 @@ class JumpReLUTrainingSAE(StoredParameters):
         return encode_sparse(*inputs, screen=path != "sparse", keep_mean=keep_mean)
 
     def _require_finite(self, loss: Tensor, rows: Tensor, step: int) -> None:
+        """Refuse a step that is not finite: at once, or on a GPU before it updates anything."""
         hook = self.cfg.metadata.hook_name or "the activation source"
-        require_finite(
+        check = FiniteCheck(
             loss,
             [self],
             {hook: rows},
@@ -269,6 +273,15 @@ class JumpReLUTrainingSAE(StoredParameters):
             "overflow",
             remedy="lower lr (or l0_coefficient)",
         )
+        if loss.device.type == "cuda" and self.training and loss.requires_grad:
+            self.finite_check = check
+        else:
+            check()
+
+    def _finish_finite_check(self) -> None:
+        check, self.finite_check = self.finite_check, None
+        if check is not None:
+            check()
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -278,6 +291,7 @@ class JumpReLUTrainingSAE(StoredParameters):
     # ---------------------------------------------------------------- around the step
 
     def _begin_step(self, rows: Tensor) -> None:
+        self._finish_finite_check()  # of a step that was followed by no update
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.restore_layout()
         elif self.training:
@@ -302,10 +316,12 @@ class JumpReLUTrainingSAE(StoredParameters):
         source, _ = self.input_and_target(rows)
         sample = full_precision(self.normalized_input(source))
         if not torch.isfinite(sample).all():
-            self._require_finite(sample.sum() * torch.nan, source, 0)
+            with torch.no_grad():
+                self._require_finite(sample.sum() * torch.nan, source, 0)
         start_from(self, sample)
 
     def _before_update(self) -> None:
+        self._finish_finite_check()
         self.path_choice.finish(self.control.batch_l0 / self.resolved.d_sae)
 
     def _after_update(self) -> None:

@@ -109,14 +109,18 @@ class Entries(ABC):
         zero; a dense result ignores it.
         """
 
-    def require_complete(self, active: Bool[Tensor, "*entries"]) -> None:  # noqa: B027
-        """Check that no pair is missing that belongs here; call it before anything is kept.
+    def count(self, active: Bool[Tensor, "*entries"]) -> None:  # noqa: B027
+        """Begin to count the pairs; call it as soon as it is known which are active.
 
-        Entries in buffers of a fixed size (`step.kernels`) read here how many pairs there were;
-        all others hold every pair.
+        Entries in buffers of a fixed size (`step.kernels`) queue here what `require_complete` will
+        read; all others hold every pair.
 
         Args:
             active: the mask that `as_matrix` will be given.
+        """
+
+    def require_complete(self) -> None:  # noqa: B027
+        """Check that no pair is missing that belongs here; call it before anything is kept.
 
         Raises:
             BufferOverflow: a buffer was too small. It has grown; compute the step again.

@@ -13,8 +13,8 @@ Each kernel computes what a plain routine of `step/` computes, in float32, and i
     entries.py     `SparseEntries` in such buffers, and the check that nothing was left out
 
 The plain step asks the device how many pairs it found, and waits for the answer, before it can
-allocate memory for them. Here that memory is allocated beforehand, and how much was needed is read
-once, at the end of the forward pass (`entries.py`).
+allocate memory for them. Here that memory is allocated beforehand, and how much was needed is
+copied to the host while the device goes on (`entries.py`).
 
 Triton is optional (`pip install jumprelu-plugin[gpu]`, or PyTorch's CUDA builds, which bring it).
 Without a GPU the kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before

@@ -1,4 +1,4 @@
-"""The sparse step's entries in buffers, and the one place where the host waits for the device."""
+"""The sparse step's entries in buffers, and the check that these had room for all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.kernels.pattern import BufferedPattern
 from jumprelu_plugin.step.kernels.prefixes import PrefixDecodeKernel
 from jumprelu_plugin.step.kernels.selection import select_into
+from jumprelu_plugin.step.readback import Readback
 from jumprelu_plugin.step.sparse import SparseEntries, differentiable, lower_edge
 
 
@@ -20,8 +21,9 @@ class BufferedEntries(SparseEntries):
     """The represented pre-activations, with unused entries after them, z [capacity].
 
     An unused entry's z is below every threshold, so its activation, its gate and its gradients are
-    zero. `require_complete` reads from the device how many pairs there are; before it, nothing in
-    a step waits, and after it, no shape is unknown.
+    zero. `count` queues a copy to the host of how many pairs there are, and `require_complete`
+    waits for it, while the device goes on with what was queued in between; before it, nothing in a
+    step waits, and after it, no shape is unknown.
 
     Args:
         z, pattern, mean_z, encode_columns: as in `SparseEntries`.
@@ -43,15 +45,21 @@ class BufferedEntries(SparseEntries):
     ):
         super().__init__(z, pattern, mean_z, encode_columns)
         self._candidates, self._buffers = candidates, buffers
+        self._counts: Readback | None = None
         self._kept: int | None = None
-        self._active: tuple[Tensor, int] | None = None
+        self._active: Tensor | None = None
+        self._n_active = 0
 
     @override
-    def require_complete(self, active: Bool[Tensor, " capacity"]) -> None:
-        counts = torch.stack((self._candidates, self.pattern.count, active.sum()))
-        candidates, self._kept, n_active = counts.tolist()
-        self._active = active, n_active
-        self._buffers.adapt(candidates, len(active))
+    def count(self, active: Bool[Tensor, " capacity"]) -> None:
+        self._active = active
+        self._counts = Readback(torch.stack((self._candidates, self.pattern.count, active.sum())))
+
+    @override
+    def require_complete(self) -> None:
+        assert self._counts is not None and self._active is not None  # `count` came before
+        candidates, self._kept, self._n_active = map(int, self._counts.tolist())
+        self._buffers.adapt(candidates, len(self._active))
 
     @override
     def as_matrix(self, values: Float[Tensor, " capacity"], where: Tensor | None = None) -> Tensor:
@@ -71,9 +79,9 @@ class BufferedEntries(SparseEntries):
 
     def _places(self, where: Bool[Tensor, " capacity"]) -> Int[Tensor, " true"]:
         """The indices at which the mask is True; without waiting, if it is the one counted."""
-        if self._active is None or self._active[0] is not where:
+        if self._active is not where:
             return where.nonzero().squeeze(1)
-        size = self._active[1]
+        size = self._n_active
         every = torch.arange(len(where), device=where.device)
         to = torch.where(where, where.cumsum(0) - 1, size)
         return every.new_empty(size + 1).scatter_(0, to, every)[:size]

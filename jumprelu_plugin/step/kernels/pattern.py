@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from jumprelu_plugin.step.kernels.products import row_sums, sampled_product
+from jumprelu_plugin.step.kernels.products import Pieces, row_sums, sampled_product
 from jumprelu_plugin.step.pattern import Pattern
 
 
@@ -37,6 +37,15 @@ class BufferedPattern(Pattern):
     @cached_property
     def row_ends(self) -> Int[Tensor, " batch+1"]:  # type: ignore[override]
         return self.token_ends
+
+    @cached_property
+    def latent_pieces(self) -> Pieces | None:
+        """How sums by latent are divided among blocks: a latent that fires on every token of a
+        batch would else be one block's work long after the others are done. None, so that sums are
+        the same at every run, under `torch.use_deterministic_algorithms(True)`."""
+        if torch.are_deterministic_algorithms_enabled():
+            return None
+        return Pieces.of_sums(self.by_latent[2], len(self.cols))
 
     @override
     def where(self, kept: Bool[Tensor, " nnz"]) -> tuple[Pattern, Int[Tensor, " kept"]]:
@@ -76,7 +85,8 @@ class BufferedPattern(Pattern):
         center: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "d_sae k"]:
         order, tokens, ends = self.by_latent
-        return row_sums(tokens, ends, values.detach()[order], matrix.detach(), center)
+        weights = values.detach()[order]
+        return row_sums(tokens, ends, weights, matrix.detach(), center, self.latent_pieces)
 
     @override
     def sampled_product(

@@ -144,7 +144,7 @@ class PrefixDecodeKernel(torch.autograd.Function):
             BLOCKS=ctx.blocks, **sizes,
         )  # fmt: skip
         order, rows, ends = pattern.by_latent
-        to_W_dec = row_sums(rows, ends, activations[order], gradients)
+        to_W_dec = row_sums(rows, ends, activations[order], gradients, pieces=pattern.latent_pieces)
         to_activations = sampled_product(
             order, pattern.rows, pattern.cols, ends[-1], gradients, W_dec
         )

@@ -7,10 +7,12 @@ pass over it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step.kernels.tuning import jit, tiles
@@ -21,20 +23,23 @@ LONGEST_PIECE = 256
 
 
 @tiles(
-    ("columns", "HAS_CENTER"),
+    ("columns", "HAS_CENTER", "SELECT"),
     {"ENTRIES": 64, "COLUMNS": 32},
     ({"ENTRIES": 8, "COLUMNS": 128}, 4, 2),
     ({"ENTRIES": 16, "COLUMNS": 128}, 4, 2),
+    ({"ENTRIES": 8, "COLUMNS": 256}, 4, 2),
     ({"ENTRIES": 16, "COLUMNS": 256}, 8, 2),
     ({"ENTRIES": 32, "COLUMNS": 128}, 8, 2),
+    ({"ENTRIES": 8, "COLUMNS": 512}, 8, 2),
 )
 @jit
 def _sampled_kernel(
-    order, rows, cols, count, left, right, center, out, capacity, columns,
-    left_stride, right_stride, HAS_CENTER: tl.constexpr,
+    order, rows, cols, count, left, right, center, b_enc, edge, out, keep, keep_in_order, capacity,
+    columns, left_stride, right_stride, HAS_CENTER: tl.constexpr, SELECT: tl.constexpr,
     ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(left - center)[row] · right[col] for a block of entries, taken in `order`."""
+    """(left - center)[row] · right[col] for a block of entries, taken in `order`; and with SELECT,
+    plus b_enc[col], and whether that exceeds edge[col]."""
     at = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     used = at < tl.load(count)
     entry = tl.load(order + at, mask=at < capacity, other=0)
@@ -49,7 +54,13 @@ def _sampled_kernel(
             a -= tl.load(center + column, mask=column < columns, other=0.0)[None, :]
         w = tl.load(right + col[:, None] * right_stride + column[None, :], mask=inside, other=0.0)
         products += a * w
-    tl.store(out + entry, tl.sum(products, 1), mask=at < capacity)
+    found = tl.sum(products, 1)
+    if SELECT:
+        found += tl.load(b_enc + col, mask=used, other=0.0)
+        kept = (found > tl.load(edge + col, mask=used, other=0.0)) & used
+        tl.store(keep + entry, kept, mask=at < capacity)
+        tl.store(keep_in_order + at, kept, mask=at < capacity)
+    tl.store(out + entry, found, mask=at < capacity)
 
 
 def sampled_product(
@@ -70,28 +81,65 @@ def sampled_product(
             share a row of `right`.
         count: how many of the entries, in that order, are used.
     """
+    return _at_pairs(order, rows, cols, count, left, right, center, None)[0]
+
+
+def pre_activations(
+    order: Int[Tensor, " capacity"],
+    rows: Int[Tensor, " capacity"],
+    cols: Int[Tensor, " capacity"],
+    count: Int[Tensor, ""],
+    x: Float[Tensor, "batch d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    center: Float[Tensor, " d_in"] | None,
+    b_enc: Float[Tensor, " d_sae"],
+    edge: Float[Tensor, " d_sae"],
+) -> tuple[Float[Tensor, " capacity"], Bool[Tensor, " capacity"], Bool[Tensor, " capacity"]]:
+    """z at pairs, whether each exceeds its latent's edge, and the same taken in `order`.
+
+    The arguments are those of `sampled_product` and `select.select`; unused entries exceed nothing.
+    """
+    return _at_pairs(order, rows, cols, count, x, weight, center, (b_enc, edge))
+
+
+def _at_pairs(
+    order: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    count: Tensor,
+    left: Tensor,
+    right: Tensor,
+    center: Tensor | None,
+    select: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     left, right = with_contiguous_rows(left), with_contiguous_rows(right)
     out = left.new_empty(len(order))
+    # Not written without `select`.
+    keep, keep_in_order = out.new_empty(2, 1 if select is None else len(order), dtype=torch.bool)
+    b_enc, edge = (out, out) if select is None else select
     capacity, columns = len(order), left.shape[1]
 
     def grid(sizes: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(capacity, sizes["ENTRIES"]),)
 
     _sampled_kernel[grid](
-        order, rows, cols, count, left, right, left if center is None else center, out,
-        capacity, columns, left.stride(0), right.stride(0),
-        HAS_CENTER=center is not None,
+        order, rows, cols, count, left, right, left if center is None else center, b_enc, edge,
+        out, keep, keep_in_order, capacity, columns, left.stride(0), right.stride(0),
+        HAS_CENTER=center is not None, SELECT=select is not None,
     )  # fmt: skip
-    return out
+    return out, keep, keep_in_order
 
 
 @tiles(
-    ("columns", "SHARED"),
+    ("columns", "sums", "SHARED"),
     {"ENTRIES": 64, "COLUMNS": 32},
     ({"ENTRIES": 8, "COLUMNS": 128}, 4, 2),
     ({"ENTRIES": 16, "COLUMNS": 128}, 4, 2),
-    ({"ENTRIES": 16, "COLUMNS": 256}, 8, 2),
     ({"ENTRIES": 4, "COLUMNS": 256}, 4, 2),
+    ({"ENTRIES": 16, "COLUMNS": 256}, 8, 2),
+    ({"ENTRIES": 4, "COLUMNS": 512}, 4, 2),
+    ({"ENTRIES": 8, "COLUMNS": 512}, 8, 2),
+    ({"ENTRIES": 2, "COLUMNS": 1024}, 4, 2),
     zeroed=("out",),
 )
 @jit
@@ -138,43 +186,70 @@ def _sums_kernel(
         tl.store(at, total, mask=column < columns)
 
 
+@jit
+def _zero_divided_kernel(out, piece_ends, columns, BLOCK: tl.constexpr):
+    """Zeros where several blocks will add their parts of one sum."""
+    row = tl.program_id(0).to(tl.int64)
+    before = tl.load(piece_ends + row - 1, mask=row > 0, other=0)
+    if tl.load(piece_ends + row) - before > 1:
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(out + row * columns + at, tl.zeros([BLOCK], tl.float32), mask=at < columns)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Long sums, divided among several blocks.
+
+    Attributes:
+        ends: how many pieces the sums have up to and including each.
+        of: the sum that each piece belongs to. There is one for each piece there can be; those
+            that are not needed belong to none.
+    """
+
+    ends: Int[Tensor, " sums"]
+    of: Int[Tensor, " pieces"]
+
+    @classmethod
+    def of_sums(cls, ends: Int[Tensor, " sums+1"], entries: int) -> Pieces:
+        """Pieces of at most `LONGEST_PIECE` entries of sums between consecutive offsets."""
+        pieces = (ends.diff() + (LONGEST_PIECE - 1)).div(LONGEST_PIECE, rounding_mode="floor")
+        piece_ends = pieces.clamp_(min=1).cumsum(0)
+        # Each sum has at least one piece, and a full one for each LONGEST_PIECE entries.
+        at_most = len(pieces) + entries // LONGEST_PIECE
+        every = torch.arange(at_most, device=ends.device)
+        return cls(piece_ends, torch.searchsorted(piece_ends, every, right=True))
+
+
 def row_sums(
     index: Int[Tensor, " capacity"],
     ends: Int[Tensor, " sums+1"],
     weights: Float[Tensor, " capacity"],
     matrix: Float[Tensor, "rows k"],
     center: Float[Tensor, " k"] | None = None,
+    pieces: Pieces | None = None,
 ) -> Float[Tensor, "sums k"]:
     """Sums of weights · (matrix - center)[index] between consecutive offsets in `ends`.
 
-    Long sums are divided among blocks that add their parts in any order, so the last bits can
-    differ between runs. Under `torch.use_deterministic_algorithms(True)` one block computes each
-    sum.
+    Args:
+        pieces: how long sums are divided among blocks, which add their parts in any order, so that
+            the last bits can differ between runs; None lets one block compute each sum.
     """
     matrix = with_contiguous_rows(matrix)
     sums, columns = len(ends) - 1, matrix.shape[1]
-    shared = not torch.are_deterministic_algorithms_enabled()
-    if shared:
-        out = matrix.new_zeros(sums, columns)
-        lengths = ends.diff()
-        pieces = (lengths + (LONGEST_PIECE - 1)).div(LONGEST_PIECE, rounding_mode="floor")
-        piece_ends = pieces.clamp_(min=1).cumsum(0)
-        # As many as there can be: each sum has at least one piece, and a full one for each
-        # LONGEST_PIECE entries.
-        n_pieces = sums + len(index) // LONGEST_PIECE
-        every = torch.arange(n_pieces, device=ends.device)
-        sum_of_piece = torch.searchsorted(piece_ends, every, right=True)
-    else:
-        out = matrix.new_empty(sums, columns)
-        n_pieces, sum_of_piece, piece_ends = sums, ends, ends
+    out = matrix.new_empty(sums, columns)
+    n_pieces, of_piece, piece_ends = sums, ends, ends
+    if pieces is not None:
+        n_pieces, of_piece, piece_ends = len(pieces.of), pieces.of, pieces.ends
+        _zero_divided_kernel[(sums,)](out, piece_ends, columns, BLOCK=512)
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
         return n_pieces, triton.cdiv(columns, sizes["COLUMNS"])
 
     _sums_kernel[grid](
-        index, ends, weights, matrix, matrix if center is None else center, out, sum_of_piece,
+        index, ends, weights, matrix, matrix if center is None else center, out, of_piece,
         piece_ends, sums, columns, matrix.stride(0), LONGEST_PIECE,
-        HAS_CENTER=center is not None, SHARED=shared,
+        HAS_CENTER=center is not None, SHARED=pieces is not None,
     )  # fmt: skip
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jumprelu_plugin.step.kernels.compaction import keep_entries, pairs_of
 from jumprelu_plugin.step.kernels.pattern import BufferedPattern
-from jumprelu_plugin.step.kernels.products import sampled_product
+from jumprelu_plugin.step.kernels.products import pre_activations
 from jumprelu_plugin.step.kernels.screening import screen
 
 # What unused entries hold as z: below every threshold, and finite.
@@ -42,34 +42,29 @@ def select_into(
     """
     batch, d_sae = len(x), W_enc.shape[1]
     weight = W_enc.t().contiguous()
-    every = torch.arange(capacity, device=x.device)
-    # Unused entries name tokens and latents in turn: sums that add zeros to all of them by atomic
-    # operations would queue at a single one.
-    unused_pairs = torch.stack((every % batch, every % d_sae))
-
-    pairs = unused_pairs.clone()
-    token_ends = pairs_of(screen(x, weight, b_enc, edge, center), pairs)
-    used = every < token_ends[-1]
-    rows, cols = pairs[0], pairs[1]
-    latents, order = torch.sort(torch.where(used, cols, d_sae).int(), stable=True)
+    rows = x.new_empty(capacity, dtype=torch.int32)
+    cols = x.new_full((capacity,), d_sae, dtype=torch.int32)  # unused ones are sorted to the end
+    token_ends = pairs_of(screen(x, weight, b_enc, edge, center), rows, cols)
+    latents, order = torch.sort(cols, stable=True)
     limits = torch.arange(d_sae + 1, device=x.device, dtype=torch.int32)
     latent_ends = torch.searchsorted(latents, limits)
 
-    z = sampled_product(order, rows, cols, latent_ends[-1], x, weight, center)
-    z += b_enc[cols]
-    keep = (z > edge[cols]) & used
-    kept_before = _sum_before(keep)
-    kept_by_latent = _sum_before(keep[order])
-    new_pairs, new_order, new_z = unused_pairs, every.clone(), torch.full_like(z, UNUSED_Z)
-    keep_entries(keep, kept_before, kept_by_latent, pairs, z, order, new_pairs, new_z, new_order)
+    z, keep, keep_by_latent = pre_activations(
+        order, rows, cols, latent_ends[-1], x, weight, center, b_enc, edge
+    )
+    kept_before, kept_by_latent = _sum_before(keep), _sum_before(keep_by_latent)
+    pairs, z, order = keep_entries(
+        keep, kept_before, kept_by_latent, rows, cols, z, order,
+        batch=batch, d_sae=d_sae, unused_z=UNUSED_Z,
+    )  # fmt: skip
     pattern = BufferedPattern(
-        pairs=new_pairs,
+        pairs=pairs,
         batch=batch,
         d_sae=d_sae,
-        latent_order=(new_order, kept_by_latent[latent_ends]),
+        latent_order=(order, kept_by_latent[latent_ends]),
         token_ends=kept_before[token_ends.clamp(max=capacity)],
     )
-    return pattern, new_z, token_ends[-1]
+    return pattern, z, token_ends[-1]
 
 
 def _sum_before(flags: Tensor) -> Int[Tensor, " flags+1"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from jumprelu_plugin.control.calibration import output_directions
 from jumprelu_plugin.control.decoder_norm import keep_gradient_tangential, normalize_rows_
 from jumprelu_plugin.control.dictionary_control import DictionaryControl
-from jumprelu_plugin.control.finite import require_finite
+from jumprelu_plugin.control.finite import FiniteCheck
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
@@ -245,7 +245,7 @@ class CLTTrainingStep:
             for pair, x, y in pairs
             for hook, values in ((pair.hook_in, x), (pair.hook_out, y))
         }
-        require_finite(
+        check = FiniteCheck(
             loss,
             self.model.sources,
             activations,
@@ -253,6 +253,7 @@ class CLTTrainingStep:
             input_remedy="run the model in float32 or bfloat16",
             remedy="lower lr",
         )
+        check()
 
     @torch.no_grad()
     def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

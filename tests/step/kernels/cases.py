@@ -49,6 +49,7 @@ def padded(values: Tensor, spare: int = SPARE) -> Tensor:
 
 def assert_three_way(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
     """`fast` errs at most twice as much as `plain`, plus one rounding of the largest value."""
+    fast, plain, truth = fast.cpu(), plain.cpu(), truth.cpu()
     allowed = 2 * (plain.double() - truth).abs().max()
     floor = torch.finfo(plain.dtype).eps * truth.abs().max()
     assert fast.shape == plain.shape

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from jumprelu_plugin.step.kernels import compaction, prefixes, products, rows, screening
 
-F, B, W, L, N = "*fp32", "*bf16", "*i32", "*i64", "i32"
+F, H, W, L, N = "*fp32", "*fp16", "*i32", "*i64", "i32"
 SUMS = dict(
     index=L, ends=L, weights=F, matrix=F, center=F, out=F, sum_of_piece=L, piece_ends=L,
     sums=N, columns=N, stride=N, longest=N,
@@ -24,36 +24,43 @@ PREFIXES = dict(cols=L, ends=L, values=F, weight=F, offset=F, target=F)
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (
         screening._round_rows_kernel,
-        dict(matrix=F, center=F, low=B, columns=N, width=N, stride=N, of_sums="fp32"),
+        dict(
+            matrix=F, center=F, b_enc=F, edge=F, low=H, scaled=F, columns=N, width=N, stride=N,
+            of_sums="fp32",
+        ),
         dict(HAS_CENTER=True, TOKENS=True, BLOCK=1024),
     ),
     (
         screening._screen_kernel,
-        dict(tokens=B, weights=B, lowest=F, words=W, batch=N, d_sae=N, width=N, n_words=N),
+        dict(
+            tokens=H, weights=H, token_scale=F, lowest=F, words=W, batch=N, d_sae=N, width=N,
+            n_words=N,
+        ),
         dict(UPCAST=False),
     ),
     (compaction._count_kernel, dict(words=W, counts=W, n_words=N), dict(BLOCK=64)),
     (
         compaction._write_kernel,
-        dict(words=W, ends=L, rows=L, cols=L, n_words=N, capacity=N),
-        dict(BLOCK=64),
+        dict(words=W, ends=L, rows=W, cols=W, n_words=N, capacity=N),
+        dict(BLOCK=1024),
     ),
     (
         compaction._keep_kernel,
         dict(
-            keep="*i1", before=L, before_by_latent=L, pairs=L, z=F, order=L, new_pairs=L, new_z=F,
-            new_order=L, capacity=N,
+            keep="*i1", before=L, before_by_latent=L, rows=W, cols=W, z=F, order=L, new_pairs=L,
+            new_z=F, new_order=L, capacity=N, batch=N, d_sae=N, unused_z="fp32",
         ),
         dict(BLOCK=512),
     ),
     (
         products._sampled_kernel,
         dict(
-            order=L, rows=L, cols=L, count=L, left=F, right=F, center=F, out=F, capacity=N,
-            columns=N, left_stride=N, right_stride=N,
+            order=L, rows=L, cols=L, count=L, left=F, right=F, center=F, b_enc=F, edge=F, out=F,
+            keep="*i1", keep_in_order="*i1", capacity=N, columns=N, left_stride=N, right_stride=N,
         ),
-        dict(HAS_CENTER=True),
+        dict(HAS_CENTER=True, SELECT=True),
     ),
+    (products._zero_divided_kernel, dict(out=F, piece_ends=L, columns=N), dict(BLOCK=512)),
     (products._sums_kernel, SUMS, dict(HAS_CENTER=True, SHARED=True)),
     (products._sums_kernel, SUMS, dict(HAS_CENTER=False, SHARED=False)),
     (

@@ -39,17 +39,28 @@ def sae(step_kernel: str, **options: Any) -> JumpReLUTrainingSAE:
         device=DEVICE,
         **options,
     )
-    return JumpReLUTrainingSAE(cfg).to(DEVICE).train()
+    made = JumpReLUTrainingSAE(cfg).to(DEVICE).train()
+    # On other rows than those of the steps: a calibrated θ is the z of one of them, and rounding
+    # would decide whether that pair is active.
+    made.calibrate_if_needed(rows(100))
+    return made
+
+
+def rows(seed: int) -> Tensor:
+    drawn = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(seed))
+    return (2 * drawn + 0.3).to(DEVICE)
 
 
 def train(made: JumpReLUTrainingSAE, steps: int) -> list[Tensor]:
-    """Losses of a few steps of Adam, and then the parameters."""
-    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    """What a few steps give, and then the parameters.
+
+    Steps of SGD: Adam's first would make a whole step of the last bit of a small gradient.
+    """
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
     seen = []
     for step in range(steps):
-        g = torch.Generator().manual_seed(step)
         given = TrainStepInput(
-            sae_in=(2 * torch.randn(BATCH, D_IN, generator=g) + 0.3).to(DEVICE),
+            sae_in=rows(step),
             coefficients={"l0": 1e-2},
             dead_neuron_mask=None,
             n_training_steps=step,
@@ -133,7 +144,7 @@ def test_forward_and_backward_ask_the_device_for_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.kernels
-def test_the_device_is_waited_for_once_a_step() -> None:
+def test_no_operator_waits_for_the_device() -> None:
     """As PyTorch counts it, once Triton has timed its tiles and the buffers have their size."""
     made = sae("triton")
     train(made, 3)
@@ -145,15 +156,11 @@ def test_the_device_is_waited_for_once_a_step() -> None:
         is_logging_step=False,
     )
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.warns(UserWarning, match="synchronizing") as waits:
-            made.training_forward_pass(given).loss.backward()
+        made.training_forward_pass(given).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # How many pairs there are, and whether the loss is finite: both at the end of the forward pass.
-    counted = [str(w.message) for w in waits if "synchronizing" in str(w.message)]
-    assert len(counted) <= 2, counted
 
 
 def test_a_buffer_is_one_dictionarys() -> None:
