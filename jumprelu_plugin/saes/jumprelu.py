@@ -38,7 +38,6 @@ from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.dense import DenseEntries, encode_dense
 from jumprelu_plugin.step.entries import BufferOverflow, Entries
-from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
@@ -160,7 +159,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         assert bandwidth is not None  # set by the first step at the latest
 
         entries = self._encode(x, b_dec, threshold, bandwidth)
-        activations = jumprelu(entries.z, entries.per_latent(threshold), bandwidth, to_input)
+        activations = entries.activations(threshold, bandwidth, to_input)
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         active = activations > 0

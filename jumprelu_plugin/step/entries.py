@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from jumprelu_plugin.step.estimators import heaviside, jumprelu
+
 
 class Entries(ABC):
     """Pre-activations z of a batch at the represented (token, latent) pairs.
@@ -32,6 +34,18 @@ class Entries(ABC):
     @abstractmethod
     def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, "..."]:
         """Expand one value per latent to a tensor that broadcasts against `z`."""
+
+    def activations(
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+    ) -> Float[Tensor, "*entries"]:
+        """JumpReLU(z) with its estimator; see `estimators.jumprelu`."""
+        return jumprelu(self.z, self.per_latent(threshold), bandwidth, to_input)
+
+    def gates(
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+    ) -> Float[Tensor, "*entries"]:
+        """H(z - θ) with its estimator; see `estimators.heaviside`."""
+        return heaviside(self.z, self.per_latent(threshold), bandwidth, to_input)
 
     @abstractmethod
     def sum_latents(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " batch"]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.estimators import heaviside
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
 
@@ -53,8 +52,7 @@ class Step:
 
     def gates(self) -> Float[Tensor, "*entries"]:
         """H(z - θ), with the straight-through estimator's gradient."""
-        theta = self.entries.per_latent(self.threshold)
-        return heaviside(self.entries.z, theta, self.bandwidth, self.to_input)
+        return self.entries.gates(self.threshold, self.bandwidth, self.to_input)
 
     def l0(self) -> Float[Tensor, " batch"]:
         """Number of active latents per token, with the estimator's gradient."""

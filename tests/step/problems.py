@@ -9,7 +9,6 @@ from torch import Tensor
 
 from jumprelu_plugin.step.dense import encode_dense
 from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import (
     L0,
@@ -117,7 +116,7 @@ def encode(path: str, p: Problem, leaves: dict[str, Tensor], chunk: int = 10**9)
 
 def loss_of(entries: Entries, p: Problem, leaves: dict[str, Tensor]) -> Tensor:
     theta = leaves["threshold"]
-    acts = jumprelu(entries.z, entries.per_latent(theta), p.bandwidth, p.to_input)
+    acts = entries.activations(theta, p.bandwidth, p.to_input)
     step = Step(entries, acts, theta, p.bandwidth, p.to_input, leaves["W_dec"], p.dead)
     x_hat = entries.decode(acts, leaves["W_dec"])
     return (

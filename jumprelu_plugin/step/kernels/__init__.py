@@ -2,9 +2,10 @@
 
 Each kernel computes what a plain routine of `step/` computes, in float32, and is tested against it.
 
-    screening.py   the pairs that could exceed the edge: a bfloat16 product, one bit a pair
+    screening.py   the pairs that could exceed the edge: a float16 product, one bit a pair
     compaction.py  the pairs themselves, from those bits, in order and without a sort
     products.py    inner products at pairs; weighted sums by token or by latent
+    estimators.py  JumpReLU and the step at pairs, and their straight-through estimators
     prefixes.py    decoding with Matryoshka prefixes, and its gradients
     rows.py        unit decoder rows and tangential gradients
     pattern.py     these behind the interface of `Pattern`

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
+from jumprelu_plugin.step.kernels.estimators import AtPairs
 from jumprelu_plugin.step.kernels.pattern import BufferedPattern
 from jumprelu_plugin.step.kernels.prefixes import PrefixDecodeKernel
 from jumprelu_plugin.step.kernels.selection import select_into
@@ -49,6 +50,27 @@ class BufferedEntries(SparseEntries):
         self._kept: int | None = None
         self._active: Tensor | None = None
         self._n_active = 0
+
+    @override
+    def activations(
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+    ) -> Float[Tensor, " capacity"]:
+        return self._at_pairs(threshold, bandwidth, to_input, jump=True)
+
+    @override
+    def gates(
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+    ) -> Float[Tensor, " capacity"]:
+        return self._at_pairs(threshold, bandwidth, to_input, jump=False)
+
+    def _at_pairs(
+        self, threshold: Tensor, bandwidth: float, to_input: bool, *, jump: bool
+    ) -> Float[Tensor, " capacity"]:
+        if torch.are_deterministic_algorithms_enabled():
+            base = super()
+            return (base.activations if jump else base.gates)(threshold, bandwidth, to_input)
+        cols = self.pattern.cols
+        return AtPairs.apply(self.z, threshold, cols, bandwidth, to_input, jump)  # type: ignore[return-value]
 
     @override
     def count(self, active: Bool[Tensor, " capacity"]) -> None:

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.dense import encode_dense
 from jumprelu_plugin.step.entries import Entries
-from jumprelu_plugin.step.estimators import jumprelu
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
@@ -68,8 +67,7 @@ def forward(
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = source.threshold.view(-1)
         entries = _encode(source, x, threshold, bandwidth, path)
-        theta = entries.per_latent(threshold)
-        activations = jumprelu(entries.z, theta, bandwidth, to_input)
+        activations = entries.activations(threshold, bandwidth, to_input)
         step = Step(
             entries,
             activations,

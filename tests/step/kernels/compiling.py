@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jumprelu_plugin.step.kernels import compaction, prefixes, products, rows, screening
+from jumprelu_plugin.step.kernels import compaction, estimators, prefixes, products, rows, screening
 
 F, H, W, L, N = "*fp32", "*fp16", "*i32", "*i64", "i32"
 SUMS = dict(
@@ -59,6 +59,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
             keep="*i1", keep_in_order="*i1", capacity=N, columns=N, left_stride=N, right_stride=N,
         ),
         dict(HAS_CENTER=True, SELECT=True),
+    ),
+    (
+        estimators._forward_kernel,
+        dict(z=F, cols=L, threshold=F, out=F, capacity=N),
+        dict(JUMP=True, BLOCK=1024),
+    ),
+    (
+        estimators._backward_kernel,
+        dict(
+            z=F, cols=L, threshold=F, grad=F, to_z=F, to_threshold=F, capacity=N, bandwidth="fp32"
+        ),
+        dict(JUMP=True, TO_INPUT=True, BLOCK=1024),
     ),
     (products._zero_divided_kernel, dict(out=F, piece_ends=L, columns=N), dict(BLOCK=512)),
     (products._sums_kernel, SUMS, dict(HAS_CENTER=True, SHARED=True)),
