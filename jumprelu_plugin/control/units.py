@@ -73,7 +73,8 @@ class ScaledParameter(nn.Module):
         return stored * self.factor + self.offset
 
     def right_inverse(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return (value - self.offset) / self.factor
+        # A value from a file is on the host, and is given to a parameter that need not be.
+        return (value - self.offset.to(value.device)) / self.factor
 
 
 class LogParameter(nn.Module):
