@@ -207,7 +207,11 @@ def kernel_times(name: str, shape: Shape) -> dict[str, Any]:
         trainer.step()
         product.synchronize(torch.device(shape.device))
     spent: dict[str, float] = {}
+    here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     for event in profile.key_averages():
+        # An operator and a named range are given the time of their kernels too: only kernels count.
+        if event.device_type != here or event.is_user_annotation:
+            continue
         took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if took > 0:
             spent[event.key] = spent.get(event.key, 0.0) + took / 1e3

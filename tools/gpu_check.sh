@@ -52,7 +52,7 @@ part() {  # part NAME SECONDS COMMAND...
 }
 
 if [ -z "$small" ]; then
-    part "tests on the GPU" 140 python3 -m pytest -q -p no:cacheprovider \
+    part "tests on the GPU" 200 python3 -m pytest -q -p no:cacheprovider \
         --continue-on-collection-errors -m gpu tests
     part "the kernels' tests, compiled" 190 python3 -m pytest -q -p no:cacheprovider \
         -m "gpu or not gpu" --deselect tests/step/kernels/test_compiled.py tests/step/kernels
