@@ -199,13 +199,14 @@ def steps(
 
 def kernel_times(name: str, shape: Shape) -> dict[str, Any]:
     """Milliseconds of each kernel, or operator on a CPU, in one step; the longest first."""
-    trainer = (TRAINERS | GPU_TRAINERS)[name](shape)
-    for _ in range(WARM_UP.get(name, 3)):
-        trainer.step()
     on_gpu = torch.device(shape.device).type == "cuda"
-    with torch.profiler.profile() as profile:
-        trainer.step()
-        product.synchronize(torch.device(shape.device))
+    with tf32(name == STOCK_TF32):
+        trainer = (TRAINERS | GPU_TRAINERS)[name](shape)
+        for _ in range(WARM_UP.get(name, 3)):
+            trainer.step()
+        with torch.profiler.profile() as profile:
+            trainer.step()
+            product.synchronize(torch.device(shape.device))
     spent: dict[str, float] = {}
     here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     for event in profile.key_averages():

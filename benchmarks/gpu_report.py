@@ -7,6 +7,7 @@ Every block between `<!-- gpu:NAME -->` and `<!-- /gpu -->` is replaced by what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from benchmarks.gpu import IN_SWEEP, RESULTS
 from benchmarks.tables import FIGURES, ROOT, Records, fill, read, table
-from benchmarks.trainers import STOCK
+from benchmarks.trainers import STOCK, TRITON
 
 DOCUMENT = ROOT / "docs" / "results.md"
 FIGURE = FIGURES / "gpu.png"
@@ -99,15 +100,23 @@ def harvest(records: Records) -> str:
 
 
 def kernels(records: Records) -> str:
-    """The longest kernels of a step."""
+    """The longest kernels of this package's step."""
     parts = []
     for r in latest(records, "profile"):
-        if "error" not in r:
-            spent = list(r["kernel_milliseconds"].items())[:10]
-            rows = [(f"`{name[:70]}`", f"{took:.2f}") for name, took in spent]
+        if "error" not in r and r["trainer"] == TRITON:
+            spent = list(r["kernel_milliseconds"].items())[:8]
+            rows = [(f"`{short_name(name)}`", f"{took:.2f}") for name, took in spent]
             title = f"{r['trainer']}, {_title(r)}: {r['all_milliseconds']:.2f} ms in kernels"
             parts.append(f"{title}\n\n{table(('', 'ms'), rows)}")
     return "\n\n".join(parts)
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its types: what it is called, and the functor it applies."""
+    called = re.sub(r"void |\(anonymous namespace\)", "", kernel)
+    plain = re.split("[<(]", called)[0].split("::")[-1]
+    functor = re.search(r"\w+(Functor|_kernel_cuda)\b", called)
+    return plain if functor is None or functor[0] == plain else f"{plain}, {functor[0]}"
 
 
 def picture(records: Records) -> str:
@@ -134,25 +143,27 @@ def draw(records: Records, path: Path) -> None:
     from matplotlib import pyplot
 
     groups = list(_by_shape([r for r in latest(records, "shapes") if "error" not in r]))
-    figure, panels = pyplot.subplots(
-        1, len(groups) + 1, figsize=(4.2 * (len(groups) + 1), 4.2), layout="constrained"
-    )
+    rows = -(-(len(groups) + 1) // 2)
+    figure, grid = pyplot.subplots(rows, 2, figsize=(11, 3.6 * rows), layout="constrained")
+    panels = list(grid.flat)[: len(groups) + 1]
     for panel, (title, group) in zip(panels, groups, strict=False):
-        group = sorted(group, key=lambda r: -r["median_seconds"])
+        trainers = (r for r in group if not r["trainer"].startswith("one product"))
+        group = sorted(trainers, key=lambda r: -r["median_seconds"])
         colors = ["#1b6ca8" if "plugin" in r["trainer"] else "#888888" for r in group]
         panel.barh(
             [r["trainer"].removeprefix("jumprelu-") for r in group],
             [1e3 * r["median_seconds"] for r in group],
             color=colors,
         )
-        panel.set(title=title.replace(", batch", "\nbatch"), xlabel="ms a step", xscale="log")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("ms a step")
     sweep = [r for r in latest(records, "l0") if "error" not in r]
     for name in IN_SWEEP:
         points = sorted((r["l0"], 1e3 * r["median_seconds"]) for r in sweep if r["trainer"] == name)
         if points:
             panels[-1].plot(*zip(*points, strict=True), marker="o", label=name)
     panels[-1].set(xlabel="L0", ylabel="ms a step", xscale="log", yscale="log")
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -168,6 +179,17 @@ def _by_shape(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, Records]
     return groups.items()
 
 
+def filled(text: str, found: Records) -> str:
+    """The page's text with every block drawn from the records."""
+    blocks = {
+        name: (lambda draw_block=block: draw_block(found) or NOT_MEASURED)
+        if found
+        else (lambda: NOT_MEASURED)
+        for name, block in BLOCKS.items()
+    }
+    return fill(text, "gpu", blocks)
+
+
 def main(
     records: Annotated[Path, typer.Option(help="Records of benchmarks.gpu.")] = RESULTS,
     document: Annotated[Path, typer.Option(help="The page to fill.")] = DOCUMENT,
@@ -175,13 +197,7 @@ def main(
 ) -> None:
     """Fill the page from the records, and draw the figure if there are any."""
     found = read(records) if records.exists() else []
-    blocks = {
-        name: (lambda draw_block=block: draw_block(found) or NOT_MEASURED)
-        if found
-        else (lambda: NOT_MEASURED)
-        for name, block in BLOCKS.items()
-    }
-    document.write_text(fill(document.read_text(), "gpu", blocks))
+    document.write_text(filled(document.read_text(), found))
     if any(r["part"] == "shapes" for r in found):
         draw(found, figure)
 

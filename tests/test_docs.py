@@ -18,7 +18,7 @@ import pytest
 from sae_lens import SAE
 from typer.main import get_command
 
-from benchmarks import quality_report, report, tables
+from benchmarks import gpu_report, quality_report, report, tables
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.cli.saelens_flags import parse_flags
 
@@ -158,12 +158,19 @@ def test_tables_of_speed_are_what_the_records_say(path: Path) -> None:
     assert drawn == text, "run: python -m benchmarks.report"
 
 
+def test_tables_of_the_gpu_are_what_the_records_say() -> None:
+    text = gpu_report.DOCUMENT.read_text(encoding="utf-8")
+    drawn = gpu_report.filled(text, tables.read(gpu_report.RESULTS))
+    assert drawn == text, "run: python -m benchmarks.gpu_report"
+
+
 def test_every_table_and_figure_has_a_place() -> None:
     text = "".join(path.read_text() for path in DOCUMENTS)
     assert set(re.findall(r"<!-- results:(\w+) -->", text)) == set(quality_report.BLOCKS)
     assert set(re.findall(r"<!-- speed:(\w+) -->", text)) == set(report.BLOCKS)
     teaching = (ROOT / "examples" / "17_teaching_figures.py").read_text()
-    drawn = {*quality_report.FIGURE_OF, report.FIGURE.name}
+    assert set(re.findall(r"<!-- gpu:(\w+) -->", text)) == set(gpu_report.BLOCKS)
+    drawn = {*quality_report.FIGURE_OF, report.FIGURE.name, gpu_report.FIGURE.name}
     drawn |= {f"{name}.png" for name in re.findall(r'save\(drawn, "(\w+)"\)', teaching)}
     assert {path.name for path in tables.FIGURES.iterdir()} == drawn
     assert set(re.findall(r"figures/(\w+\.png)", text)) == drawn

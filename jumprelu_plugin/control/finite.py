@@ -55,3 +55,22 @@ class FiniteCheck:
             f"the loss became {loss} at training step {self._step} though the activations of "
             f"{', '.join(self._activations)} are finite: the training diverged; {self._remedy}"
         )
+
+
+class LastCheck:
+    """The check of the last step, which may not be read yet."""
+
+    def __init__(self) -> None:
+        self._check: FiniteCheck | None = None
+
+    def begin(self, check: FiniteCheck, *, later: bool) -> None:
+        """Read the check now, or when `finish` is called."""
+        self._check = check
+        if not later:
+            self.finish()
+
+    def finish(self) -> None:
+        """Read the check, if it was not: raises what it raises."""
+        check, self._check = self._check, None
+        if check is not None:
+            check()

@@ -21,7 +21,7 @@ from jumprelu_plugin.control.dictionary_control import (
     DictionaryControl,
     keep_thresholds_positive_,
 )
-from jumprelu_plugin.control.finite import FiniteCheck
+from jumprelu_plugin.control.finite import FiniteCheck, LastCheck
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.units import units_of
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
@@ -43,6 +43,8 @@ from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
 
+_INPUT_REMEDY = "run the model in float32 or bfloat16, or exclude the tokens that overflow"
+
 
 class JumpReLUTrainingSAE(StoredParameters):
     """A JumpReLU SAE in training (arXiv 2407.14435).
@@ -56,7 +58,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         sparsity: the sparsity term.
         path_choice: which way of computing a step is taken.
         pair_buffers: the size of its buffers, where that is the way of the kernels.
-        finite_check: of the last step, where it is not yet read.
+        finite_check: whether the last step was finite, read on a GPU before its update.
         processes: that hold the dictionary and split its batches; where they are several, `cfg` and
             the shapes are of this one's latents, and `resolved` is of the whole dictionary.
 
@@ -92,7 +94,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         self.sparsity = sparsity_of(cfg, self.resolved)
         self.path_choice = PathChoice(cfg.step_kernel)
         self.pair_buffers = PairBuffers()
-        self.finite_check: FiniteCheck | None = None
+        self.finite_check = LastCheck()
         standardizes = self.standardizes_itself and self.resolved.standardize_activations
         known = self.resolved.jumprelu_init_threshold and self.resolved.jumprelu_bandwidth
         self.calibrated = bool(known) and cfg.initialization == "saelens" and not standardizes
@@ -268,19 +270,10 @@ class JumpReLUTrainingSAE(StoredParameters):
             [self],
             {hook: rows},
             step,
-            input_remedy="run the model in float32 or bfloat16, or exclude the tokens that "
-            "overflow",
+            input_remedy=_INPUT_REMEDY,
             remedy="lower lr (or l0_coefficient)",
         )
-        if loss.device.type == "cuda" and self.training and loss.requires_grad:
-            self.finite_check = check
-        else:
-            check()
-
-    def _finish_finite_check(self) -> None:
-        check, self.finite_check = self.finite_check, None
-        if check is not None:
-            check()
+        self.finite_check.begin(check, later=loss.is_cuda and self.training and loss.requires_grad)
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -290,7 +283,7 @@ class JumpReLUTrainingSAE(StoredParameters):
     # ---------------------------------------------------------------- around the step
 
     def _begin_step(self, rows: Tensor) -> None:
-        self._finish_finite_check()  # of a step that was followed by no update
+        self.finite_check.finish()  # of a step that was followed by no update
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.restore_layout()
         elif self.training:
@@ -320,7 +313,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         start_from(self, sample)
 
     def _before_update(self) -> None:
-        self._finish_finite_check()
+        self.finite_check.finish()
         self.path_choice.finish(self.control.batch_l0 / self.resolved.d_sae)
 
     def _after_update(self) -> None:
