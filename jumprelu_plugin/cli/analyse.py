@@ -68,9 +68,13 @@ def steer(
         typer.Option("--prompt", help="text to continue. Default: the start of a held-out text."),
     ] = None,
     amount: Annotated[
-        float,
-        typer.Option("--amount", help="added, or clamped to, in the SAE's activation units."),
-    ] = 20.0,
+        float | None,
+        typer.Option(
+            "--amount",
+            help="added, or clamped to, in the SAE's activation units; ablate takes none. "
+            "Default: 20.",
+        ),
+    ] = None,
     change: Annotated[
         Change, typer.Option("--change", help="what to do to the latent.")
     ] = Change.add,
@@ -81,11 +85,16 @@ def steer(
     from jumprelu_plugin.analysis.generation import generate_steered, intervention
     from jumprelu_plugin.formats.saved import load_saved
 
+    if change is Change.ablate and amount is not None:
+        raise ValueError(
+            f"--amount {amount:g} has no effect with --change ablate, which sets the latent to 0: "
+            "leave it out, or give --change clamp"
+        )
     saved = load_saved(folder, options)
     without, steered = generate_steered(
         saved.model,
         saved.dictionary,
-        intervention(change.value, latent, amount),
+        intervention(change.value, latent, 20.0 if amount is None else amount),
         saved.prompt() if prompt is None else prompt,
         seed=seed,
         new_tokens=tokens,

@@ -273,6 +273,10 @@ def test_none_is_no_folder() -> None:
         (["dashboard", "x", "--examples", "-2"], ["Invalid value for '--examples'"]),
         (["dashboard", "x", "--context_size", "1"], ["Invalid value for '--context_size'"]),
         (["steer", "x", "--latent", "1", "--change", "melt"], ["'melt'", "'add'"]),
+        (
+            ["steer", "x", "--latent", "1", "--change", "ablate", "--amount", "3"],
+            ["--amount 3", "no effect", "--change clamp"],
+        ),
         (["dashboard", "x", "--latents", "a"], ["--latents is 'a'"]),
         (["dashboard", "x", "--latents", "7,5-3"], ["--latents is '7,5-3'", "0-5"]),
         (["l0-sweep", "x", "--output_path", "y", "--l0", "10,nan"], ["--l0 is '10,nan'"]),
