@@ -17,7 +17,7 @@ from jumprelu_plugin.training.checkpoints import damage, numbered
 from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer
 from jumprelu_plugin.transcoders.per_layer.many_processes import train_dealt_transcoders
 from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
-from tests.tiny import N_LAYERS, WIDTH
+from tests.tiny import N_LAYERS, WIDTH, tiny_hf, tiny_hooked, tiny_tokenizer
 from tests.training.distributed.processes import ended, run_on
 from tests.training.transcoder_runs import POSITIONS, text
 from tests.transcoders.on_many import (
@@ -42,6 +42,13 @@ def on_many(model: Any, folder: Path, chosen: Any, stop_at: int | None = None) -
     run = partial(train_dealt_transcoders, folder, chosen, model=model, dataset=text())
     with stopped_by_the_last(DealtTrainer, "_update_pbar", "n_training_steps", stop_at):
         return how_it_ended(run)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """In float64, so that activations in float32 are the same however sequences are divided."""
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_hooked(tiny_hf(), tokenizer).to(torch.float64)
 
 
 @pytest.fixture(scope="module")
