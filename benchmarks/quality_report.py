@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import architectures, interop, paper_tables, trainers
+from benchmarks import architectures, explanation_tables, interop, paper_tables, trainers
 from benchmarks.l0_sweep import TRAINED_L0 as SWEEP_TRAINED_L0
 from benchmarks.tables import (
     FIGURES,
@@ -36,6 +36,7 @@ DOCUMENTS = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "ablations.md",
     ROOT / "docs" / "guides" / "transcoders-and-clt.md",
+    ROOT / "docs" / "guides" / "interpretability.md",
 )
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
     RESULTS / f"{name}.jsonl"
@@ -292,6 +293,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "l0_sweep": l0_sweep,
     "against_sparsify": against_sparsify,
     "durability": durability,
+    "explanations_embedded": explanation_tables.EMBEDDED.table,
     "paper_delta": paper_tables.EMBEDDED.delta,
     "paper_fvu": paper_tables.EMBEDDED.fvu,
     "paper_latents": paper_tables.EMBEDDED.latents,
