@@ -294,6 +294,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "against_sparsify": against_sparsify,
     "durability": durability,
     "explanations_embedded": explanation_tables.EMBEDDED.table,
+    "explanations_gemma": explanation_tables.GEMMA.table,
     "paper_delta": paper_tables.EMBEDDED.delta,
     "paper_fvu": paper_tables.EMBEDDED.fvu,
     "paper_latents": paper_tables.EMBEDDED.latents,
