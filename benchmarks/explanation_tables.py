@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import table
+from benchmarks.tables import RESULTS, Records, read, table
 
-RESULTS = Path(__file__).parent / "results"
 SCORES = {
     "correlation": "correlation",
     "random_token": "null: random token",
@@ -25,15 +24,25 @@ class Explanations:
 
     Attributes:
         path: its record.
+        saes: records of the sweeps that trained its SAEs.
     """
 
     path: Path
+    saes: Path
+
+    def l0(self) -> dict[str, float]:
+        """Held-out L0 of each architecture's SAE."""
+        trained = read(self.saes)
+        folders = {latent["label"]: latent["folder"] for latent in self._result()["latents"]}
+        return {label: _trained(folder, trained)["l0"] for label, folder in folders.items()}
 
     def table(self) -> str:
-        """Mean scores of each architecture with their intervals."""
-        result = json.loads(self.path.read_text(encoding="utf-8"))["result"]
+        """L0 and mean scores of each architecture, scores with their intervals."""
+        result = self._result()
         labels: dict[str, Any] = result["labels"]
-        rows = [
+        l0 = self.l0()
+        rows = [("L0", *(f"{l0[label]:.1f}" for label in labels))]
+        rows += [
             (title, *(_interval(found["means"][score]) for found in labels.values()))
             for score, title in SCORES.items()
         ]
@@ -46,6 +55,14 @@ class Explanations:
         )
         return table(("", *labels), rows)
 
+    def _result(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text(encoding="utf-8"))["result"]
+
+
+def _trained(folder: str, records: Records) -> dict[str, Any]:
+    (record,) = (record for record in records if folder.endswith(f"/{record['folder']}"))
+    return record
+
 
 def _interval(score: dict[str, float]) -> str:
     return f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
@@ -56,5 +73,5 @@ def _above(latents: list[dict[str, Any]], label: str, bar: float) -> str:
     return f"{sum(score is not None and score > bar for score in scores)} of {len(scores)}"
 
 
-EMBEDDED = Explanations(RESULTS / "explanations_four.json")
-GEMMA = Explanations(RESULTS / "explanations_gemma.json")
+EMBEDDED = Explanations(RESULTS / "explanations_four.json", RESULTS / "paper_grid.jsonl")
+GEMMA = Explanations(RESULTS / "explanations_gemma.json", RESULTS / "explanations_gemma_saes.jsonl")
