@@ -22,8 +22,8 @@ from benchmarks.architectures import ARCHITECTURES, BATCHTOPK, PLUGIN
 from benchmarks.hostile_data import SETS, HostileSet, Source
 from benchmarks.quality import Record, RecordFile, as_saved, table, trainer_config
 from benchmarks.tables import terminal
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.finetune.activations import evaluate_on_activations
-from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 
@@ -68,6 +68,11 @@ def measure(hostile: HostileSet, architecture: str, lr: float, steps: int, seed:
     }
 
 
+def learning_rate_of(hostile: HostileSet, steps: int) -> float:
+    """The recipe's rate on a set."""
+    return learning_rate(hostile.d_in, D_SAE, L0, BATCH, steps)
+
+
 def main(
     steps: Annotated[int, typer.Option(help="Training steps of 512 tokens.")] = 500,
     sets: Annotated[list[str] | None, typer.Option(help="Names of sets; all if not given.")] = None,
@@ -85,7 +90,7 @@ def main(
         records = []
         for architecture in only or (PLUGIN, BATCHTOPK):
             ours = architecture == PLUGIN
-            for lr in (DEFAULT.learning_rate(hostile.d_in),) if ours else BASELINE_LRS:
+            for lr in (learning_rate_of(hostile, steps),) if ours else BASELINE_LRS:
                 case = {"set": hostile.name, "architecture": architecture, "lr": lr, "seed": seed}
                 case |= {"d_in": hostile.d_in, "d_sae": D_SAE, "target_l0": L0, "steps": steps}
                 run = functools.partial(measure, hostile, architecture, lr, steps, seed)

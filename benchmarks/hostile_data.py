@@ -135,3 +135,4 @@ SETS = (
     HostileSet("32 wide", 32, _plain),
     HostileSet("4,096 wide", 4_096, _plain),
 )
+BY_NAME = {hostile.name: hostile for hostile in SETS}

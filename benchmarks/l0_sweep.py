@@ -94,7 +94,8 @@ def from_scratch(rows: torch.Tensor, l0: int, steps: int, folder: Path | None) -
         return SAE.load_from_disk(folder)
     torch.manual_seed(0)
     sae = ARCHITECTURES[PLUGIN_RECIPE](rows.shape[1], MODEL.d_sae, l0)
-    train(sae, rows, steps=steps, batch=BATCH, lr=DEFAULT.learning_rate(rows.shape[1]), seed=0)
+    lr = DEFAULT.learning_rate(sae.cfg, steps * BATCH, BATCH)
+    train(sae, rows, steps=steps, batch=BATCH, lr=lr, seed=0, decay=DEFAULT.lr_decay_fraction)
     saved = as_saved(sae)
     if folder is not None:
         saved.save_model(folder)

@@ -33,11 +33,12 @@ from benchmarks.architectures import (
 from benchmarks.models import GEMMA3, MODELS
 from benchmarks.quality import Record, RecordFile, as_saved, table, train
 from benchmarks.tables import terminal
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.finetune.activations import evaluate_on_activations
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.text import Split
-from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance
+from jumprelu_plugin.studies.sweep.architectures import lr_decay_fraction
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)
@@ -61,10 +62,12 @@ Sites = Annotated[list[str] | None, typer.Option(help="Hooks; by default the rep
 L0s = Annotated[list[int] | None, typer.Option(help="Target L0s.")]
 
 
-def learning_rate(model: str, architecture: str, width: int) -> float:
+def learning_rate_of(
+    model: str, architecture: str, d_in: int, d_sae: int, l0: float, steps: int
+) -> float:
     """The recipe's for the plugin, and the tuned one for a baseline."""
     if architecture in (PLUGIN, PLUGIN_RECIPE):
-        return DEFAULT.learning_rate(width)
+        return learning_rate(d_in, d_sae, l0, BATCH, steps)
     return LEARNING_RATES.get((model, architecture), BASELINE_LEARNING_RATE)
 
 
@@ -101,11 +104,7 @@ def run(
     def activations(site: str, split: Split, sequences: int) -> Tensor:
         if cache is None:
             return harvested(split, sequences)[site]
-        path = cache / f"{model}.{site}.{split}.{sequences}.pt"
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            torch.save(harvested(split, sequences)[site].clone(), path)
-        return torch.load(path, mmap=True, weights_only=True)
+        return chosen.cached(cache, sites, split, sequences)[site]
 
     def measure(site: str, architecture: str, l0: int, seed: int, lr: float) -> Record:
         rows = activations(site, "train", chosen.sequences)
@@ -113,7 +112,10 @@ def run(
         center = None if centers_itself else rows.float().mean(0)
         torch.manual_seed(seed)
         sae = ARCHITECTURES[architecture](rows.shape[1], width, l0)
-        seconds = train(sae, rows, steps=steps, batch=BATCH, lr=lr, seed=seed, center=center)
+        decay = lr_decay_fraction(PLUGIN if centers_itself else architecture)
+        seconds = train(
+            sae, rows, steps=steps, batch=BATCH, lr=lr, seed=seed, center=center, decay=decay
+        )
         saved = as_saved(sae, center)
         record = {
             "seconds": seconds,
@@ -130,7 +132,7 @@ def run(
     for site in sites:
         d_in = activations(site, "train", chosen.sequences).shape[1]
         for architecture, l0, seed in cases:
-            lr = learning_rate(model, architecture, d_in)
+            lr = learning_rate_of(model, architecture, d_in, width, l0, steps)
             case = {"model": model, "site": site, "architecture": architecture, "target_l0": l0}
             case |= {"seed": seed, **settings, "lr": lr}
             measured = functools.partial(measure, site, architecture, l0, seed, lr)

@@ -106,6 +106,20 @@ class BenchmarkModel:
                 parts[site].append(flat_heads(cache[site])[kept].to(dtype))
         return {site: torch.cat(part) for site, part in parts.items()}
 
+    def cached(
+        self, folder: Path, sites: tuple[str, ...], split: Split, sequences: int
+    ) -> dict[str, Float[Tensor, "tokens width"]]:
+        """Activations from files in `folder`; those of missing ones are written first."""
+        paths = {site: folder / f"{self.name}.{site}.{split}.{sequences}.pt" for site in sites}
+        missing = tuple(site for site, path in paths.items() if not path.exists())
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            for site, rows in self.activations(missing, split, sequences).items():
+                torch.save(rows, paths[site])
+        return {
+            site: torch.load(path, mmap=True, weights_only=True) for site, path in paths.items()
+        }
+
     def delta_loss(self, sae: Any, site: str, sequences: int) -> float:
         """Delta LM loss on held-out text, in nats."""
         tokens = self.tokens("test", sequences)

@@ -72,10 +72,10 @@ class Grid:
     def _records(self) -> Records:
         """Those of the file; this package's at the recipe's rate apart, where it has two rates."""
         records = read(self.path)
-        rates = {r["lr_by_width"] for r in records if r["architecture"] == PLUGIN}
+        rates = {r["lr_by_rule"] for r in records if r["architecture"] == PLUGIN}
         if len(rates) == 1:
             return records
-        return [{**r, "architecture": AT_RULE} if r["lr_by_width"] else r for r in records]
+        return [{**r, "architecture": AT_RULE} if r["lr_by_rule"] else r for r in records]
 
     def _fidelity(self, field: str, form: str) -> str:
         records = self._records()

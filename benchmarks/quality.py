@@ -52,10 +52,15 @@ def train(
     lr: float,
     seed: int,
     center: Float[Tensor, " d"] | None = None,
+    decay: float = 0.2,
 ) -> float:
-    """Train in place on rows less `center` with SAELens' trainer; return the seconds."""
-    source = batches(rows, batch, seed, center)
-    return training.train(sae, source, trainer_config(steps, batch, lr)).seconds
+    """Train in place on rows less `center` with SAELens' trainer; return the seconds.
+
+    Args:
+        decay: the part of the run, at its end, in which the learning rate falls.
+    """
+    source, cfg = batches(rows, batch, seed, center), trainer_config(steps, batch, lr, decay=decay)
+    return training.train(sae, source, cfg).seconds
 
 
 def table(title: str, records: list[dict[str, Any]], by: str, metrics: tuple[str, ...]) -> Table:

@@ -15,7 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import architectures, explanation_tables, interop, paper_tables, trainers
+from benchmarks import (
+    architectures,
+    explanation_tables,
+    interop,
+    learning_rates,
+    paper_tables,
+    trainers,
+)
 from benchmarks.l0_sweep import TRAINED_L0 as SWEEP_TRAINED_L0
 from benchmarks.tables import (
     FIGURES,
@@ -295,6 +302,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "durability": durability,
     "explanations_embedded": explanation_tables.EMBEDDED.table,
     "explanations_gemma": explanation_tables.GEMMA.table,
+    "learning_rates": learning_rates.costs,
     "paper_delta": paper_tables.EMBEDDED.delta,
     "paper_fvu": paper_tables.EMBEDDED.fvu,
     "paper_latents": paper_tables.EMBEDDED.latents,

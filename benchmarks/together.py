@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from jumprelu_plugin import JumpReLUTrainingSAE
-from jumprelu_plugin.control.standardization import learning_rate
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
 from jumprelu_plugin.studies.sweep.together import JointSteps
@@ -55,7 +54,7 @@ def training(place: int, data: Tensor, d_sae: int, batch: int) -> SAETraining:
     d_in = data.shape[1]
     cfg = DEFAULT.sae_config(d_in, d_sae, target_l0=L0S[place % len(L0S)], step_kernel=KERNEL)
     sae = JumpReLUTrainingSAE(cfg)
-    trainer = trainer_config(10**6, batch, learning_rate(d_in))
+    trainer = trainer_config(10**6, batch, DEFAULT.learning_rate(cfg, 1_000 * batch, batch))
     return SAETraining(sae, trainer, batches(data, batch, seed=0))
 
 

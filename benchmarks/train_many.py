@@ -35,9 +35,10 @@ L0S = (10, 20, 40, 80)
 
 def config(folder: Path, target_l0: int, d_sae: int, steps: int) -> Any:
     """The run of one dictionary."""
+    # The path is set, so that no step is spent on choosing it.
+    sae = DEFAULT.sae_config(D_IN, d_sae, target_l0=target_l0, step_kernel="sparse")
     return LanguageModelSAERunnerConfig(
-        # The path is set, so that no step is spent on choosing it.
-        sae=DEFAULT.sae_config(D_IN, d_sae, target_l0=target_l0, step_kernel="sparse"),
+        sae=sae,
         model_name="tiny-gemma-2",
         hook_name=HOOK,
         training_tokens=steps * BATCH,
@@ -46,7 +47,7 @@ def config(folder: Path, target_l0: int, d_sae: int, steps: int) -> Any:
         n_batches_in_buffer=64,
         n_batches_for_norm_estimate=2,
         exclude_special_tokens=True,
-        lr=DEFAULT.learning_rate(D_IN),
+        lr=DEFAULT.learning_rate(sae, steps * BATCH, BATCH),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         checkpoint_path=None,
         output_path=str(folder),

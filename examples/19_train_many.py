@@ -26,6 +26,7 @@ from jumprelu_plugin import (
 )
 
 STEPS = int(os.environ.get("JUMPRELU_EXAMPLE_STEPS", "400"))
+BATCH = 512
 OUTPUT = Path("output/19_train_many")
 shutil.rmtree(OUTPUT, ignore_errors=True)  # a used output folder is refused
 
@@ -34,17 +35,18 @@ recipe = get_recipe("default")
 
 def config(hook: str, target_l0: float) -> LanguageModelSAERunnerConfig:
     """What would train this SAE alone."""
+    sae = recipe.sae_config(d_in=256, d_sae=512, target_l0=target_l0)
     return LanguageModelSAERunnerConfig(
-        sae=recipe.sae_config(d_in=256, d_sae=512, target_l0=target_l0),
+        sae=sae,
         model_name="tiny-gemma-2",
         hook_name=hook,
-        training_tokens=STEPS * 512,
-        train_batch_size_tokens=512,
+        training_tokens=STEPS * BATCH,
+        train_batch_size_tokens=BATCH,
         context_size=128,
         n_batches_in_buffer=32,
         n_batches_for_norm_estimate=5,
         exclude_special_tokens=True,
-        lr=recipe.learning_rate(d_in=256),
+        lr=recipe.learning_rate(sae, STEPS * BATCH, BATCH),
         lr_decay_steps=recipe.lr_decay_steps(STEPS),
         checkpoint_path=None,
         output_path=str(OUTPUT),

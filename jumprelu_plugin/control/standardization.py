@@ -24,11 +24,6 @@ from jumprelu_plugin.step.losses import outlier_token_weights
 # Massive activations are at forty and more. With less, they are reconstructed badly where L0 is low
 # (docs/ablations.md).
 OUTLIER_NORM_RATIO = 10.0
-# Adam's step in each of a unit row's numbers, times √width: how far a direction turns at most.
-_TURN = 0.1
-# Below this width latents die of so large a step: on data 67 wide 1 % at 6.3e-3, 2 % at 9e-3 and
-# 16 % at 1.3e-2, with FVU 0.207, 0.200 and 0.200.
-_NARROWEST = 128
 # From the median of each coordinate to the mean of the tokens that are no outliers.
 _ROUNDS = 2
 
@@ -44,16 +39,6 @@ class Standardization:
 
     center: Float[Tensor, " width"]
     scale: float
-
-
-def learning_rate(width: int) -> float:
-    """The learning rate for training in these units: 0.1/√width, at most 8.8e-3, to two digits.
-
-    Adam moves a number by about the learning rate, and a unit direction has numbers of about
-    1/√width. At the tuning sites of three models, 256 to 640 wide, FVU is within 1 % of the lowest
-    of a grid (docs/ablations.md).
-    """
-    return float(f"{_TURN / max(width, _NARROWEST) ** 0.5:.1e}")
 
 
 @torch.no_grad()

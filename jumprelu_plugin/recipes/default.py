@@ -9,7 +9,8 @@ DEFAULT = Recipe(
     "the coefficient is measured as the multiplier of the target L0. The gradient also reaches "
     "the encoder, tokens of outlying norm weigh less, decoder rows have unit norm, and dead "
     "latents are resampled. JumpReLUTrainingSAEConfig does the same if only target_l0 is set; for "
-    "text, the recipe adds a maximum latent density of 6 %, and a learning rate that follows d_in.",
+    "text, the recipe adds a maximum latent density of 6 %, and a learning rate that follows the "
+    "size of the run.",
     sae={
         "max_latent_density": 0.06,  # docs/results.md
     },
@@ -17,6 +18,6 @@ DEFAULT = Recipe(
         "train_batch_size_tokens": 2_048,
         "exclude_special_tokens": True,
     },
-    lr_from_width=True,
+    lr_from_size=True,
     lr_decay_fraction=0.5,  # docs/ablations.md
 )

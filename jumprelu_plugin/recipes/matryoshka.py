@@ -12,6 +12,6 @@ MATRYOSHKA = Recipe(
     "models' activations the whole dictionary reconstructs worse than with `default`.",
     sae={**DEFAULT.sae, "matryoshka_loss_weight": 0.5},
     runner=DEFAULT.runner,
-    lr_from_width=DEFAULT.lr_from_width,
+    lr_from_size=DEFAULT.lr_from_size,
     lr_decay_fraction=DEFAULT.lr_decay_fraction,
 )

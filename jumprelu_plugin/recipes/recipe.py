@@ -10,8 +10,10 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from jumprelu_plugin.control.standardization import learning_rate
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
+
+_USUAL_L0 = 40.0
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Recipe:
         description: what it does and when to use it.
         sae: values of `JumpReLUTrainingSAEConfig` fields.
         runner: values of SAELens' `LanguageModelSAERunnerConfig` fields.
-        lr_from_width: whether the learning rate is 0.1/√d_in (`control.standardization`); otherwise
-            `runner` has it.
+        lr_from_size: whether the learning rate follows the run's size (`control.learning_rate`);
+            otherwise `runner` has it.
         lr_decay_fraction: fraction of the steps, at the end, in which the learning rate falls.
         l0_warm_up_fraction: fraction of the steps, at the start, in which λ rises; 0 leaves
             `l0_warm_up_steps` as in `sae`.
@@ -37,7 +39,7 @@ class Recipe:
     description: str
     sae: Mapping[str, Any]
     runner: Mapping[str, Any]
-    lr_from_width: bool = False
+    lr_from_size: bool = False
     lr_decay_fraction: float = 0.0
     l0_warm_up_fraction: float = 0.0
     matryoshka_fractions: tuple[float, ...] = ()
@@ -60,9 +62,18 @@ class Recipe:
         widths = {max(1, round(fraction * d_sae)) for fraction in self.matryoshka_fractions}
         return {"matryoshka_widths": sorted(widths)}
 
-    def learning_rate(self, d_in: int) -> float:
-        """SAELens' `lr` for activations of this width."""
-        return learning_rate(d_in) if self.lr_from_width else self.runner["lr"]
+    def learning_rate(self, sae: Any, training_tokens: int, batch: int) -> float:
+        """SAELens' `lr` for a run.
+
+        Args:
+            sae: the SAE's config. Without `target_l0` an L0 of 40 is assumed.
+            training_tokens: tokens of the run.
+            batch: tokens a step.
+        """
+        if not self.lr_from_size:
+            return self.runner["lr"]
+        l0 = sae.target_l0 or _USUAL_L0
+        return learning_rate(sae.d_in, sae.d_sae, l0, batch, training_tokens // batch)
 
     def lr_decay_steps(self, steps: int) -> int:
         """SAELens' `lr_decay_steps` for a run of this many steps."""
@@ -81,7 +92,8 @@ class Recipe:
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
         given = {flag.partition("=")[0] for flag in flags}
         if "--lr" not in given:
-            cfg.lr = self.learning_rate(cfg.sae.d_in)
+            batch = cfg.train_batch_size_tokens
+            cfg.lr = self.learning_rate(cfg.sae, cfg.training_tokens, batch)
         if "--lr_decay_steps" not in given:
             cfg.lr_decay_steps = self.lr_decay_steps(steps)
         sae_fields = self.matryoshka_fields(cfg.sae.d_sae)
@@ -102,8 +114,8 @@ class Recipe:
                 for fraction in self.matryoshka_fractions
             )
             values["matryoshka_widths"] = f"{fractions} of d_sae, and d_sae"
-        if self.lr_from_width:
-            values["lr"] = "0.1/√d_in, at most 8.8e-3"
+        if self.lr_from_size:
+            values["lr"] = "from d_in, d_sae, target_l0, batch and steps"
         if self.l0_warm_up_fraction:
             values["l0_warm_up_steps"] = f"{self.l0_warm_up_fraction:.0%} of the run"
         if self.lr_decay_fraction:

@@ -131,8 +131,9 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
 
 def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> None:
     steps, batch = settings.steps, settings.train_batch_size_tokens
+    sae = DEFAULT.sae_config(model.cfg.d_model, settings.d_sae, target_l0=settings.target_l0)
     cfg = LanguageModelSAERunnerConfig(
-        sae=DEFAULT.sae_config(model.cfg.d_model, settings.d_sae, target_l0=settings.target_l0),
+        sae=sae,
         model_name=EMBEDDED_MODEL,
         hook_name=settings.hook_name,
         training_tokens=steps * batch,
@@ -143,7 +144,7 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         n_batches_in_buffer=min(512, max(64, steps * batch // settings.context_size)),
         n_batches_for_norm_estimate=20,
         exclude_special_tokens=True,
-        lr=DEFAULT.learning_rate(model.cfg.d_model),
+        lr=DEFAULT.learning_rate(sae, steps * batch, batch),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=max(1, steps // 5),
         seed=settings.seed,

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from benchmarks.architectures import PLUGIN
-from benchmarks.hostile import L0, measure
-from benchmarks.hostile_data import SETS, Source
-from jumprelu_plugin.control.standardization import learning_rate
+from benchmarks.hostile import L0, learning_rate_of, measure
+from benchmarks.hostile_data import BY_NAME, SETS, Source
 
 # A batch of 512 may hold three of the massive tokens or none. In few dimensions most latents are of
 # no use: docs/results.md.
@@ -19,7 +18,6 @@ EXPECTED = {
     "low rank": {"latents dying"},
     "32 wide": {"latents dying"},
 }
-BY_NAME = {hostile.name: hostile for hostile in SETS}
 
 
 def drawn(name: str, progress: float = 0.0, tokens: int = 6_000) -> torch.Tensor:
@@ -69,6 +67,6 @@ def test_a_seed_gives_the_same_batches_of_the_same_features() -> None:
 )
 def test_the_default_config_holds_its_target(name: str, one_thread: None) -> None:
     hostile = BY_NAME[name]
-    record = measure(hostile, PLUGIN, learning_rate(hostile.d_in), steps=300, seed=2)
+    record = measure(hostile, PLUGIN, learning_rate_of(hostile, steps=300), steps=300, seed=2)
     assert record["l0"] == pytest.approx(L0, rel=0.03)
     assert set(record["alarms"]) <= EXPECTED.get(name, set())

@@ -9,7 +9,7 @@ import pytest
 
 from jumprelu_plugin.cli.saelens_flags import Command
 from jumprelu_plugin.cli.varied_flags import combinations, read_dictionaries
-from jumprelu_plugin.control.standardization import learning_rate
+from jumprelu_plugin.control.learning_rate import learning_rate
 from tests.tiny import HEADS, RESIDUAL
 
 
@@ -31,9 +31,10 @@ def test_every_combination_is_a_dictionary_named_by_what_tells_it_apart() -> Non
 
 def test_recipes_follow_the_width_of_each_hook() -> None:
     widths = {RESIDUAL: 2304, HEADS: 1031}
-    found = read(f"--hook_name {RESIDUAL},{HEADS} --target_l0 20 --d_sae 59", None, widths)
+    size = "--d_sae 59 --training_tokens 99000 --train_batch_size_tokens 33"
+    found = read(f"--hook_name {RESIDUAL},{HEADS} --target_l0 20 {size}", None, widths)
     assert {name: (cfg.sae.d_in, cfg.lr) for name, cfg in found.items()} == {
-        hook: (width, learning_rate(width)) for hook, width in widths.items()
+        hook: (width, learning_rate(width, 59, 20, 33, 3_000)) for hook, width in widths.items()
     }
     assert all(cfg.sae.max_latent_density == 0.06 for cfg in found.values())
     assert [cfg.sae.d_in for cfg in read("--d_in 31 --target_l0 7", None, widths).values()] == [31]

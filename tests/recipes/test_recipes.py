@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from jumprelu_plugin import JumpReLUTrainingSAE
 from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.recipes import ANTHROPIC_2025, GEMMA_SCOPE_2, RECIPES, Recipe, TranscoderRecipe
 from jumprelu_plugin.step.losses import QuadraticL0, TanhL0, WithDensityPenalty
 
@@ -48,11 +49,12 @@ def trained(recipe: Recipe, **changes: Any) -> JumpReLUTrainingSAE:
     )
     cfg.l0_warm_up_steps = recipe.l0_warm_up_steps(STEPS)
     sae = JumpReLUTrainingSAE(cfg)
+    lr = recipe.learning_rate(cfg, STEPS * BATCH, BATCH)
     trainer = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,
-        lr=recipe.learning_rate(D_IN),
-        lr_end=recipe.runner.get("lr_end", recipe.learning_rate(D_IN) / 10),
+        lr=lr,
+        lr_end=recipe.runner.get("lr_end", lr / 10),
         lr_decay_steps=recipe.lr_decay_steps(STEPS),
         n_batches_for_norm_estimate=5,
     )
@@ -90,14 +92,19 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
             assert getattr(cfg.sae, field.name) == getattr(expected, field.name), field.name
     assert {name: getattr(cfg, name) for name in recipe.runner} == dict(recipe.runner)
     assert cfg.lr_decay_steps == recipe.lr_decay_steps(steps)
-    assert cfg.lr == recipe.learning_rate(D_IN)
+    batch = recipe.runner["train_batch_size_tokens"]
+    assert cfg.lr == recipe.learning_rate(expected, 1_000_000_000, batch)
 
 
-@pytest.mark.parametrize(
-    ("d_in", "lr"), [(32, 8.8e-3), (256, 6.3e-3), (576, 4.2e-3), (640, 4.0e-3), (2304, 2.1e-3)]
-)
-def test_the_default_learning_rate_follows_the_width(d_in: int, lr: float) -> None:
-    assert RECIPES["default"].learning_rate(d_in) == pytest.approx(lr, rel=1e-9)
+@pytest.mark.parametrize("name", ["default", "matryoshka"])
+def test_without_a_target_the_learning_rate_is_that_of_an_l0_of_40(name: str) -> None:
+    recipe = RECIPES[name]
+    free, held = (
+        recipe.sae_config(D_IN, D_SAE, **given)
+        for given in ({"l0_coefficient": 0.3, "target_l0": None}, {"target_l0": 40.0})
+    )
+    rates = [recipe.learning_rate(sae, 7_001 * BATCH, BATCH) for sae in (free, held)]
+    assert rates[0] == rates[1] == learning_rate(D_IN, D_SAE, 40.0, BATCH, 7_001)
 
 
 def test_flags_of_ones_own_win() -> None:

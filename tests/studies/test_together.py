@@ -216,6 +216,6 @@ def test_a_sweep_stopped_in_a_group_ends_with_the_table_of_saes_trained_alone(
     # The first was measured, the second saved, and the third is alone when the sweep goes on.
     assert [r["trained_together"] for r in tables[1]] == [3, 3, 1]
     for alone, together in zip(*tables, strict=True):
-        assert alone["lr_by_width"] and alone["lr"] == together["lr"] == 8.8e-3
+        assert alone["lr_by_rule"] and alone["lr"] == together["lr"] == 8.8e-3
         for name in ("fvu", "l0", "delta_lm_loss", "uniformity"):
             assert together[name] == pytest.approx(alone[name], rel=1e-3), name

@@ -11,8 +11,12 @@ import torch
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
-from jumprelu_plugin.control.standardization import learning_rate
-from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES, centers_itself
+from jumprelu_plugin.control.learning_rate import learning_rate
+from jumprelu_plugin.studies.sweep.architectures import (
+    ARCHITECTURES,
+    centers_itself,
+    lr_decay_fraction,
+)
 from jumprelu_plugin.studies.sweep.grid import Cell, SweepSettings
 from jumprelu_plugin.studies.sweep.measures import PeakMemory
 from jumprelu_plugin.studies.sweep.together import train_together
@@ -54,9 +58,12 @@ def train_cells(
     return [_train(cells[0], settings, cache, lambda: on_step(0))]
 
 
-def learning_rate_of(cell: Cell, d_in: int) -> float:
+def learning_rate_of(cell: Cell, settings: SweepSettings, d_in: int) -> float:
     """The learning rate that a cell is trained with."""
-    return learning_rate(d_in) if cell.lr is None else cell.lr
+    if cell.lr is not None:
+        return cell.lr
+    batch, steps = settings.train_batch_size_tokens, settings.steps
+    return learning_rate(d_in, settings.d_sae, cell.target_l0, batch, steps)
 
 
 def _train(
@@ -107,5 +114,6 @@ def _batches(cell: Cell, settings: SweepSettings, cache: ActivationCache) -> Cac
 def _trainer_config(
     cell: Cell, settings: SweepSettings, cache: ActivationCache
 ) -> SAETrainerConfig:
-    batch, lr = settings.train_batch_size_tokens, learning_rate_of(cell, cache.width(cell.hook))
-    return trainer_config(settings.steps, batch, lr, settings.device)
+    lr = learning_rate_of(cell, settings, cache.width(cell.hook))
+    batch, decay = settings.train_batch_size_tokens, lr_decay_fraction(cell.architecture)
+    return trainer_config(settings.steps, batch, lr, settings.device, decay)

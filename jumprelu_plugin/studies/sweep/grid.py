@@ -45,8 +45,7 @@ class Cell:
         architecture: a name of `ARCHITECTURES`.
         target_l0: the L0 it is trained to.
         seed: of initialization and data order.
-        lr: learning rate; None: by the width of the activations
-            (`control.standardization.learning_rate`).
+        lr: learning rate; None: by the size of the run (`control.learning_rate`).
     """
 
     hook: str
@@ -58,7 +57,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder in the sweep's."""
-        lr = "by_width" if self.lr is None else f"{self.lr:g}"
+        lr = "by_rule" if self.lr is None else f"{self.lr:g}"
         varied = f"l0_{self.target_l0:g}_seed_{self.seed}_lr_{lr}"
         return f"{self.hook}/{self.architecture}/{varied}"
 

@@ -175,7 +175,7 @@ def _cells_without_record(folder: Path, settings: SweepSettings, console: Consol
 
 def _key(record: Record) -> tuple[Any, ...]:
     varied = tuple(record.get(n) for n in ("site", "architecture", "target_l0", "seed"))
-    return *varied, None if record.get("lr_by_width") else record.get("lr")
+    return *varied, None if record.get("lr_by_rule") else record.get("lr")
 
 
 def _key_of(cell: Cell) -> tuple[Any, ...]:
@@ -278,8 +278,8 @@ def _finish(
             "d_sae": settings.d_sae,
             "steps": settings.steps,
             "batch": settings.train_batch_size_tokens,
-            "lr": learning_rate_of(cell, trained.sae.cfg.d_in),
-            "lr_by_width": cell.lr is None,
+            "lr": learning_rate_of(cell, settings, trained.sae.cfg.d_in),
+            "lr_by_rule": cell.lr is None,
             "cache_dtype": material.cache.manifest.dtype,
             "seconds": run.seconds,
             "cpu_seconds": run.cpu_seconds,

@@ -73,15 +73,21 @@ def less(
         yield batch if center is None else batch - center
 
 
-def trainer_config(steps: int, batch: int, lr: float, device: str = "cpu") -> SAETrainerConfig:
-    """The schedule of all trainings: constant, and linear to 0 over the last fifth."""
+def trainer_config(
+    steps: int, batch: int, lr: float, device: str = "cpu", decay: float = 0.2
+) -> SAETrainerConfig:
+    """A learning rate that is constant, and falls linearly to 0 over the last part of the run.
+
+    Args:
+        decay: that part.
+    """
     return SAETrainerConfig(
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
         device=device,
         lr=lr,
         lr_end=0.0,
-        lr_decay_steps=steps // 5,
+        lr_decay_steps=round(decay * steps),
         dead_feature_window=max(1, steps // 10),
         n_batches_for_norm_estimate=20,
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.control.resampling import patience
-from jumprelu_plugin.control.standardization import learning_rate
 from jumprelu_plugin.training.health.findings import Finding
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
@@ -112,9 +112,10 @@ def schedule_findings(cfg: Any) -> list[Finding]:
 
 
 def _lr_findings(cfg: Any) -> list[Finding]:
-    if not (hasattr(cfg.sae, "resolve") and cfg.sae.resolve().standardize_activations):
+    sae, batch = cfg.sae, cfg.train_batch_size_tokens
+    if not (hasattr(sae, "resolve") and sae.target_l0 and sae.resolve().standardize_activations):
         return []
-    usual = learning_rate(cfg.sae.d_in)
+    usual = learning_rate(sae.d_in, sae.d_sae, sae.target_l0, batch, total_steps(cfg))
     ratio = cfg.lr / usual
     if 1 / LR_RATIO < ratio < LR_RATIO:
         return []
@@ -123,9 +124,8 @@ def _lr_findings(cfg: Any) -> list[Finding]:
             "warning",
             "lr",
             f"lr is {cfg.lr:g}; with target_l0, training works in units of the data's own spread, "
-            f"where {usual:g} was best or near it on every model measured",
-            f"set lr={usual:g}, as the recipe default does"
-            + (", or less in a run of many billions of tokens" if ratio < 1 else ""),
+            f"where the rule for a run of this size gives {usual:g}",
+            f"set lr={usual:g}, as the recipe default does",
         )
     ]
 

@@ -185,8 +185,9 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
     steps, batch = 200, 256
     language_model = load_model("tiny-gemma-2")
     text = tokenized_dataset(language_model.tokenizer, 128, "train", corpus()[:100])
+    sae = DEFAULT.sae_config(256, 512, target_l0=32, step_kernel="sparse")
     cfg = LanguageModelSAERunnerConfig(
-        sae=DEFAULT.sae_config(256, 512, target_l0=32, step_kernel="sparse"),
+        sae=sae,
         model_name="tiny-gemma-2",
         hook_name="blocks.3.hook_resid_post",
         training_tokens=steps * batch,
@@ -195,7 +196,7 @@ def test_the_default_recipe_on_the_embedded_model_is_healthy(
         n_batches_in_buffer=128,
         n_batches_for_norm_estimate=7,
         exclude_special_tokens=True,
-        lr=DEFAULT.learning_rate(256),
+        lr=DEFAULT.learning_rate(sae, steps * batch, batch),
         lr_decay_steps=DEFAULT.lr_decay_steps(steps),
         dead_feature_window=steps // 5,
         checkpoint_path=None,

@@ -45,9 +45,9 @@ def runner_config(**fields: Any) -> LanguageModelSAERunnerConfig[Any]:
 @pytest.mark.parametrize(
     ("lr", "fields", "suggested"),
     [
-        (3e-4, {"target_l0": 7}, "0.0088"),  # SAELens' default
-        (0.2, {"target_l0": 7}, "0.0088"),
-        (0.011, {"target_l0": 7}, None),
+        (3e-4, {"target_l0": 7}, "0.0032"),  # SAELens' default
+        (0.2, {"target_l0": 7}, "0.0032"),
+        (0.009, {"target_l0": 7}, None),
         (3e-4, {"l0_coefficient": 0.3}, None),
         (3e-4, {"target_l0": 7, "standardize_activations": False}, None),
     ],
