@@ -1,7 +1,7 @@
 """The learning rate of a run, from its size.
 
-In the units of `control.standardization`. Measured on residual streams, MLP outputs and attention
-heads of three models and on made data, with 250 to 32,000 steps (docs/ablations.md).
+In the units of `control.standardization`. Fitted to runs of 300 to 32,000 steps, on sites of two
+models and on made data (docs/ablations.md).
 """
 
 from __future__ import annotations
