@@ -73,5 +73,7 @@ def _above(latents: list[dict[str, Any]], label: str, bar: float) -> str:
     return f"{sum(score is not None and score > bar for score in scores)} of {len(scores)}"
 
 
-EMBEDDED = Explanations(RESULTS / "explanations_four.json", RESULTS / "paper_grid.jsonl")
+EMBEDDED = Explanations(
+    RESULTS / "explanations_four.json", RESULTS / "explanations_four_saes.jsonl"
+)
 GEMMA = Explanations(RESULTS / "explanations_gemma.json", RESULTS / "explanations_gemma_saes.jsonl")

@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import PLUGIN
 from benchmarks.tables import RESULTS, Records, commits, mean, read, table
 from jumprelu_plugin.studies.figures.frontiers import delta_lm_loss
 from jumprelu_plugin.studies.figures.groups import architectures, places
 from jumprelu_plugin.studies.figures.panel import save_figures
 
-AT_RULE = f"{PLUGIN} (rate of the recipe)"
 # Farther from its target than this, a cell says its L0.
 FAR = 0.05
 
@@ -45,7 +43,7 @@ class Grid:
 
     def latents(self) -> str:
         """What the latents of every architecture are at one target L0."""
-        records = [r for r in self._records() if r["target_l0"] == self.middle]
+        records = [r for r in read(self.path) if r["target_l0"] == self.middle]
         rows = [
             (
                 _title(site),
@@ -64,21 +62,13 @@ class Grid:
 
     def draw_frontier(self, path: Path) -> None:
         """Delta LM loss against L0 at each site, every architecture at its best learning rate."""
-        figure = delta_lm_loss(r for r in self._records() if r["architecture"] != AT_RULE)
+        figure = delta_lm_loss(read(self.path))
         assert figure is not None  # every record has a delta LM loss
         save_figures([replace(figure, name=path.stem)], path.parent)
         path.with_suffix(".svg").unlink()  # the document shows the PNG
 
-    def _records(self) -> Records:
-        """Those of the file; this package's at the recipe's rate apart, where it has two rates."""
-        records = read(self.path)
-        rates = {r["lr_by_rule"] for r in records if r["architecture"] == PLUGIN}
-        if len(rates) == 1:
-            return records
-        return [{**r, "architecture": AT_RULE} if r["lr_by_rule"] else r for r in records]
-
     def _fidelity(self, field: str, form: str) -> str:
-        records = self._records()
+        records = read(self.path)
         names = list(architectures(records))
         rows = []
         for site, here in places(records).items():
