@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,12 @@ class Explanations:
     def l0(self) -> dict[str, float]:
         """Held-out L0 of each architecture's SAE."""
         trained = read(self.saes)
-        folders = {latent["label"]: latent["folder"] for latent in self._result()["latents"]}
+        folders = {latent["label"]: latent["folder"] for latent in self._result["latents"]}
         return {label: _trained(folder, trained)["l0"] for label, folder in folders.items()}
 
     def table(self) -> str:
         """L0 and mean scores of each architecture, scores with their intervals."""
-        result = self._result()
+        result = self._result
         labels: dict[str, Any] = result["labels"]
         l0 = self.l0()
         rows = [("L0", *(f"{l0[label]:.1f}" for label in labels))]
@@ -55,6 +56,7 @@ class Explanations:
         )
         return table(("", *labels), rows)
 
+    @functools.cached_property
     def _result(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8"))["result"]
 

@@ -38,7 +38,7 @@ from jumprelu_plugin.finetune.activations import evaluate_on_activations
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.models.text import Split
 from jumprelu_plugin.records import provenance
-from jumprelu_plugin.studies.sweep.architectures import lr_decay_fraction
+from jumprelu_plugin.studies.sweep.architectures import centers_itself, lr_decay_fraction
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (10, 20, 40, 80, 160)
@@ -108,11 +108,10 @@ def run(
 
     def measure(site: str, architecture: str, l0: int, seed: int, lr: float) -> Record:
         rows = activations(site, "train", chosen.sequences)
-        centers_itself = architecture in (PLUGIN, PLUGIN_RECIPE)
-        center = None if centers_itself else rows.float().mean(0)
         torch.manual_seed(seed)
         sae = ARCHITECTURES[architecture](rows.shape[1], width, l0)
-        decay = lr_decay_fraction(PLUGIN if centers_itself else architecture)
+        center = None if centers_itself(sae) else rows.float().mean(0)
+        decay = lr_decay_fraction(sae)
         seconds = train(
             sae, rows, steps=steps, batch=BATCH, lr=lr, seed=seed, center=center, decay=decay
         )

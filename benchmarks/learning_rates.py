@@ -26,7 +26,7 @@ from benchmarks.hostile_data import BY_NAME, HostileSet, Source
 from benchmarks.language_model import HELD_OUT_SEQUENCES, metrics_on
 from benchmarks.models import MODELS, SMOLLM2
 from benchmarks.quality import Record, RecordFile, as_saved
-from benchmarks.tables import RESULTS, Records, read, table, terminal
+from benchmarks.tables import RESULTS, Records, commits, read, table, terminal
 from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import DEFAULT
@@ -135,7 +135,8 @@ def main(
 def costs(path: Path = OUTPUT) -> str:
     """Of every run: its rates with their FVU, the rule's rate, and what the rule costs."""
     groups: dict[tuple[Any, ...], Records] = {}
-    for record in read(path):
+    trained = read(path)
+    for record in trained:
         groups.setdefault(tuple(record[name] for name in RUN), []).append(record)
     rows = []
     for run, records in groups.items():
@@ -162,7 +163,7 @@ def costs(path: Path = OUTPUT) -> str:
             )
         )
     header = ("", "d_in", "latents", "L0", "batch", "steps", "firings", "lr: FVU", "rule", "cost")
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{commits(trained).capitalize()}."
 
 
 def cost(found: dict[float, float], rate: float) -> float:
@@ -174,7 +175,7 @@ def cost(found: dict[float, float], rate: float) -> float:
     """
     rates = sorted(found)
     grid = [rates[0] * (rates[-1] / rates[0]) ** (i / 200) for i in range(201)]
-    lowest = min(_between(found, other) for other in grid)
+    lowest = min(_between(found, other) for other in (*grid, rate))
     return math.exp(_between(found, rate) - lowest) - 1
 
 

@@ -61,7 +61,7 @@ class Grid:
         return f"{table(header, rows, names=2)}\n\n{_setting(records)}"
 
     def draw_frontier(self, path: Path) -> None:
-        """Delta LM loss against L0 at each site, every architecture at its best learning rate."""
+        """Delta LM loss against L0 at each site, for every architecture."""
         figure = delta_lm_loss(read(self.path))
         assert figure is not None  # every record has a delta LM loss
         save_figures([replace(figure, name=path.stem)], path.parent)

@@ -16,9 +16,9 @@ def learning_rate(d_in: int, d_sae: int, target_l0: float, batch: int, steps: in
     """The learning rate for Adam that is best or near it, to two digits.
 
     Adam moves a number by about the learning rate, and a unit direction has numbers of about
-    1/√d_in, so lr·√d_in is how far a direction turns in a step: 0.18 in a short run. In a long run
-    it falls with √(firings / steps), as the steps at which a latent saw few tokens add up to a
-    random walk.
+    1/√d_in, so lr·√d_in is how far a direction turns in a step, in radians: 0.18 in a short run.
+    In a long run it falls with √(firings / steps), as the steps at which a latent saw few tokens
+    add up to a random walk.
 
     Args:
         d_in: width of the activations.

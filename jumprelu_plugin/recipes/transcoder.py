@@ -12,7 +12,7 @@ TRANSCODER = TranscoderRecipe(
     sae={},
     runner={
         **DEFAULT.runner,
-        # The SAEs' rate, and measured apart: on layer 4 of the embedded Gemma 2 (d_sae 2048, 400k
+        # Measured apart from the SAEs': on layer 4 of the embedded Gemma 2 (d_sae 2048, 400k
         # tokens in steps of 1,024, one seed), lr 4e-4, 1e-3, 2e-3 and 4e-3 gave held-out FVU 0.633,
         # 0.512, 0.439 and 0.358 at L0 24.6 to 26.5, with an earlier way to measure λ.
         "lr": 4e-3,

@@ -133,13 +133,13 @@ ARCHITECTURES: dict[str, Build] = {
 }
 
 
-def lr_decay_fraction(architecture: str) -> float:
+def lr_decay_fraction(sae: Any) -> float:
     """The part of a run, at its end, in which the learning rate falls.
 
     That of this package's recipe. For the others it is a fifth: half of the run gave `batchtopk`
     the same FVU on layer 3 of the embedded model, 0.1362 and 0.1361.
     """
-    return DEFAULT.lr_decay_fraction if architecture == PLUGIN else 0.2
+    return DEFAULT.lr_decay_fraction if isinstance(sae, JumpReLUTrainingSAE) else 0.2
 
 
 def centers_itself(sae: Any) -> bool:

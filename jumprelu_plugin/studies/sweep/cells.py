@@ -73,7 +73,7 @@ def _train(
     with memory.measured():
         sae = _untrained(cell, settings, cache)
         center = None if centers_itself(sae) else cache.mean(cell.hook)
-        cfg = _trainer_config(cell, settings, cache)
+        cfg = _trainer_config(cell, settings, cache, sae)
         with closing(_batches(cell, settings, cache)) as stream:
             run = train(sae, less(stream, center), cfg, on_step=on_step)
     return TrainedCell(sae.to("cpu"), center, run, memory.bytes)
@@ -95,7 +95,7 @@ def _train_together(
                 stream = _batches(cell, settings, cache)
                 streams[cell.seed] = stack.enter_context(closing(stream))
         sources = [streams[cell.seed] for cell in cells]
-        cfg = _trainer_config(cells[0], settings, cache)
+        cfg = _trainer_config(cells[0], settings, cache, saes[0])
         runs = train_together(saes, sources, cfg, on_step=on_step)
     share = None if memory.bytes is None else memory.bytes // len(cells)
     pairs = zip(saes, runs, strict=True)
@@ -112,8 +112,8 @@ def _batches(cell: Cell, settings: SweepSettings, cache: ActivationCache) -> Cac
 
 
 def _trainer_config(
-    cell: Cell, settings: SweepSettings, cache: ActivationCache
+    cell: Cell, settings: SweepSettings, cache: ActivationCache, sae: Any
 ) -> SAETrainerConfig:
     lr = learning_rate_of(cell, settings, cache.width(cell.hook))
-    batch, decay = settings.train_batch_size_tokens, lr_decay_fraction(cell.architecture)
+    batch, decay = settings.train_batch_size_tokens, lr_decay_fraction(sae)
     return trainer_config(settings.steps, batch, lr, settings.device, decay)
