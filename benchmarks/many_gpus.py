@@ -17,10 +17,8 @@ import torch
 
 from benchmarks import tables
 from jumprelu_plugin.training.distributed.forecast import (
-    PASSES,
     StepTimes,
     TrainingSizes,
-    exchange_seconds,
     step_times,
     traffic,
 )
@@ -32,8 +30,8 @@ from jumprelu_plugin.training.health.memory import (
     usual_entries,
 )
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
+from jumprelu_plugin.transcoders.clt.forecast import clt_step_times, clt_traffic
 from jumprelu_plugin.transcoders.clt.memory import estimate_memory, parameter_count
-from jumprelu_plugin.transcoders.clt.traffic import clt_traffic
 
 PAGE = tables.ROOT / "docs" / "guides" / "many-gpus.md"
 GPU = HARDWARE["h100"]
@@ -208,9 +206,17 @@ def clt_table() -> str:
                 device=GPU_TYPE,
                 shards=gpus,
             ).total
-            passes = FLOAT32 * PASSES * parameter_count(cfg, gpus) / GPU.memory_bandwidth
             sent = clt_traffic(cfg, CLT_BATCH, 1, gpus)
-            exchange = exchange_seconds(sent, 1, gpus, GPU)
+            times = clt_step_times(
+                cfg,
+                CLT_BATCH,
+                1,
+                gpus,
+                GPU,
+                entries=usual_entries(CLT_BATCH, d_sae, TARGET_L0),
+                sent=sent,
+                model_parameters=model.blocks,
+            )
             fits = "yes" if memory <= USABLE * GPU.memory else "no"
             rows.append(
                 (
@@ -220,8 +226,9 @@ def clt_table() -> str:
                     f"{memory / 1e9:.1f}",
                     fits,
                     f"{sent.total / 1e6:.0f}",
-                    f"{1e3 * passes:.1f}",
-                    f"{1e3 * exchange:.1f}",
+                    f"{1e3 * times.compute:.1f}",
+                    f"{1e3 * times.memory:.1f}",
+                    f"{1e3 * times.exchange:.1f}",
                 )
             )
     header = (
@@ -231,6 +238,7 @@ def clt_table() -> str:
         "GB a GPU",
         "fits",
         "MB handed over",
+        "compute ms",
         "memory ms",
         "traffic ms",
     )

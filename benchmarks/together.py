@@ -1,12 +1,14 @@
 """The time of SAEs trained together against as many trained one after another.
 
     OMP_NUM_THREADS=2 python -m benchmarks.together            eight SAEs, (576, 8192, 2048)
+    OMP_NUM_THREADS=2 python -m benchmarks.together --model smollm2-135m   with their harvest
     OMP_NUM_THREADS=2 python -m benchmarks.together --quick    small sizes, to check that it runs
     OMP_NUM_THREADS=1 python -m benchmarks.together --profile  where the time of one step goes
 
 Both ways take turns on the same SAEs, a few steps of each at a time, so that whatever else the
 machine does slows both alike. Alone, each SAE reads its own batches and its step uses all threads,
-as in a run of its own; together, they share the batches and the threads.
+as in a run of its own; together, they share the batches and the threads. With a model, its forward
+pass over one batch takes its turn too: a run of its own makes it for each SAE, a sweep for all.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +25,7 @@ import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.models import CONTEXT, MODELS
 from jumprelu_plugin import JumpReLUTrainingSAE
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import append_jsonl, provenance
@@ -48,6 +52,16 @@ def rows(d_in: int, count: int) -> Tensor:
     return torch.cat(made)[:count] + 3.0
 
 
+def harvest_of(name: str, batch: int) -> tuple[int, Callable[[], object]]:
+    """The width of a model's first reported site, and a function that harvests one batch there."""
+    model = MODELS[name]
+    sites = model.sites[:1]
+    sequences = batch // CONTEXT
+    width = model.activations(sites, "train", 1)[sites[0]].shape[1]
+    model.tokens("train", sequences)  # tokenized once
+    return width, lambda: model.activations(sites, "train", sequences)
+
+
 def training(place: int, data: Tensor, d_sae: int, batch: int) -> SAETraining:
     """The SAE at a place: the L0s in turn, and another seed each time round."""
     torch.manual_seed(place)
@@ -70,7 +84,13 @@ def machine_seconds() -> float | None:
 
 
 def measure(
-    count: int, d_in: int, d_sae: int, batch: int, warm_up: int, seconds: float
+    count: int,
+    d_in: int,
+    d_sae: int,
+    batch: int,
+    warm_up: int,
+    seconds: float,
+    harvest: Callable[[], object] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds and CPU seconds that both ways take for one step of every SAE, and the share of the
     machine's cores that other processes had meanwhile.
@@ -79,6 +99,7 @@ def measure(
         count: SAEs.
         warm_up: steps of each before the first that is timed.
         seconds: how long both take turns.
+        harvest: makes the activations of one batch; takes its turn where it is given.
     """
     data = rows(d_in, 8 * batch)
     trainings = [training(place, data, d_sae, batch) for place in range(count)]
@@ -93,9 +114,12 @@ def measure(
     def take_together() -> None:
         joint.take(until=trainings[0].steps + 1)
 
-    ways = {"alone": take_alone, "together": take_together}
+    ways: dict[str, Callable[[], object]] = {"alone": take_alone, "together": take_together}
+    if harvest is not None:
+        harvest()
+        ways["harvest"] = harvest
     found = {name: {"seconds": [], "cpu_seconds": [], "others": []} for name in ways}
-    print(f"warmed up; both take turns for {seconds:.0f} s", flush=True)
+    print(f"warmed up; {', '.join(ways)} take turns for {seconds:.0f} s", flush=True)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         for name, take in ways.items():
@@ -137,20 +161,25 @@ def main(
     where: Annotated[bool, typer.Option("--profile", help="Profile one SAE's step.")] = False,
     seconds: Annotated[float, typer.Option(help="How long both ways take turns.")] = 60.0,
     count: Annotated[int, typer.Option(help="SAEs.")] = 8,
+    model: Annotated[str | None, typer.Option(help="Whose forward pass takes its turn.")] = None,
     output: Annotated[Path | None, typer.Option(help="Records are added to this file.")] = None,
 ) -> None:
     """Time both ways, or profile a step, and add one record."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     d_in, d_sae, batch = (48, 512, 256) if quick else (576, 8192, 2048)
+    harvest = None
+    if model is not None:
+        d_in, harvest = harvest_of(model, batch)
     sizes = {"d_in": d_in, "d_sae": d_sae, "batch": batch, "l0s": list(L0S)}
     record: dict[str, Any] = {**sizes, "threads": torch.get_num_threads()}
+    record |= {"model": model}
     if where:
         found = shares(d_in, d_sae, batch)
         for line in found[:12]:
             print(f"{line['operator']:40} {line['milliseconds']:8.1f} ms {line['share']:6.1%}")
         record |= {"measured": "profile", "operators": found}
     else:
-        times = measure(count, d_in, d_sae, batch, 3, 1.0 if quick else seconds)
+        times = measure(count, d_in, d_sae, batch, 3, 1.0 if quick else seconds, harvest)
         medians = {
             name: {kind: statistics.median(values) for kind, values in kinds.items()}
             for name, kinds in times.items()
@@ -159,6 +188,11 @@ def main(
         record |= {"measured": "times", "saes": count, "times": times, "ratio": ratio}
         print(medians)
         print(f"{count} SAEs together take {ratio:.2f} of the time of {count} alone")
+        if harvest is not None:
+            once = medians["harvest"]["seconds"]
+            together = once + medians["together"]["seconds"]
+            record["ratio_of_runs"] = together / (count * once + medians["alone"]["seconds"])
+            print(f"with the harvest, {record['ratio_of_runs']:.2f} of {count} runs")
     append_jsonl(
         output or (RESULTS.with_stem("together_quick") if quick else RESULTS),
         {**record, "provenance": provenance(seed=0)},

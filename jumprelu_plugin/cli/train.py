@@ -50,6 +50,13 @@ CheckFirst = Annotated[
         help="whether to check the run first, as `jumprelu check` does. Default: yes.",
     ),
 ]
+CheckOnly = Annotated[
+    bool,
+    typer.Option(
+        "--check_only/--no_check_only",
+        help="whether to check the run, say what was found, and stop. Default: no.",
+    ),
+]
 DataParallelSize = Annotated[
     int,
     typer.Option(
@@ -66,7 +73,6 @@ ModelParallelSize = Annotated[
         "jumprelu_plugin … --model_parallel_size N. Default: 1.",
     ),
 ]
-
 Hardware = Annotated[
     str | None,
     typer.Option(
@@ -131,13 +137,7 @@ def train_many(
     save_buffer: SaveBuffer = True,
     checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
     check_first: CheckFirst = True,
-    check_only: Annotated[
-        bool,
-        typer.Option(
-            "--check_only/--no_check_only",
-            help="whether to check the run, say what was found, and stop. Default: no.",
-        ),
-    ] = False,
+    check_only: CheckOnly = False,
 ) -> None:
     """Train several SAEs in one pass over the text, on one harvest. Flags as for train.
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
-from jumprelu_plugin.cli.train import DataParallelSize, ModelParallelSize
+from jumprelu_plugin.cli.train import CheckOnly, DataParallelSize, ModelParallelSize
 from jumprelu_plugin.transcoders.settings import CLTSettings, TranscoderSettings
 
+if TYPE_CHECKING:
+    from jumprelu_plugin.transcoders.planning import LayerPlan
+
 app = typer.Typer()
+
+CheckedHardware = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        help="a100, h100 or h200: with --check_only, whose published memory and rates the run is "
+        "held against. Default: this machine's memory, and the rates of its GPU or an h100.",
+    ),
+]
 
 
 @app.command()
@@ -23,6 +35,7 @@ def train_transcoders(
         Path, typer.Option("--output_path", help="folder for layer_0, layer_1, … and a record.")
     ],
     settings: TranscoderSettings,
+    check_only: CheckOnly = False,
 ) -> None:
     """Train one transcoder a layer in a single pass over the text.
 
@@ -31,8 +44,12 @@ def train_transcoders(
     """
     from jumprelu_plugin.training.distributed.launch import is_one_of_many
     from jumprelu_plugin.transcoders.per_layer.many_processes import train_dealt_transcoders
+    from jumprelu_plugin.transcoders.per_layer.planning import plan_transcoders
     from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 
+    if check_only:
+        _say(plan_transcoders(output_path, settings))
+        return
     if is_one_of_many():
         train_transcoders = train_dealt_transcoders
     console.print(f"written: {train_transcoders(output_path, settings, log=console.print)}")
@@ -47,6 +64,8 @@ def train_clt(
     settings: CLTSettings,
     data_parallel_size: DataParallelSize = 1,
     model_parallel_size: ModelParallelSize = 1,
+    check_only: CheckOnly = False,
+    hardware: CheckedHardware = None,
 ) -> None:
     """Train a cross-layer transcoder: latents of each layer write to all later MLP outputs.
 
@@ -55,12 +74,20 @@ def train_clt(
     """
     from jumprelu_plugin.training.distributed.launch import is_one_of_many
     from jumprelu_plugin.transcoders.clt.many_processes import train_sharded_clt
+    from jumprelu_plugin.transcoders.clt.planning import plan_clt
     from jumprelu_plugin.transcoders.clt.run import train_clt
 
+    sizes = {"data_parallel_size": data_parallel_size, "model_parallel_size": model_parallel_size}
+    if check_only:
+        _say(plan_clt(output_path, settings, **sizes, gpu=hardware))
+        return
+    if hardware is not None:
+        raise ValueError("hardware is what --check_only looks at: add it, or leave hardware out")
     if (data_parallel_size, model_parallel_size) != (1, 1) or is_one_of_many():
-        train_clt = partial(
-            train_sharded_clt,
-            data_parallel_size=data_parallel_size,
-            model_parallel_size=model_parallel_size,
-        )
+        train_clt = partial(train_sharded_clt, **sizes)
     console.print(f"written: {train_clt(output_path, settings, log=console.print)}")
+
+
+def _say(plan: LayerPlan) -> None:
+    console.print(plan.table())
+    plan.refuse()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jumprelu_plugin.training.distributed.hardware import Hardware
+from jumprelu_plugin.training.health.memory import size
 
 FLOAT32, BFLOAT16 = 4, 2
 # Rows of d numbers that are read for a pair of a token and a latent above the lower edge of the
@@ -74,6 +75,16 @@ class Traffic:
     def total(self) -> int:
         return self.latents + self.tokens + self.all + self.harvest
 
+    def described(self) -> str:
+        """In words, for the console."""
+        parts = (
+            ("gradients and counts", self.tokens),
+            ("reconstructions", self.latents),
+            ("activations", self.harvest),
+        )
+        named = ", ".join(f"{name} {size(part)}" for name, part in parts if part)
+        return f"{size(self.total)} a step" + (f" ({named})" if named else "")
+
 
 def traffic(sizes: TrainingSizes, replicas: int, shards: int) -> Traffic:
     """Bytes of one step; a group of one exchanges nothing."""
@@ -118,8 +129,20 @@ class StepTimes:
     @property
     def bound(self) -> str:
         """What that is: compute, memory or traffic."""
-        times = {"compute": self.compute, "memory": self.memory, "traffic": self.exchange}
+        times = self._named()
         return max(times, key=lambda name: times[name])
+
+    def described(self, gpu: Hardware) -> str:
+        """In words, for the console.
+
+        Args:
+            gpu: whose times they are.
+        """
+        named = ", ".join(f"{name} {1e3 * took:.2g} ms" for name, took in self._named().items())
+        return f"{self.bound} on {gpu.name}, by the rates of its data sheet: {named}"
+
+    def _named(self) -> dict[str, float]:
+        return {"compute": self.compute, "memory": self.memory, "traffic": self.exchange}
 
 
 def step_times(sizes: TrainingSizes, replicas: int, shards: int, gpu: Hardware) -> StepTimes:

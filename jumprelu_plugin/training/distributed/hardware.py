@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -71,12 +73,20 @@ HARDWARE = {
 }
 
 
-def hardware(name: str) -> Hardware:
+def hardware(name: str | None = None) -> Hardware:
     """The figures of one kind of GPU.
+
+    Args:
+        name: as in `HARDWARE`; None: this machine's GPU, or an H100 where there is none or its
+            figures are not recorded.
 
     Raises:
         ValueError: none are recorded.
     """
+    if name is None:
+        own = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        known = (HARDWARE[kind] for kind in HARDWARE if kind.upper() in own.upper())
+        return next(known, HARDWARE["h100"])
     found = HARDWARE.get(name.lower())
     if found is None:
         raise ValueError(

@@ -20,7 +20,7 @@ from jumprelu_plugin.training.distributed.forecast import (
     step_times,
     traffic,
 )
-from jumprelu_plugin.training.distributed.hardware import HARDWARE, Hardware, hardware
+from jumprelu_plugin.training.distributed.hardware import Hardware, hardware
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.shares import (
     config_of_share,
@@ -31,7 +31,7 @@ from jumprelu_plugin.training.distributed.shares import (
 )
 from jumprelu_plugin.training.health.findings import Finding
 from jumprelu_plugin.training.health.memory import MemoryForecast, size, usual_entries
-from jumprelu_plugin.training.health.preflight import Preflight
+from jumprelu_plugin.training.health.preflight import Preflight, named_rows
 from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
@@ -59,45 +59,17 @@ class Plan:
 
     def table(self) -> Table:
         """For the console."""
-        table = Table(
-            title=f"{self.replicas * self.shards} processes", show_header=False, expand=False
-        )
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in self._numbers():
-            table.add_row(name, value)
-        return table
+        return named_rows(f"{self.replicas * self.shards} processes", self._numbers())
 
     def _numbers(self) -> list[tuple[str, str]]:
-        sent, times = self.traffic, self.times
-        parts = (
-            ("gradients and counts", sent.tokens),
-            ("reconstructions", sent.latents),
-            ("activations", sent.harvest),
-        )
-        milliseconds = ", ".join(
-            f"{name} {1e3 * seconds:.2g} ms"
-            for name, seconds in (
-                ("compute", times.compute),
-                ("memory", times.memory),
-                ("traffic", times.exchange),
-            )
-        )
         return [
             (
                 "a process has",
                 f"{self.sizes.d_sae // self.shards:,} of {self.sizes.d_sae:,} latents and "
                 f"{self.sizes.batch // self.replicas:,} of {self.sizes.batch:,} tokens",
             ),
-            (
-                "it hands over",
-                f"{size(sent.total)} a step"
-                f" ({', '.join(f'{name} {size(part)}' for name, part in parts if part)})",
-            ),
-            (
-                "bound by",
-                f"{times.bound} on {self.gpu.name}, by the rates of its data sheet: {milliseconds}",
-            ),
+            ("it hands over", self.traffic.described()),
+            ("bound by", self.times.described(self.gpu)),
         ]
 
 
@@ -121,7 +93,7 @@ def plan(
         ValueError: as `JumpReLUTrainingRunner` raises it; or the sizes do not divide the latents or
             the batch, or there are no figures of this GPU.
     """
-    chosen = hardware(gpu) if gpu is not None else _this_machines()
+    chosen = hardware(gpu)
     require_positive(data_parallel_size, model_parallel_size)
     require_even_batch(cfg, data_parallel_size)
     if not isinstance(cfg.sae, StockConfig):
@@ -188,12 +160,12 @@ def _sizes(
         prefixes=len(resolved.matryoshka_widths),
         limits_outliers=resolved.outlier_norm_ratio < float("inf"),
         reads_b_dec=given.apply_b_dec_to_input,
-        model_parameters=_parameters_before(runner.model, cfg.hook_name),
+        model_parameters=parameters_before(runner.model, cfg.hook_name),
         model_in_bfloat16=weights.element_size() == 2,
     )
 
 
-def _parameters_before(model: Any, hook: str) -> int:
+def parameters_before(model: Any, hook: str) -> int:
     """Parameters of the blocks that a token passes up to the hook; embeddings cost no products."""
     stop, total, everything = extract_stop_at_layer_from_tlens_hook_name(hook), 0, 0
     for name, parameter in model.named_parameters():
@@ -202,10 +174,3 @@ def _parameters_before(model: Any, hook: str) -> int:
         if block is not None and (stop is None or int(block[1]) < stop):
             total += parameter.numel()
     return total or everything
-
-
-def _this_machines() -> Hardware:
-    """The figures of this machine's GPU, or of an H100 where there is none or none are recorded."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    known = (HARDWARE[kind] for kind in HARDWARE if kind.upper() in name.upper())
-    return next(known, HARDWARE["h100"])

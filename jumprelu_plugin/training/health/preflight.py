@@ -8,7 +8,7 @@ it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,7 @@ class Preflight:
 
     def table(self) -> Table:
         """For the console."""
-        table = Table(title=f"Before {self.steps:,} steps", show_header=False, expand=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in self._numbers():
-            table.add_row(name, value)
+        table = named_rows(f"Before {self.steps:,} steps", self._numbers())
         table.add_section()
         if self.resolved is not None:
             for name, value in self.resolved.described().items():
@@ -147,6 +143,16 @@ class Preflight:
                 f"thresholds, a tenth as hard at {found.error_dominates:.0%}",
             )
         ]
+
+
+def named_rows(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Numbers and their names, for the console."""
+    table = Table(title=title, show_header=False, expand=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
 
 
 def run_preflight(

@@ -28,6 +28,7 @@ from jumprelu_plugin.training.distributed.runner import digest_of_text
 from jumprelu_plugin.training.distributed.shares import require_even_batch
 from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
+from jumprelu_plugin.transcoders.clt.forecast import clt_traffic
 from jumprelu_plugin.transcoders.clt.run import (
     RECORD_FILENAME,
     config_of,
@@ -40,7 +41,6 @@ from jumprelu_plugin.transcoders.clt.run import (
 )
 from jumprelu_plugin.transcoders.clt.sharded_step import ShardedTrainingStep, shard_of_clt
 from jumprelu_plugin.transcoders.clt.sharded_trainer import ShardedTrainer
-from jumprelu_plugin.transcoders.clt.traffic import clt_traffic
 from jumprelu_plugin.transcoders.memory import MemoryEstimate
 from jumprelu_plugin.transcoders.output_folder import (
     METRICS_FILENAME,
@@ -143,15 +143,23 @@ def _train(
 
 
 def _checked(settings: CLTSettings, replicas: int, shards: int) -> CLTTrainingConfig:
-    """How it is trained; what can be refused without the model is."""
     require_device(settings.device)
+    refuse_memory_limit(settings)
+    return checked_training(settings, replicas, shards)
+
+
+def checked_training(settings: CLTSettings, replicas: int, shards: int) -> CLTTrainingConfig:
+    """How it is trained; what can be refused without the model is.
+
+    Raises:
+        ValueError: a setting that cannot be, or sizes that do not divide the batch or d_sae.
+    """
     training = training_config(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     schedule_of(settings)
     require_even_batch(settings, replicas)
     if settings.d_sae is not None:
         LatentLayout(settings.d_sae, shards)
-    refuse_memory_limit(settings)
     return training
 
 

@@ -29,7 +29,7 @@ def parameter_count(cfg: CLTConfig, shards: int = 1) -> int:
     """
     held = cfg.d_sae // shards
     own = held * (cfg.d_in + 2) + cfg.d_out
-    return cfg.n_layers * own + _decoders(cfg) * held * cfg.d_out
+    return cfg.n_layers * own + decoder_count(cfg) * held * cfg.d_out
 
 
 def estimate_memory(
@@ -70,7 +70,7 @@ def estimate_memory(
         arrays=STEP_ARRAYS_CLT,
     )
     # What each layer writes, and its gradient, which live until the backward pass.
-    written = 2 * FLOAT32 * tokens * _decoders(cfg) * cfg.d_out
+    written = 2 * FLOAT32 * tokens * decoder_count(cfg) * cfg.d_out
     # Weights and both moments, in the memory of the first process's host.
     joined = 3 * FLOAT32 * parameter_count(cfg)
     joins_here = processes > 1 and torch.device(device).type == "cpu"
@@ -90,5 +90,6 @@ def estimate_memory(
     )
 
 
-def _decoders(cfg: CLTConfig) -> int:
+def decoder_count(cfg: CLTConfig) -> int:
+    """How many decoders it has: one from each layer to itself and to every later one."""
     return cfg.n_layers * (cfg.n_layers + 1) // 2

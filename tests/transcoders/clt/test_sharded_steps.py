@@ -18,13 +18,13 @@ from torch.nn import functional
 from jumprelu_plugin.training.distributed.gathering import gather
 from jumprelu_plugin.training.distributed.mesh import Mesh
 from jumprelu_plugin.transcoders.clt import CLTConfig, CLTTrainingConfig, CrossLayerTranscoder
+from jumprelu_plugin.transcoders.clt.forecast import clt_traffic
 from jumprelu_plugin.transcoders.clt.memory import parameter_count
 from jumprelu_plugin.transcoders.clt.sharded_step import (
     ShardedTrainingStep,
     latent_axis,
     shard_of_clt,
 )
-from jumprelu_plugin.transcoders.clt.traffic import clt_traffic
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
 from tests.training.distributed.processes import grouped, run_on
 

@@ -1,0 +1,139 @@
+"""`--check_only` over layers: what a run would take, and whether it fits, with nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.training.distributed.hardware import HARDWARE
+from jumprelu_plugin.transcoders import planning
+from jumprelu_plugin.transcoders.clt.planning import plan_clt
+from jumprelu_plugin.transcoders.clt.run import train_clt
+from jumprelu_plugin.transcoders.memory import MemoryEstimate
+from jumprelu_plugin.transcoders.per_layer.planning import plan_transcoders
+from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
+from tests.tiny import N_LAYERS
+from tests.transcoders.clt import test_run as clt
+from tests.transcoders.per_layer import test_run as per_layer
+
+GB = 10**9
+
+
+def memory_line(run: Any) -> str:
+    """What a run says of its memory before it starts."""
+    said: list[str] = []
+    run(said.append)
+    return next(str(line) for line in said if "memory" in str(line))
+
+
+def test_the_memory_of_a_clt_is_what_the_run_says(model: Any, tmp_path: Path) -> None:
+    settings, text = clt.settings(), clt.text()
+    plan = plan_clt(tmp_path / "planned", settings, model=model, dataset=text)
+    assert not (tmp_path / "planned").exists()
+
+    def run(log: Any) -> None:
+        train_clt(tmp_path / "run", settings, model=model, dataset=text, log=log)
+
+    assert str(plan.memory) in memory_line(run)
+    assert plan.processes == 1
+    plan.refuse()
+
+
+def test_the_memory_of_transcoders_is_what_the_run_says(model: Any, tmp_path: Path) -> None:
+    settings, text = per_layer.settings(), per_layer.text()
+    plan = plan_transcoders(tmp_path / "planned", settings, model=model, dataset=text)
+    assert not (tmp_path / "planned").exists()
+
+    def run(log: Any) -> None:
+        train_transcoders(tmp_path / "run", settings, model=model, dataset=text, log=log)
+
+    assert str(plan.memory) in memory_line(run)
+
+
+def test_shards_divide_what_is_held_and_say_what_they_exchange(model: Any, tmp_path: Path) -> None:
+    settings = clt.settings(d_sae=60, target_l0=5.0)
+    one, two = (
+        plan_clt(
+            tmp_path / "planned", settings, model_parallel_size=m, model=model, dataset=clt.text()
+        )
+        for m in (1, 2)
+    )
+    biases = 4 * 4 * N_LAYERS * model.cfg.d_model  # b_dec is held by each
+    assert two.memory.transcoders == (one.memory.transcoders - biases) / 2 + biases
+    names = [name for name, _ in two.numbers]
+    assert "it hands over" in names and "a process has" in names
+    assert "it hands over" not in [name for name, _ in one.numbers]
+
+
+def test_a_gpu_that_is_named_is_what_the_run_must_fit_on(model: Any, tmp_path: Path) -> None:
+    plan = plan_clt(
+        tmp_path / "planned", clt.settings(), gpu="a100", model=model, dataset=clt.text()
+    )
+    assert (plan.room, plan.place) == (80 * GB, HARDWARE["a100"].name)
+    assert HARDWARE["a100"].name in dict(plan.numbers)["bound by"]
+    with pytest.raises(ValueError, match="hardware is 'tpu'"):
+        plan_clt(tmp_path / "planned", clt.settings(), gpu="tpu", model=model)
+
+
+@pytest.mark.parametrize(
+    ("memory", "change"),
+    [
+        (MemoryEstimate(7 * GB, GB, GB, GB), "a smaller model"),
+        (MemoryEstimate(GB, 7 * GB, GB, GB), "a smaller d_sae"),
+        (MemoryEstimate(GB, GB, 7 * GB, GB), "n_batches_in_buffer"),
+        (MemoryEstimate(GB, GB, GB, 7 * GB), "train_batch_size_tokens"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_helps(memory: MemoryEstimate, change: str) -> None:
+    plan = planning.LayerPlan(3, memory, room=11 * GB, place="cpu", numbers=())
+    plan.refuse()
+    for room in (9 * GB, None):
+        smaller = dataclasses.replace(plan, room=room)
+        if room is None:
+            smaller.refuse()  # nobody knows
+            continue
+        with pytest.raises(ValueError, match=change):
+            smaller.refuse()
+
+
+def test_processes_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "available", lambda device: 21 * GB)
+    assert planning.room_of_each("cpu", 3, None) == (7 * GB, "cpu")
+    monkeypatch.setattr(planning, "available", lambda device: None)
+    assert planning.room_of_each("cpu", 3, None) == (None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"model_parallel_size": 7}, "d_sae"),
+        ({"data_parallel_size": 5}, "train_batch_size_tokens"),
+        ({"model_parallel_size": 0}, "model_parallel_size"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_before_the_model(
+    tmp_path: Path, given: dict[str, int], wrong: str
+) -> None:
+    settings = clt.settings(d_sae=60, train_batch_size_tokens=42, model_name="there is none")
+    with pytest.raises(ValueError, match=wrong):
+        plan_clt(tmp_path / "planned", settings, **given)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    common = ["--output_path", str(tmp_path / "out"), "--layers", "0-1", "--d_sae", "64"]
+    done = CliRunner().invoke(app, ["train-transcoders", *common, "--check_only"])
+    assert done.exit_code == 0 and "2 transcoders" in done.output, done.output
+    many = ["--model_parallel_size", "8", "--hardware", "h200", "--check_only"]
+    done = CliRunner().invoke(app, ["train-clt", *common, *many])
+    assert done.exit_code == 0, done.output
+    flat = re.sub(r"[^\w.]+", " ", done.output)
+    assert "8 processes" in flat and "8 latents of each layer" in flat and "141" in flat
+    done = CliRunner().invoke(app, ["train-clt", *common, "--hardware", "h200"])
+    assert done.exit_code != 0 and "check_only" in f"{done.output}{done.exception}"
+    assert not (tmp_path / "out").exists()
