@@ -47,7 +47,7 @@ DOCUMENTS = (
 )
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
     RESULTS / f"{name}.jsonl"
-    for name in ("compare", "targets", "l0_sweep", "synthetic", "speed_second_machine")
+    for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
 )
 DURABILITY = RESULTS / "durability.jsonl"
 SITES, HOSTILE = RESULTS / "sites.jsonl", RESULTS / "hostile.jsonl"
