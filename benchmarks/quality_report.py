@@ -46,8 +46,7 @@ DOCUMENTS = (
     ROOT / "docs" / "guides" / "interpretability.md",
 )
 COMPARE, TARGETS, L0_SWEEP, SYNTHETIC, SPEED = (
-    RESULTS / f"{name}.jsonl"
-    for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
+    RESULTS / f"{name}.jsonl" for name in ("compare", "targets", "l0_sweep", "synthetic", "speed")
 )
 DURABILITY = RESULTS / "durability.jsonl"
 SITES, HOSTILE = RESULTS / "sites.jsonl", RESULTS / "hostile.jsonl"
