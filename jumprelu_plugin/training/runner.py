@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, logger
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.load_model import load_model as load_hub_model
@@ -49,8 +50,9 @@ from jumprelu_plugin.training.activations.cache.store import (
 )
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.activations.read_ahead import PausingEvaluator, passes_ahead
 from jumprelu_plugin.training.activations.scaler import pair_scaler
-from jumprelu_plugin.training.activations.store import resumable
+from jumprelu_plugin.training.activations.store import ResumableActivationsStore, resumable
 from jumprelu_plugin.training.checkpoints import (
     DEFAULT_MINUTES,
     Checkpoints,
@@ -114,6 +116,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     replicas: int = 1
+    _prefetch: bool | int | None = None  # the config's, while SAELens must not see it
 
     def __init__(
         self,
@@ -205,10 +208,36 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             report.refuse()
             for finding in [*report.of("repaired"), *report.of("warning")]:
                 logger.warning(f"{finding.name} ({finding.severity}): {finding}")
-        return super().run()
+        store = self.activations_store
+        if not isinstance(store, ResumableActivationsStore):
+            return super().run()
+        store.ahead = self.passes_ahead()
+        if store.ahead:
+            self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
+        # SAELens would put a queue behind the mixing buffer, where no checkpoint sees it.
+        self._prefetch, self.cfg.prefetch_llm_batches = self.cfg.prefetch_llm_batches, False
+        try:
+            return super().run()
+        finally:
+            self._restore_prefetch()
+            store.stop_reading()
+
+    def passes_ahead(self) -> int:
+        """Passes of the model that a thread makes before training asks for them."""
+        return passes_ahead(self.cfg)
+
+    def _restore_prefetch(self) -> None:
+        """What the config says, for what is recorded of it."""
+        if self._prefetch is None:
+            return
+        self.cfg.prefetch_llm_batches, self._prefetch = self._prefetch, None
+        if self.cfg.logger.log_to_wandb and wandb.run is not None:
+            recorded = {"prefetch_llm_batches": self.cfg.prefetch_llm_batches}
+            wandb.config.update(recorded, allow_val_change=True)
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self._restore_prefetch()
         # Not SAELens' handling: it saves no weights, and cuts a step in two.
         self.trainer = self.make_trainer(
             cfg=trainer.cfg,

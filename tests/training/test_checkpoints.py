@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.activations_store import ActivationsStore
@@ -220,13 +222,25 @@ def test_checkpoints_are_exchanged_with_saelens_own_runner(
         assert (tmp_path / name / "again" / "output" / "cfg.json").exists()
 
 
-def test_a_prefetching_run_is_saved_and_resumed(model: Any, tmp_path: Path) -> None:
-    steps = {"training_tokens": 60 * BATCH, "prefetch_llm_batches": 2}
-    cfg = config(tmp_path, n_checkpoints=1, **steps)
-    run(model, cfg, token_rows())
+def test_a_prefetching_run_is_the_same_run_also_resumed(model: Any, tmp_path: Path) -> None:
+    steps = {"training_tokens": 60 * BATCH, "n_checkpoints": 1}
+    plain = run(model, config(tmp_path / "plain", **steps), token_rows())
+    cfg = config(tmp_path, prefetch_llm_batches=2, **steps)
+    ahead = run(model, cfg, token_rows())
     (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
-    again = config(tmp_path / "again", resume_from_checkpoint=str(checkpoint), **steps)
-    assert run(model, again, token_rows()).trainer.n_training_samples == 60 * BATCH
+    again = config(
+        tmp_path / "again",
+        resume_from_checkpoint=str(checkpoint),
+        **{**steps, "n_checkpoints": 0, "prefetch_llm_batches": 3},
+    )
+    resumed = run(model, again, token_rows())
+    assert resumed.trainer.n_training_samples == 60 * BATCH
+    for name, value in plain.sae.state_dict().items():
+        assert torch.equal(ahead.sae.state_dict()[name], value), name
+        assert torch.equal(resumed.sae.state_dict()[name], value), name
+    for folder, asked in ((tmp_path, 2), (tmp_path / "again", 3)):
+        recorded = json.loads((folder / "output" / "runner_cfg.json").read_text())
+        assert recorded["prefetch_llm_batches"] == asked
 
 
 # ---------------------------------------------------------------- whole, or not there

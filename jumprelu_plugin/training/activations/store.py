@@ -9,12 +9,14 @@ A checkpoint grows by the mixing buffer, `n_batches_in_buffer · context_size` r
 (150 MB at 64 · 256 rows of 2,304 in float32). With `save_buffer=False` only the position and the
 random state are saved, and the rows that were waiting are skipped.
 
-It has no background prefetch: batches in SAELens' prefetch queue are not part of the state.
+It can run the model ahead of training (`read_ahead.py`), with the same batches and the same state.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import torch
 from jaxtyping import Bool, Float
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 from jumprelu_plugin.step import spinning
+from jumprelu_plugin.training.activations.read_ahead import Place, ReadAhead
 
 MAX_EMPTY_BATCHES = 100
 
@@ -95,16 +98,40 @@ class ResumableActivationsStore(ActivationsStore):
     """
 
     save_buffer: bool = True
+    ahead: int = 0  # passes of the model that a thread makes in advance
+    _reader: ReadAhead | None = None
     _sequences_read: int = 0  # in this pass over the text
 
     @override
     def get_data_loader(self) -> MixingBuffer:
+        self.stop_reading()
+        source: Iterator[Tensor] = self._iterate_filtered_activations()
+        if self.ahead:
+            source = self._reader = ReadAhead(source, self._place, self.ahead)
         return MixingBuffer(
             self.n_batches_in_buffer * self.training_context_size,
             self.train_batch_size_tokens,
-            self._iterate_filtered_activations(),
+            source,
             self.activations_mixing_fraction,
         )
+
+    def stop_reading(self) -> None:
+        """End the thread that reads ahead, where there is one."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While it lasts, the thread that reads ahead does not use the model."""
+        return nullcontext() if self._reader is None else self._reader.paused()
+
+    def for_evaluation(self) -> Self:
+        """A store that reads the same text from its beginning, and moves this one nowhere."""
+        made = copy.copy(self)
+        made.ahead, made._reader, made._dataloader = 0, None, None
+        if made.dataset is not None:
+            made.iterable_sequences = made._iterate_tokenized_sequences()
+        return made
 
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
@@ -148,15 +175,25 @@ class ResumableActivationsStore(ActivationsStore):
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
         state["random_state"] = torch.get_rng_state()
-        state["sequences_read"] = torch.tensor(self._sequences_read)
-        if self.cached_activation_dataset is not None:
-            state["current_row"] = torch.tensor(self.current_row_idx)
+        # What a thread has read ahead, a resumed run reads again.
+        reached = None if self._reader is None else self._reader.reached
+        state.update(self._place() if reached is None else reached)
         if self.save_buffer and isinstance(self._dataloader, MixingBuffer):
             for name in ("waiting", "serving"):
                 rows = getattr(self._dataloader, name)
                 if rows is not None:
                     state[name] = rows.clone()  # safetensors refuses two views of one tensor
         return state
+
+    def _place(self) -> Place:
+        """How far the text has been read."""
+        place = {
+            "n_dataset_processed": torch.tensor(self.n_dataset_processed),
+            "sequences_read": torch.tensor(self._sequences_read),
+        }
+        if self.cached_activation_dataset is not None:
+            place["current_row"] = torch.tensor(self.current_row_idx)
+        return place
 
     @override
     def load(self, file_path: str) -> None:
@@ -167,6 +204,7 @@ class ResumableActivationsStore(ActivationsStore):
             self._restore(state)
 
     def _restore(self, state: dict[str, Tensor]) -> None:
+        self.stop_reading()
         if self.dataset is not None:
             self._skip_to(int(state["sequences_read"]))
         self.n_dataset_processed = int(state["n_dataset_processed"])

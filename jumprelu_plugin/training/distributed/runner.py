@@ -90,6 +90,11 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             setattr(cfg, field, self.launch.own(getattr(cfg, field)))
         return cfg
 
+    @override
+    def passes_ahead(self) -> int:
+        # Only where asked for: processes that share a harvest wait for each other in every pass.
+        return super().passes_ahead() if self.cfg.prefetch_llm_batches else 0
+
     @property
     def shard(self) -> ShardOfSAE:
         """What this process trains."""

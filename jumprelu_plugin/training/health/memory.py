@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from jumprelu_plugin.training.activations.read_ahead import passes_ahead
 from jumprelu_plugin.training.health.machine import available, taken
 
 FLOAT32 = 4
@@ -128,8 +129,8 @@ def parameter_bytes(module: Any) -> int:
 
 
 def harvest_bytes(cfg: Any, model: Any, width: int) -> tuple[int, int, int]:
-    """On the device of what is trained: the mixing buffer, a forward pass of the model, and what
-    one pass gives; 0 where another device holds it.
+    """On the device of what is trained: the mixing buffer with what is read ahead for it, a forward
+    pass of the model, and what one pass gives; 0 where another device holds it.
 
     Args:
         cfg: SAELens' runner config.
@@ -140,7 +141,10 @@ def harvest_bytes(cfg: Any, model: Any, width: int) -> tuple[int, int, int]:
     forward = 0
     if _same(device, cfg.llm_device):
         forward = forward_bytes(model, width, cfg.context_size, prompts)
-    return cfg.n_batches_in_buffer * row, forward, prompts * row
+    buffer = cfg.n_batches_in_buffer * row
+    if ahead := passes_ahead(cfg):  # these wait, one more is made, and the model runs beside a step
+        buffer += (ahead + 1) * prompts * row + forward
+    return buffer, forward, prompts * row
 
 
 def at_its_peak(

@@ -27,6 +27,7 @@ from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.sequences import fitting_context
 from jumprelu_plugin.records import provenance, whole_files, write_json
 from jumprelu_plugin.training.activations.multi_hook import MultiHookStore, for_hooks
+from jumprelu_plugin.training.activations.read_ahead import PausingEvaluator, passes_ahead
 from jumprelu_plugin.training.checkpoints import (
     DEFAULT_MINUTES,
     Checkpoints,
@@ -216,11 +217,18 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
                 name=logs.run_name,
                 id=logs.wandb_id,
             )
+        store = self.activations_store
+        store.ahead = passes_ahead(self.cfg)
+        if store.ahead:
+            self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
         batches = InterruptibleIterator(
             self.activations_store.get_multi_hook_data_loader(), f"{_REMEDY} goes on"
         )
         trainer = self._trainer(batches)
-        saes = fit_until_stopped(trainer, batches)
+        try:
+            saes = fit_until_stopped(trainer, batches)
+        finally:
+            store.stop_reading()
         self._save(saes, trainer)
         self._log(self._results(saes))
         if logs.log_to_wandb:
@@ -353,11 +361,6 @@ def refuse_before_the_model(configs: Mapping[str, LanguageModelSAERunnerConfig[A
     first = next(iter(configs.values()))
     refuse_unwritable(first.output_path, "output_path")
     refuse_unwritable(first.checkpoint_path, "checkpoint_path")
-    if first.prefetch_llm_batches:
-        raise ValueError(
-            "prefetch_llm_batches is not taken for several dictionaries: what waits in SAELens' "
-            "queue is no part of a checkpoint, and a resumed run would skip it. Leave it out"
-        )
     if first.output_path is None:
         return
     refuse_used_output_folder(first.output_path)

@@ -94,6 +94,20 @@ def test_each_is_what_its_own_run_trains_bit_for_bit(
     assert not torch.equal(low["threshold"], high["threshold"])
 
 
+def test_reading_ahead_changes_nothing(model: Any, whole: Path, tmp_path: Path) -> None:
+    made = dictionaries(tmp_path, prefetch_llm_batches=2, n_checkpoints=1)
+    train(model, made)
+    (checkpoint,) = Path(made["low"].checkpoint_path or "").iterdir()
+    resumed = tmp_path / "resumed"
+    given = {"prefetch_llm_batches": True, "resume_from_checkpoint": str(checkpoint)}
+    train(model, dictionaries(resumed, **given))
+    expected = weights(whole)
+    for folder in (tmp_path, resumed):
+        found = weights(folder / "output")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_the_folders_are_stock_ones_and_the_record_names_them(whole: Path) -> None:
     names = sorted(path.name for path in whole.iterdir())
     files = ["dictionaries.json", "metrics.jsonl", "runner_cfg.json"]
@@ -284,15 +298,13 @@ def test_a_checkpoint_of_other_hooks_is_refused(model: Any, tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-def test_names_folders_and_prefetching_are_refused(model: Any, whole: Path, tmp_path: Path) -> None:
+def test_names_and_folders_are_refused(model: Any, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no dictionary"):
         train(model, {})
     with pytest.raises(ValueError, match="name is '../x'"):
         train(model, {"../x": of(tmp_path)})
     with pytest.raises(ValueError, match="already holds dictionaries.json"):
         train(model, {"a": of(tmp_path, output_path=str(whole))})
-    with pytest.raises(ValueError, match="prefetch_llm_batches is not taken"):
-        train(model, {"a": of(tmp_path, prefetch_llm_batches=True)})
     heads = {"a": of(tmp_path, HEADS), "b": of(tmp_path, HEADS, hook_head_index=2)}
     with pytest.raises(ValueError, match="hook_head_index is 2 for b, and None for another"):
         train(model, heads)
