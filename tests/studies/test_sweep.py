@@ -117,9 +117,13 @@ def test_finished_cells_are_not_trained_again_and_new_ones_are_added(
     run_sweep(swept, grid(model_and_text), console=quiet())
     assert (swept / RECORDS_FILENAME).read_text() == before
     monkeypatch.undo()
-    more = grid(model_and_text, architectures=("topk",), l0=(5, 7), hook_names=HOOKS[:1])
+    other = grid(model_and_text, hook_names=(*HOOKS, "blocks.0.hook_mlp_out"))
     with pytest.raises(ValueError, match="other activations than asked for .hooks"):
-        run_sweep(swept, more, console=quiet())
+        run_sweep(swept, other, console=quiet())
+    one_hook = grid(model_and_text, architectures=("topk",), l0=(5, 7), hook_names=HOOKS[:1])
+    run_sweep(swept, one_hook, console=quiet())
+    records, _ = read_records(swept / RECORDS_FILENAME)
+    assert sorted(r["target_l0"] for r in records) == [5, 5, 5, 5, 7]
     more = grid(model_and_text, architectures=("topk",), l0=(5, 7))
     run_sweep(swept, more, console=quiet())
     records, _ = read_records(swept / RECORDS_FILENAME)

@@ -167,6 +167,27 @@ def test_a_killed_writer_goes_on_with_the_shards_that_are_missing(
     assert "already" in said[-1]
 
 
+def test_a_cache_of_more_hooks_is_one_of_fewer(
+    cache: ActivationCache, model: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(cache.folder, folder)
+    cache.manifest.shard(folder, 2).unlink()
+    said: list[str] = []
+    found = write(folder, model, hook_names=[HEADS], log=said.append)  # goes on with both
+    assert list(found.hooks) == HOOKS and "1 shards" in said[0]
+    write(folder, model, hook_names=[RESIDUAL], log=said.append)
+    assert "already" in said[-1]
+    for one, other in zip(
+        ActivationCache(folder).rows(RESIDUAL), cache.rows(RESIDUAL), strict=True
+    ):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="holds other activations.*hooks"):
+        write(folder, model, hook_names=[RESIDUAL, "blocks.0.hook_mlp_out"])
+    with pytest.raises(ValueError, match="holds other activations.*seed"):
+        write(folder, model, hook_names=[RESIDUAL], seed=7)
+
+
 def test_a_resumed_training_equals_the_uninterrupted_one(
     cache: ActivationCache, model: Any, tmp_path: Path, one_thread: None
 ) -> None:

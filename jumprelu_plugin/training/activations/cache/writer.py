@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_activation_cache(
     function writes only the missing ones. A cache that is complete is left as it is.
 
     Args:
-        folder: to write; new, empty, or an unfinished cache of the same model, text and hooks.
+        folder: to write; new, empty, or a cache of the same model, text and hooks, or more hooks.
         model: a hooked model.
         hook_names: names of the hooks; head axes are flattened.
         tokens: the text.
@@ -95,7 +96,7 @@ def write_activation_cache(
         sequences_per_shard=sequences_per_shard,
         seed=seed,
     )
-    _refuse_other_content(folder, manifest)
+    manifest = _of_folder(folder, manifest)
     missing = manifest.missing(folder)
     if not missing:
         log(f"{folder} holds these activations already")
@@ -158,17 +159,21 @@ def _plan(
     return manifest, kept
 
 
-def _refuse_other_content(folder: Path, wanted: CacheManifest) -> None:
+def _of_folder(folder: Path, wanted: CacheManifest) -> CacheManifest:
+    """The manifest that is there, perhaps of more hooks than are wanted; else the wanted one."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder for the cache")
     if not folder.is_dir() or not any(folder.iterdir()):
-        return
+        return wanted
     there = CacheManifest.load(folder)
+    if there.hooks.items() >= wanted.hooks.items():
+        wanted = replace(wanted, hooks=there.hooks)
     if different := there.differences(wanted):
         raise ValueError(
             f"{folder} holds other activations than asked for ({'; '.join(different)}): give "
             "another folder, or remove this one"
         )
+    return there
 
 
 def _announce(
