@@ -90,11 +90,19 @@ GEMMA = Grid(RESULTS / "paper_grid_gemma.jsonl", (10, 20, 40), middle=20)
 
 
 def nearest(records: Records, l0: float) -> Records:
-    """Of each architecture, site and seed the record whose L0 on held-out text is nearest."""
+    """Of each architecture, site and seed the record whose L0 on held-out text is nearest.
+
+    Where some seeds of an architecture are near, those that are not are left out.
+    """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in sorted(records, key=lambda r: abs(math.log(r["l0"] / l0))):
         found.setdefault((record["site"], record["architecture"], record["seed"]), record)
-    chosen = {id(record) for record in found.values()}
+    near = {(site, name) for (site, name, _), r in found.items() if not _is_far([r], l0)}
+    chosen = {
+        id(record)
+        for (site, name, _), record in found.items()
+        if not _is_far([record], l0) or (site, name) not in near
+    }
     return [record for record in records if id(record) in chosen]
 
 
