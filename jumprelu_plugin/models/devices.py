@@ -1,4 +1,4 @@
-"""A check that a device exists, for use before anything is loaded on it."""
+"""Checks of devices: that one exists, before anything is loaded on it, and that two are one."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def require_device(name: str) -> None:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device is {name!r}, and PyTorch finds no MPS device here: give cpu")
+
+
+def same_device(one: str | torch.device, other: str | torch.device) -> bool:
+    """Whether two names are one device; without a number it is the first of its kind."""
+    one, other = torch.device(one), torch.device(other)
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
 def _is_there(kind: str) -> bool:

@@ -32,28 +32,37 @@ def memory_line(run: Any) -> str:
     return next(str(line) for line in said if "memory" in str(line))
 
 
-def test_the_memory_of_a_clt_is_what_the_run_says(model: Any, tmp_path: Path) -> None:
-    settings, text = clt.settings(), clt.text()
-    plan = plan_clt(tmp_path / "planned", settings, model=model, dataset=text)
+@pytest.mark.parametrize(
+    ("plan_of", "train", "of"),
+    [(plan_clt, train_clt, clt), (plan_transcoders, train_transcoders, per_layer)],
+    ids=["clt", "transcoders"],
+)
+def test_the_memory_is_what_the_run_says(
+    plan_of: Any, train: Any, of: Any, model: Any, tmp_path: Path
+) -> None:
+    settings, text = of.settings(), of.text()
+    plan = plan_of(tmp_path / "planned", settings, model=model, dataset=text)
     assert not (tmp_path / "planned").exists()
 
     def run(log: Any) -> None:
-        train_clt(tmp_path / "run", settings, model=model, dataset=text, log=log)
+        train(tmp_path / "run", settings, model=model, dataset=text, log=log)
 
     assert str(plan.memory) in memory_line(run)
     assert plan.processes == 1
     plan.refuse()
 
 
-def test_the_memory_of_transcoders_is_what_the_run_says(model: Any, tmp_path: Path) -> None:
-    settings, text = per_layer.settings(), per_layer.text()
-    plan = plan_transcoders(tmp_path / "planned", settings, model=model, dataset=text)
-    assert not (tmp_path / "planned").exists()
-
-    def run(log: Any) -> None:
-        train_transcoders(tmp_path / "run", settings, model=model, dataset=text, log=log)
-
-    assert str(plan.memory) in memory_line(run)
+@pytest.mark.parametrize("plan_of, of", [(plan_clt, clt), (plan_transcoders, per_layer)])
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [({"device": "cuda:7"}, "CUDA device"), ({"checkpoint_every_n_minutes": -3.0}, "-3")],
+)
+def test_what_the_run_refuses_first_the_plan_refuses_first(
+    plan_of: Any, of: Any, changes: dict[str, Any], wrong: str, tmp_path: Path
+) -> None:
+    settings = of.settings(model_name="there is none", **changes)
+    with pytest.raises(ValueError, match=wrong):
+        plan_of(tmp_path / "planned", settings)
 
 
 def test_shards_divide_what_is_held_and_say_what_they_exchange(model: Any, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
+
+from jumprelu_plugin.models.devices import same_device
 
 Place = dict[str, Tensor]
 
@@ -79,6 +80,5 @@ def passes_ahead(cfg: Any) -> int:
     asked = cfg.prefetch_llm_batches
     if asked:
         return int(asked)
-    own = torch.device(cfg.device)
-    others = (cfg.llm_device, cfg.act_store_device)
-    return int(any(name is not None and torch.device(name) != own for name in others))
+    others = (cfg.llm_device or cfg.device, cfg.act_store_device or cfg.device)
+    return int(not all(same_device(name, cfg.device) for name in others))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from jumprelu_plugin.models.devices import same_device
 from jumprelu_plugin.training.activations.read_ahead import passes_ahead
 from jumprelu_plugin.training.health.machine import available, taken
 
@@ -137,9 +138,10 @@ def harvest_bytes(cfg: Any, model: Any, width: int) -> tuple[int, int, int]:
         width: of the rows in the buffer.
     """
     device, prompts = torch.device(cfg.device), cfg.store_batch_size_prompts
-    row = FLOAT32 * cfg.context_size * width if _same(device, cfg.act_store_device) else 0
+    buffered_here = same_device(cfg.act_store_device or device, device)
+    row = FLOAT32 * cfg.context_size * width if buffered_here else 0
     forward = 0
-    if _same(device, cfg.llm_device):
+    if same_device(cfg.llm_device or device, device):
         forward = forward_bytes(model, width, cfg.context_size, prompts)
     buffer = cfg.n_batches_in_buffer * row
     if ahead := passes_ahead(cfg):  # these wait, one more is made, and the model runs beside a step
@@ -201,10 +203,6 @@ def sae_moments(
         "drawing": max(int((BUFFER_COPIES - 1) * buffer), drawing) + one_pass - weights,
         "saving": buffer if saves else 0,
     }
-
-
-def _same(device: torch.device, other: str | None) -> bool:
-    return other is None or torch.device(other).type == device.type
 
 
 # ---------------------------------------------------------------- the parts

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.training.distributed.hardware import hardware
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.planning import parameters_before
@@ -48,6 +49,7 @@ def plan_clt(
         ValueError: as `train_clt` and `train_sharded_clt` raise it, or there are no figures of this
             GPU.
     """
+    require_device(settings.device)
     published = None if gpu is None else hardware(gpu)
     replicas, shards = data_parallel_size, model_parallel_size
     require_positive(replicas, shards)

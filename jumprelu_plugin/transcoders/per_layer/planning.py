@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
+from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
 from jumprelu_plugin.transcoders.per_layer.run import (
@@ -32,7 +34,9 @@ def plan_transcoders(
     Raises:
         ValueError: as `train_transcoders` raises it.
     """
+    require_device(settings.device)
     refuse_impossible(settings)
+    refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     output = Path(output)
     claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)

@@ -135,6 +135,7 @@ def test_an_error_in_the_thread_is_raised_after_what_came_before() -> None:
     [
         (False, None, "cuda", 0),
         (False, "cuda", "cuda", 0),
+        (False, "cuda:0", "cuda:0", 0),
         (False, "cpu", "cuda", 1),
         (False, "cuda:1", "cuda", 1),
         (False, "cuda", "cpu", 1),
