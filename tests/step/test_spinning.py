@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jumprelu_plugin.step import spinning
-from jumprelu_plugin.step.spinning import SleepingTeam, Spins, nanoseconds_waited
+from jumprelu_plugin.step.spinning import SleepingTeam, Spins, nanoseconds_run_and_waited
 
 pytestmark = pytest.mark.skipif(
     spinning.libgomp() is None, reason="PyTorch's threads are not libgomp's"
@@ -31,15 +31,18 @@ class Machine:
     """Two threads on a machine where time passes, and threads wait, when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.waited = 17.0, {"3": 5_000_000_000, "7": 11}
+        self.now = 17.0
+        self.times = {"3": (7_000_000_000, 5_000_000_000), "7": (13, 11)}  # ran, waited
         monkeypatch.setattr("jumprelu_plugin.step.spinning.time.monotonic", lambda: self.now)
-        self.spins = Spins(lambda: dict(self.waited))
+        self.spins = Spins(lambda: dict(self.times))
 
-    def pass_time(self, seconds: float, waiting: float) -> bool:
-        """A little at a time, with one thread waiting for a share of it: are spins short?"""
+    def pass_time(self, seconds: float, waiting: float, working: float = 1.3) -> bool:
+        """A little at a time, with one thread working and waiting for these shares of it: are spins
+        short?"""
         for _ in range(round(seconds / 0.13)):
             self.now += 0.13
-            self.waited["7"] += round(0.13e9 * waiting)
+            ran, waited = self.times["7"]
+            self.times["7"] = ran + round(0.13e9 * working), waited + round(0.13e9 * waiting)
             self.spins.adapt()
         return self.spins.short
 
@@ -64,8 +67,28 @@ def test_a_thread_that_ends_or_waits_seldom_changes_nothing(machine: Machine) ->
     assert not machine.pass_time(2, 0.15)
     assert machine.pass_time(2, 0.4)
     assert machine.pass_time(2, 0.15)
-    del machine.waited["3"]
+    del machine.times["3"]
     assert machine.pass_time(2, 0.4)
+
+
+def test_a_pause_is_no_sign_of_a_free_cpu(machine: Machine) -> None:
+    assert machine.pass_time(2, 0.7)
+    assert machine.pass_time(9, 0.0, working=0.0)
+    machine.now += 31.0  # by the clock, nearly nobody waited in this time
+    assert machine.pass_time(0.3, 0.7)
+    assert not machine.pass_time(3, 0.01)
+
+
+def test_one_core_taken_of_many_is_enough(machine: Machine) -> None:
+    torch.set_num_threads(16)  # of which 14 spin, and two share a core
+    assert not machine.pass_time(2, 0.02, working=15.9)
+    assert machine.pass_time(2, 0.7, working=15.3)
+
+
+def test_what_waits_in_a_pause_is_no_sign_of_a_busy_cpu(machine: Machine) -> None:
+    assert not machine.pass_time(2, 0.0)
+    assert not machine.pass_time(4, 0.01, working=0.01)
+    assert not machine.pass_time(2, 0.0)
 
 
 def test_what_the_user_set_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +113,11 @@ def test_nothing_changes_where_the_system_does_not_say(machine: Machine) -> None
 
 
 def test_the_system_says_how_long_each_thread_waited() -> None:
-    first = nanoseconds_waited()
-    assert str(os.getpid()) in first and all(waited >= 0 for waited in first.values())
-    later = nanoseconds_waited()
-    assert all(later[thread] >= waited for thread, waited in first.items() if thread in later)
+    first = nanoseconds_run_and_waited()
+    assert first[str(os.getpid())][0] > 0 and min(map(min, first.values())) >= 0
+    later = nanoseconds_run_and_waited()
+    for thread in first.keys() & later.keys():
+        assert later[thread][0] >= first[thread][0] and later[thread][1] >= first[thread][1]
 
 
 def cpu_seconds_of_waiting() -> float:
@@ -112,7 +136,7 @@ def test_a_waiting_thread_sleeps_while_the_team_is_kept_and_sums_stay_the_same()
     total, long = numbers.sum(), cpu_seconds_of_waiting()
     if long < 0.012:  # libgomp's 300,000 turns take 3 ms at least, twelve times
         pytest.skip("spins are short already: one CPU when PyTorch was loaded, or a busy machine")
-    threads = len(nanoseconds_waited())
+    threads = len(nanoseconds_run_and_waited())
     team = SleepingTeam()
     short = cpu_seconds_of_waiting()
     assert torch.equal(numbers.sum(), total)
@@ -120,4 +144,4 @@ def test_a_waiting_thread_sleeps_while_the_team_is_kept_and_sums_stay_the_same()
     team.end()
     again = cpu_seconds_of_waiting()
     assert short < 0.25 * min(long, again)
-    assert len(nanoseconds_waited()) <= threads
+    assert len(nanoseconds_run_and_waited()) <= threads
