@@ -7,6 +7,7 @@ looked at again.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from jumprelu_plugin.control.learning_rate import learning_rate
@@ -108,7 +109,30 @@ def schedule_findings(cfg: Any) -> list[Finding]:
                 f"set dead_feature_window={max(1, steps // 5)}",
             )
         )
-    return findings + _lr_findings(cfg) + _length_findings(sae, steps, batch)
+    return (
+        findings + _lr_findings(cfg) + _lr_end_findings(cfg) + _length_findings(sae, steps, batch)
+    )
+
+
+def _lr_end_findings(cfg: Any) -> list[Finding]:
+    end = cfg.lr_end
+    if cfg.lr_scheduler_name.lower() != "constant" or end is None:
+        return []
+    # SAELens fills in lr / 10, and the decay ends at 0.
+    if any(math.isclose(end, meant) for meant in (0.0, cfg.lr, cfg.lr / 10)):
+        return []
+    falls = (
+        f"falls to 0 over the last {cfg.lr_decay_steps:,} steps" if cfg.lr_decay_steps else "stays"
+    )
+    return [
+        Finding(
+            "warning",
+            "lr_end",
+            f"lr_end is {end:g}, which SAELens' schedule 'constant' does not read: lr {cfg.lr:g} "
+            f"{falls}",
+            "set lr_scheduler_name=cosineannealing, or leave lr_end out",
+        )
+    ]
 
 
 def _lr_findings(cfg: Any) -> list[Finding]:

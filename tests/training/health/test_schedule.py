@@ -64,6 +64,27 @@ def test_a_learning_rate_far_from_the_rule_is_a_warning(
         assert finding.severity == "warning" and f"set lr={suggested}" in finding.suggestion
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lr_end": 1e-5}, ["lr_end is 1e-05", "'constant'", "lr 0.003 stays"]),
+        ({"lr_end": 1e-5, "lr_decay_steps": 101}, ["falls to 0 over the last 101 steps"]),
+        ({"lr_end": 1e-5, "lr_scheduler_name": "cosineannealing"}, []),
+        ({"lr_decay_steps": 101}, []),
+        ({"lr_end": 3e-3}, []),
+        ({"lr_end": 0.0, "lr_decay_steps": 101}, []),
+    ],
+    ids=str,
+)
+def test_an_end_that_the_schedule_does_not_read_is_named(
+    fields: dict[str, Any], words: list[str]
+) -> None:
+    cfg = runner_config(lr=3e-3, training_tokens=307 * 31, **fields)
+    found = [f for f in schedule_findings(cfg) if f.name == "lr_end"]
+    assert [f.severity for f in found] == ["warning"] * bool(words)
+    assert all(word in found[0].message for word in words)
+
+
 def test_schedules_that_do_not_fit_are_shortened_with_a_warning(
     model: Any,
     tmp_path: Path,
