@@ -25,6 +25,7 @@ from typing_extensions import override
 from jumprelu_plugin.cli.field_help import field_help
 from jumprelu_plugin.cli.values import whole_numbers
 from jumprelu_plugin.recipes import get_recipe
+from jumprelu_plugin.training.health.schedule import usual_learning_rate
 
 DEFAULT_ARCHITECTURE = "jumprelu"
 
@@ -68,17 +69,27 @@ class Command:
 def run_config(given: Sequence[str], recipe: str | None, command: Command) -> Any:
     """SAELens' config from its flags, and from a recipe where they leave something out.
 
+    Where neither names `lr`, it follows from the run's size for an SAE that trains in the units
+    which that rule is for (`control.learning_rate`).
+
     Raises:
         ValueError: as `parse_flags` does, or there is no such recipe.
         SystemExit: with code 0, after `--help` has been printed.
     """
     given = normalized(given)
-    if recipe is None:
-        return parse_flags(given or ["--help"], command)
-    chosen = get_recipe(recipe)
+    chosen = None if recipe is None else get_recipe(recipe)
     # The user's own flags come last, and the last one counts.
-    cfg = parse_flags([*chosen.flags(), *given], command)
-    chosen.adapt_to_run(cfg, given)
+    flags = [*(chosen.flags() if chosen else ()), *given]
+    cfg = parse_flags(flags or ["--help"], command)
+    if not any(flag.partition("=")[0] == "--lr" for flag in given):
+        if chosen is not None:
+            rate = chosen.learning_rate_of(cfg)
+        else:  # weights that are there already want a lower one
+            rate = None if cfg.from_pretrained_path else usual_learning_rate(cfg)
+        if rate is not None and rate != cfg.lr:  # read again, for what SAELens derives from lr
+            cfg = parse_flags([*flags, f"--lr={rate}"], command)
+    if chosen is not None:
+        chosen.adapt_to_run(cfg, given)
     return cfg
 
 
@@ -95,7 +106,13 @@ def parse_flags(
     first = _Parser(command.usage, add_help=False, allow_abbrev=False)
     _add_architecture(first)
     architecture = first.parse_known_args(flags)[0].architecture
-    return _parser(architecture, command).parse_args(flags).cfg
+    try:
+        return _parser(architecture, command).parse_args(flags).cfg
+    except ZeroDivisionError:  # SAELens counts steps, logs and windows
+        raise ValueError(
+            "train_batch_size_tokens, wandb_log_frequency or feature_sampling_window is 0; give at "
+            "least 1"
+        ) from None
 
 
 def normalized(flags: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 _SHORT, _LONG = 30.0, 0.35
 # On narrow made data latents die of more: 67 wide, 3 % at 8.8e-3 and 17 % at 1.3e-2.
 _HIGHEST = 1e-2
+# Transcoders were measured at one size of run alone (recipes/transcoder.py).
+HIGHEST_OF_TRANSCODERS = 4e-3
 
 
 def learning_rate(d_in: int, d_sae: int, target_l0: float, batch: int, steps: int) -> float:

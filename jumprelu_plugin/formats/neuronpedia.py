@@ -20,6 +20,7 @@ import torch
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.explanations import Explanations
+from jumprelu_plugin.formats.saelens import load_inference_sae
 from jumprelu_plugin.models.hooks import flat_input
 from jumprelu_plugin.records import append_jsonl
 
@@ -82,10 +83,8 @@ def check(dictionary: Dictionary, folder: Path) -> Check:
 
     They are activations times decoder norms.
     """
-    from sae_lens import SAE
-
     masked = import_module("sae_dashboard.feature_data_generator").FeatureMaskingContext
-    sae = SAE.load_from_disk(folder).eval()
+    sae = load_inference_sae(folder).eval()
     sae.fold_W_dec_norm()
     parts = torch.arange(dictionary.parameters.d_sae).split(128)
 

@@ -75,6 +75,10 @@ class Recipe:
         l0 = sae.target_l0 or _USUAL_L0
         return learning_rate(sae.d_in, sae.d_sae, l0, batch, training_tokens // batch)
 
+    def learning_rate_of(self, cfg: LanguageModelSAERunnerConfig[Any]) -> float:
+        """The learning rate of the run that `cfg` describes."""
+        return self.learning_rate(cfg.sae, cfg.training_tokens, cfg.train_batch_size_tokens)
+
     def lr_decay_steps(self, steps: int) -> int:
         """SAELens' `lr_decay_steps` for a run of this many steps."""
         return round(self.lr_decay_fraction * steps)
@@ -85,15 +89,12 @@ class Recipe:
         return warm_up or self.sae.get("l0_warm_up_steps", 0)
 
     def adapt_to_run(self, cfg: LanguageModelSAERunnerConfig[Any], flags: Sequence[str]) -> None:
-        """Set the fields of `cfg` that depend on the run's length and on widths, in place.
+        """Set the fields of `cfg` beside `lr` that depend on the run's length and on widths.
 
         Fields that the user's `flags` set stay as they are.
         """
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
         given = {flag.partition("=")[0] for flag in flags}
-        if "--lr" not in given:
-            batch = cfg.train_batch_size_tokens
-            cfg.lr = self.learning_rate(cfg.sae, cfg.training_tokens, batch)
         if "--lr_decay_steps" not in given:
             cfg.lr_decay_steps = self.lr_decay_steps(steps)
         sae_fields = self.matryoshka_fields(cfg.sae.d_sae)

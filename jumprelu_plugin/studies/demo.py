@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from torch import Tensor
 
 from jumprelu_plugin.analysis.generation import generate
@@ -27,12 +27,13 @@ from jumprelu_plugin.analysis.top_activations import (
     collect_top_activations,
 )
 from jumprelu_plugin.evaluation import Evaluation, evaluate
+from jumprelu_plugin.formats.saelens import load_inference_sae
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model, model_digest
 from jumprelu_plugin.models.text import corpus, documents_digest, tokenized_dataset
 from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.recipes import DEFAULT
 from jumprelu_plugin.records import provenance, read_json, whole_folder, write_json
-from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner
+from jumprelu_plugin.training.runner import METRICS_FILENAME, JumpReLUTrainingRunner, quiet
 
 RECORD_FILENAME = "demo.json"
 SAE_FOLDER = "sae"
@@ -115,7 +116,7 @@ def _run(folder: Path, settings: DemoSettings, console: Console) -> None:
     )
     _train(folder / SAE_FOLDER, model, train, settings)
     # The saved folder is what is evaluated, loaded by stock SAELens as any other tool would.
-    sae = SAE.load_from_disk(folder / SAE_FOLDER)
+    sae = load_inference_sae(folder / SAE_FOLDER)
     held_out = torch.tensor(test[: settings.evaluation_sequences]["tokens"])
     result = evaluate(model, sae, held_out)
     console.print(result.table())
@@ -153,12 +154,14 @@ def _train(folder: Path, model: Any, dataset: Any, settings: DemoSettings) -> No
         verbose=False,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    JumpReLUTrainingRunner(
-        cfg,
-        override_dataset=dataset,
-        override_model=model,
-        metrics_path=folder.parent / METRICS_FILENAME,
-    ).run()
+    with quiet():
+        runner = JumpReLUTrainingRunner(
+            cfg,
+            override_dataset=dataset,
+            override_model=model,
+            metrics_path=folder.parent / METRICS_FILENAME,
+        )
+    runner.run()
 
 
 def _latent_table(model: Any, examples: TopActivations, latents: list[int]) -> Table:

@@ -73,7 +73,7 @@ from jumprelu_plugin.training.text_source import (
     local_dataset,
     one_split,
     refuse_unread_fields,
-    without_remote_code_errors,
+    without_false_alarms,
 )
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from jumprelu_plugin.training.transcoder_evaluator import TranscoderEvaluator
@@ -118,6 +118,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     replicas: int = 1
     _prefetch: bool | int | None = None  # the config's, while SAELens must not see it
 
+    @without_false_alarms()
     def __init__(
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
@@ -156,7 +157,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             override_dataset = own_text(cfg, model)
         torch.manual_seed(cfg.seed)
         try:
-            with quiet() if overrides_nothing else nullcontext(), without_remote_code_errors():
+            with quiet() if overrides_nothing else nullcontext():
                 super().__init__(cfg, override_dataset, model, override_sae)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
@@ -202,6 +203,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         )
 
     @override
+    @without_false_alarms()
     def run(self) -> Any:
         if self._check_first:
             report = self.preflight()

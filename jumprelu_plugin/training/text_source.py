@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,8 +97,12 @@ def _refuse_other_vocabulary(row: torch.Tensor, model: Any) -> None:
 
 
 @contextmanager
-def without_remote_code_errors() -> Iterator[None]:
-    """Without the errors that `datasets` logs of an argument SAELens passes to every dataset."""
+def without_false_alarms() -> Iterator[None]:
+    """Without what SAELens' reading of text makes others say, or says, of every dataset.
+
+    `datasets` logs errors of an argument that SAELens passes to it; PyTorch warns of the way in
+    which it copies tokens; and it compares a dataset's rows with the run's tokens.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         return "trust_remote_code" not in record.getMessage()
@@ -106,7 +111,10 @@ def without_remote_code_errors() -> Iterator[None]:
     for each in loggers:
         each.addFilter(keep)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
+            warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            yield
     finally:
         for each in loggers:
             each.removeFilter(keep)

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.cli.field_help import field_help
-from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.cli.saelens_flags import Command, parse_flags, run_config
 from jumprelu_plugin.cli.values import numbers, whole_numbers
+from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.transcoders.settings import CLTSettings, TranscoderSettings
 
@@ -254,6 +255,43 @@ def test_none_is_no_folder() -> None:
     assert cfg.logger.run_name == "None of them"
 
 
+# ---------------------------------------------------------------- found, not given
+
+
+SIZES = ["--d_in", "33", "--d_sae", "59", "--training_tokens", "410041"]
+SIZES += ["--train_batch_size_tokens", "41"]
+
+
+@pytest.mark.parametrize("recipe", [None, "default"])
+def test_the_learning_rate_follows_the_run_where_none_is_given(recipe: str | None) -> None:
+    cfg = run_config([*SIZES, "--target_l0", "7"], recipe, Command())
+    assert cfg.lr == learning_rate(33, 59, 7.0, 41, 10_001) != 3e-4
+    assert cfg.lr_end == cfg.lr / 10 and f"LR-{cfg.lr}-" in cfg.logger.run_name
+    given = run_config([*SIZES, "--target_l0", "7", "--lr", "0.0003"], recipe, Command())
+    assert given.lr == 3e-4 and given.lr_end == pytest.approx(3e-5)
+
+
+def test_that_of_a_transcoder_is_at_most_its_recipe_s() -> None:
+    flags = [*SIZES, "--architecture", "jumprelu_transcoder", "--target_l0", "7"]
+    assert run_config(flags, None, Command()).lr == 4e-3
+    longer = [*flags, "--training_tokens", "4100410000"]
+    assert run_config(longer, None, Command()).lr == learning_rate(33, 59, 7.0, 41, 100_010_000)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--l0_coefficient", "0.3"],
+        ["--target_l0", "7", "--standardize_activations", "False"],
+        ["--target_l0", "7", "--from_pretrained_path", "there"],
+        ["--architecture", "batchtopk", "--k", "7"],
+    ],
+    ids=str,
+)
+def test_elsewhere_the_learning_rate_is_saelens(flags: list[str]) -> None:
+    assert run_config([*SIZES, *flags], None, Command()).lr == LanguageModelSAERunnerConfig.lr
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -263,6 +301,7 @@ def test_none_is_no_folder() -> None:
         (["train", "--no_such", "3"], ["unrecognized arguments: --no_such"]),
         (["train", "--seqpos_slice", "a"], ["--seqpos_slice", "such as 1,None"]),
         (["train", "--exclude_special_tokens", "some"], ["--exclude_special_tokens", "'some'"]),
+        (["train", "--train_batch_size_tokens", "0"], ["train_batch_size_tokens", "at least 1"]),
         (["check", "--d_in", "wide"], ["--d_in", "jumprelu check --help"]),
         (["evaluate", "x", "--no_such", "3"], ["No such option", "--no_such"]),
         (["evaluate", "x", "--dtype", "float31"], ["x holds no dictionary"]),

@@ -17,7 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from jumprelu_plugin import JumpReLUTrainingSAE
-from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.cli.saelens_flags import Command, run_config
 from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.recipes import ANTHROPIC_2025, GEMMA_SCOPE_2, RECIPES, Recipe, TranscoderRecipe
 from jumprelu_plugin.step.losses import QuadraticL0, TanhL0, WithDensityPenalty
@@ -81,8 +81,7 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
     chosen = CHOSEN.get(recipe.name, {})
     given = ["--d_in", str(D_IN), "--d_sae", str(D_SAE), "--training_tokens", "1000000000"]
     given += [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
-    cfg = parse_flags(["--architecture", "jumprelu", *recipe.flags(), *given])
-    recipe.adapt_to_run(cfg, given)
+    cfg = run_config(given, recipe.name, Command())
     steps = 1_000_000_000 // recipe.runner["train_batch_size_tokens"]
     expected = recipe.sae_config(
         D_IN, D_SAE, l0_warm_up_steps=recipe.l0_warm_up_steps(steps), **chosen
@@ -94,6 +93,8 @@ def test_flags_and_python_make_the_same_config(recipe: Recipe) -> None:
     assert cfg.lr_decay_steps == recipe.lr_decay_steps(steps)
     batch = recipe.runner["train_batch_size_tokens"]
     assert cfg.lr == recipe.learning_rate(expected, 1_000_000_000, batch)
+    assert cfg.lr_end == recipe.runner.get("lr_end", cfg.lr / 10)
+    assert f"LR-{cfg.lr}-" in cfg.logger.run_name
 
 
 @pytest.mark.parametrize("name", ["default", "matryoshka"])
@@ -113,8 +114,7 @@ def test_flags_of_ones_own_win() -> None:
         "--matryoshka_widths", "7", "--target_l0", "9", "--lr", "0.0017",
     ]  # fmt: skip
     for recipe in (GEMMA_SCOPE_2, ANTHROPIC_2025, RECIPES["default"]):
-        cfg = parse_flags(["--architecture", "jumprelu", *recipe.flags(), *given])
-        recipe.adapt_to_run(cfg, given)
+        cfg = run_config(given, recipe.name, Command())
         assert (cfg.lr_decay_steps, cfg.sae.l0_warm_up_steps, cfg.sae.target_l0) == (3, 5, 9)  # type: ignore[attr-defined]
         assert cfg.sae.matryoshka_widths == [7]  # type: ignore[attr-defined]
         assert cfg.lr == 0.0017

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ QUICK = DemoSettings(
 def quick(tmp_path_factory: pytest.TempPathFactory, tokenized_once: None) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("demo") / "result"
     console = Console(record=True, width=100)
-    run_demo(output, QUICK, console)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does in a command
+        run_demo(output, QUICK, console)
+    assert [str(warning.message) for warning in warned if "sae_lens" in warning.filename] == []
     return output, console.export_text()
 
 

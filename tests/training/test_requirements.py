@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +163,18 @@ def test_a_dataset_dict_without_a_training_split_names_its_splits() -> None:
         one_split(DatasetDict(test=pretokenized(3), dev=pretokenized(3)))
 
 
-def test_a_run_says_nothing_of_remote_code(
+def test_a_run_is_quiet_about_how_saelens_reads_text(
     folders: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
+        warnings.simplefilter("always")
         result = CliRunner().invoke(app, ["train", *flags(folders, tmp_path)])
     assert result.exit_code == 0, result.output
     assert "trust_remote_code" not in caplog.text + result.output
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "copy construct" not in said and "fewer samples" not in said
 
 
 @pytest.mark.usefixtures("no_model")

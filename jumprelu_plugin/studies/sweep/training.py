@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from jumprelu_plugin.evaluation.metrics import batch_fvu
+from jumprelu_plugin.formats.saelens import load_inference_sae
 from jumprelu_plugin.step.activity import mean_l0
 
 THRESHOLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -238,7 +238,7 @@ def as_saved(
         with tempfile.TemporaryDirectory() as temporary:
             return as_saved(sae, center, temporary)
     sae.save_inference_model(str(folder))
-    saved = SAE.load_from_disk(str(folder))
+    saved = load_inference_sae(Path(folder))
     if center is not None:
         if not saved.cfg.apply_b_dec_to_input:
             raise ValueError("b_dec can hold the center only where it is subtracted from the input")

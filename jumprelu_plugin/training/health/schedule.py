@@ -10,7 +10,7 @@ import copy
 import math
 from typing import Any
 
-from jumprelu_plugin.control.learning_rate import learning_rate
+from jumprelu_plugin.control.learning_rate import HIGHEST_OF_TRANSCODERS, learning_rate
 from jumprelu_plugin.control.resampling import patience
 from jumprelu_plugin.training.health.findings import Finding
 
@@ -135,13 +135,23 @@ def _lr_end_findings(cfg: Any) -> list[Finding]:
     ]
 
 
-def _lr_findings(cfg: Any) -> list[Finding]:
+def usual_learning_rate(cfg: Any) -> float | None:
+    """The rule's `lr` for a run of this size, for a transcoder at most its recipe's; None for an
+    SAE that the rule is not for."""
     sae, batch = cfg.sae, cfg.train_batch_size_tokens
-    if not (hasattr(sae, "resolve") and sae.target_l0 and sae.resolve().standardize_activations):
-        return []
-    usual = learning_rate(sae.d_in, sae.d_sae, sae.target_l0, batch, total_steps(cfg))
-    ratio = cfg.lr / usual
-    if 1 / LR_RATIO < ratio < LR_RATIO:
+    if min(sae.d_in, sae.d_sae, batch, cfg.training_tokens) < 1:  # a run refuses these
+        return None
+    if not (hasattr(sae, "resolve") and (sae.target_l0 or 0) > 0):
+        return None
+    if not sae.resolve().standardize_activations:
+        return None
+    rate = learning_rate(sae.d_in, sae.d_sae, sae.target_l0, batch, total_steps(cfg))
+    return min(rate, HIGHEST_OF_TRANSCODERS) if hasattr(sae, "width_out") else rate
+
+
+def _lr_findings(cfg: Any) -> list[Finding]:
+    usual = usual_learning_rate(cfg)
+    if usual is None or 1 / LR_RATIO < cfg.lr / usual < LR_RATIO:
         return []
     return [
         Finding(
@@ -149,7 +159,7 @@ def _lr_findings(cfg: Any) -> list[Finding]:
             "lr",
             f"lr is {cfg.lr:g}; with target_l0, training works in units of the data's own spread, "
             f"where the rule for a run of this size gives {usual:g}",
-            f"set lr={usual:g}, as the recipe default does",
+            f"set lr={usual:g}, as jumprelu train does where none is given",
         )
     ]
 

@@ -62,7 +62,7 @@ from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint_of
 from jumprelu_plugin.training.text_source import (
     one_split,
     refuse_unread_fields,
-    without_remote_code_errors,
+    without_false_alarms,
 )
 
 RECORD_FILENAME = "dictionaries.json"
@@ -99,6 +99,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
         configs: what each is trained by, with schedules that fit into the run.
     """
 
+    @without_false_alarms()
     def __init__(
         self,
         configs: Mapping[str, LanguageModelSAERunnerConfig[Any]],
@@ -134,7 +135,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
             override_dataset = own_text(cfg, model)
         saes, drawn = self._untrained()
         try:
-            with quiet(), without_remote_code_errors():
+            with quiet():
                 super().__init__(cfg, override_dataset, model, saes)
         except StopIteration:  # from the first look at a dataset that was read from dataset_path
             refuse_empty_text([])
@@ -199,6 +200,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
     # ---------------------------------------------------------------- training
 
     @override
+    @without_false_alarms()
     def run(self) -> dict[str, Any]:
         """Train, and save each SAE as a stock folder; the SAEs by name.
 

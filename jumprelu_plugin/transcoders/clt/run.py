@@ -24,7 +24,7 @@ from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.checkpoints import explained_at_the_end, refuse_negative_minutes
-from jumprelu_plugin.training.text_source import without_remote_code_errors
+from jumprelu_plugin.training.text_source import without_false_alarms
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.evaluation import evaluate_clt
@@ -248,7 +248,7 @@ def store_of(
     """The text's activations at the hooks of all layers, in chunks of so many sequences."""
     special = torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
     pairs = {pair_name(index): pair for index, pair in enumerate(cfg.pairs)}
-    with without_remote_code_errors():
+    with without_false_alarms():
         text = ActivationsStore(
             model=model,
             dataset=settings.dataset_path if dataset is None else dataset,

@@ -30,6 +30,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.training.metrics_file import append_metrics, keep_before
+from jumprelu_plugin.training.text_source import without_false_alarms
 from jumprelu_plugin.transcoders.clt.monitors import LayerMonitors
 from jumprelu_plugin.transcoders.clt.saved_training import SavedTraining
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep, StepOutput
@@ -97,6 +98,7 @@ class Trainer:
         self.step = 0
         self.last: StepOutput | None = None
 
+    @without_false_alarms()
     def fit(self) -> None:
         """Train to the end, from where `load` left it.
 

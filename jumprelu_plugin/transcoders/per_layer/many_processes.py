@@ -26,7 +26,6 @@ from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.runner import digest_of_text
 from jumprelu_plugin.training.runner import quiet
-from jumprelu_plugin.training.text_source import without_remote_code_errors
 from jumprelu_plugin.transcoders.output_folder import (
     CHECKPOINTS,
     METRICS_FILENAME,
@@ -111,7 +110,7 @@ def _train(
         launch.wait()  # for the first to have made it
         part = unfinished / f"process_{launch.rank}"
         cfg = launch.agree(lambda: runner_config(configs, pairs, here, part, output, checkpoint))
-        with quiet(), without_remote_code_errors():
+        with quiet():
             runner = launch.agree(
                 lambda: DealtRunner(
                     launch,

@@ -28,7 +28,6 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.runner import quiet
-from jumprelu_plugin.training.text_source import without_remote_code_errors
 from jumprelu_plugin.transcoders.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -98,7 +97,7 @@ def train_transcoders(
     dataset, held_out = texts_of(model, settings, dataset)
     start_output_folder(output, settings)
     with whole_files(output) as unfinished:
-        with quiet(), without_remote_code_errors():
+        with quiet():
             runner = LayerwiseRunner(
                 runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
                 pairs,

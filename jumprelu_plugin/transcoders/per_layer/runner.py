@@ -21,6 +21,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints, explained_at_the_e
 from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.training.metrics_file import keep_before
 from jumprelu_plugin.training.multi.trainer import MultiTrainer, fit_until_stopped
+from jumprelu_plugin.training.text_source import without_false_alarms
 
 
 class LayerwiseTrainer(MultiTrainer):
@@ -66,6 +67,7 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         ValueError: a hook does not exist, does not fire, or has another width than the config says.
     """
 
+    @without_false_alarms()
     def __init__(
         self,
         cfg: MultiSAETrainingRunnerConfig,
@@ -90,6 +92,7 @@ class LayerwiseRunner(MultiSAETrainingRunner):
         )
 
     @override
+    @without_false_alarms()
     def run(self) -> dict[str, Any]:
         """Train, from `cfg.resume_from_checkpoint` where it is given; return the transcoders.
 

@@ -66,9 +66,12 @@ def test_rows_are_both_hooks_of_one_token(model: Any, monkeypatch: pytest.Monkey
         assert rows.shape == (205, whole.shape[1])
         nearest = distances(rows, whole)
         assert nearest.min(1).values.max() < 1e-4  # each row is one token's two sides
-        # None twice, but for tokens that look alike: the same word after BOS.
-        assert len(nearest.argmin(1).unique()) == len(rows.round(decimals=4).unique(dim=0)) > 190
-        places.append(nearest.argmin(1))
+        # Tokens that look alike, the same word after BOS, are known by the first of them.
+        first_alike = (distances(whole, whole) < 1e-4).int().argmax(1)
+        place = first_alike[nearest.argmin(1)]
+        used, there = (at.bincount(minlength=len(whole)) for at in (place, first_alike))
+        assert (used <= there).all()  # none twice
+        places.append(place)
     assert torch.equal(*places)  # both pairs give the same tokens in the same order
 
 
