@@ -35,7 +35,9 @@ def one_order_of_sums() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]] | None:
+def without(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[str, dict[str, Any]] | None:
     """By test and name, what a process computed that never imported the package.
 
     It runs once, for all workers of pytest-xdist. None in that process itself.
@@ -49,14 +51,17 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     with open(shared / "contract.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
-            _run_without(file)
+            _run_without(file, pytestconfig.getoption("--perturb"))
     return torch.load(file, weights_only=True)
 
 
-def _run_without(file: Path) -> None:
+def _run_without(file: Path, perturbation: str | None) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE)],
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE)),
+            *(() if perturbation is None else ("--perturb", perturbation)),
+        ],
         capture_output=True,
         text=True,
         cwd=HERE.parents[1],
