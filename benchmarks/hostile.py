@@ -45,12 +45,14 @@ def batches(
         step += 1
 
 
-def measure(hostile: HostileSet, architecture: str, lr: float, steps: int, seed: int) -> Record:
+def measure(
+    hostile: HostileSet, architecture: str, lr: float, steps: int, seed: int, l0: float = L0
+) -> Record:
     """Train on one set; the metrics are those on data as at the end of the run."""
     held_out = Source(hostile, 10_000 + seed).draw(HELD_OUT, 1.0)
     center = None if architecture == PLUGIN else held_out.mean(0)
     torch.manual_seed(seed)
-    sae: Any = ARCHITECTURES[architecture](hostile.d_in, D_SAE, L0)
+    sae: Any = ARCHITECTURES[architecture](hostile.d_in, D_SAE, l0)
     trainer = JumpReLUTrainer(
         cfg=trainer_config(steps, BATCH, lr),
         sae=sae,
@@ -68,9 +70,9 @@ def measure(hostile: HostileSet, architecture: str, lr: float, steps: int, seed:
     }
 
 
-def learning_rate_of(hostile: HostileSet, steps: int) -> float:
+def learning_rate_of(hostile: HostileSet, steps: int, l0: float = L0) -> float:
     """The recipe's rate on a set."""
-    return learning_rate(hostile.d_in, D_SAE, L0, BATCH, steps)
+    return learning_rate(hostile.d_in, D_SAE, l0, BATCH, steps)
 
 
 def main(
@@ -79,6 +81,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="Architectures; both if not given.")
     ] = None,
+    l0: Annotated[float, typer.Option(help="Target L0.")] = L0,
     seed: Annotated[int, typer.Option(help="Seed of initialization and data.")] = 0,
     output: Annotated[Path, typer.Option(help="Records, one line of JSON a run.")] = RESULTS,
 ) -> None:
@@ -90,10 +93,10 @@ def main(
         records = []
         for architecture in only or (PLUGIN, BATCHTOPK):
             ours = architecture == PLUGIN
-            for lr in (learning_rate_of(hostile, steps),) if ours else BASELINE_LRS:
+            for lr in (learning_rate_of(hostile, steps, l0),) if ours else BASELINE_LRS:
                 case = {"set": hostile.name, "architecture": architecture, "lr": lr, "seed": seed}
-                case |= {"d_in": hostile.d_in, "d_sae": D_SAE, "target_l0": L0, "steps": steps}
-                run = functools.partial(measure, hostile, architecture, lr, steps, seed)
+                case |= {"d_in": hostile.d_in, "d_sae": D_SAE, "target_l0": l0, "steps": steps}
+                run = functools.partial(measure, hostile, architecture, lr, steps, seed, l0)
                 records.append(file.record(case, run, provenance(seed=seed)))
         for record in records:
             record["run"] = f"{record['architecture']}, lr {record['lr']:g}"

@@ -158,7 +158,11 @@ def hostile() -> str:
     for (name,), group in _by(records, "set").items():
         (ours,) = (r for r in group if r["architecture"] == architectures.PLUGIN)
         others = [r for r in group if r["architecture"] == architectures.BATCHTOPK]
+        # The target at which its L0 on the data is nearest to ours.
+        nearest = min(others, key=lambda r: abs(r["l0"] - ours["l0"]))["target_l0"]
+        others = [r for r in others if r["target_l0"] == nearest]
         best = min(others, key=lambda r: r["fvu"])
+        other_target = f" (target {nearest:g})" if nearest != ours["target_l0"] else ""
         rows.append(
             (
                 name,
@@ -167,7 +171,7 @@ def hostile() -> str:
                 f"{ours['dead_share']:.1%}",
                 ", ".join(ours["alarms"]) or "–",
                 f"{best['lr']:g}",
-                f"{best['l0']:.2f}",
+                f"{best['l0']:.2f}{other_target}",
                 f"{best['fvu']:.4f}",
                 f"{best['dead_share']:.1%}",
             )
