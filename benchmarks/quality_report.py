@@ -128,17 +128,29 @@ def compared() -> str:
 
 
 def sites() -> str:
-    """Every architecture at each site of three models, lowest FVU first."""
-    records = read(SITES)
-    groups = _by(records, "model", "site", "architecture")
-    order = sorted(groups, key=lambda key: (key[0], key[1], mean(groups[key], "fvu")))
+    """Every architecture near the main L0 at each site of three models, lowest FVU first."""
+    records = [r for r in read(SITES) if abs(r["target_l0"] / README_L0 - 1) < 0.1]
+    return _by_site(records)
+
+
+def sites_at_other_l0() -> str:
+    """The same at other L0s."""
+    return _by_site([r for r in read(SITES) if abs(r["target_l0"] / README_L0 - 1) >= 0.1])
+
+
+def _by_site(records: Records) -> str:
+    groups = _by(records, "model", "site", "target_l0", "architecture")
+    targets = {key: key[2] if abs(key[2] / README_L0 - 1) >= 0.1 else README_L0 for key in groups}
+    order = sorted(groups, key=lambda key: (*key[:2], targets[key], mean(groups[key], "fvu")))
     rows = []
-    for model, site, architecture in order:
-        group = groups[model, site, architecture]
+    for key in order:
+        model, site, target, architecture = key
+        group = groups[key]
+        other = "" if target == targets[key] else f", target {target:g}"
         rows.append(
             (
                 f"{TITLES[model]} `{site.removeprefix('blocks.')}`",
-                architecture,
+                f"{architecture}{other}",
                 f"{group[0]['lr']:g}",
                 str(len(group)),
                 f"{mean(group, 'l0'):.2f}",
@@ -297,6 +309,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "compared": compared,
     "sites": sites,
+    "sites_at_other_l0": sites_at_other_l0,
     "hostile": hostile,
     "known_features": known_features,
     "targets": targets,

@@ -50,6 +50,11 @@ UNDOCUMENTED = {
     "reshape_activations": "hook_z: flatten the heads of attn.hook_z.",
     "metadata": argparse.SUPPRESS,  # the runner sets it
 }
+# Where the command does more than SAELens' config.
+CHANGED = {
+    "lr": "learning rate. Where none is given, train, train-many and check find that of an SAE or "
+    "transcoder with target_l0 from the run's size.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _parser(architecture: str, command: Command) -> _Parser:
             own.add_argument(*names, help=parameter.help, metavar=metavar, action=_Shown)
     runner = parser.add_arguments(run, dest="cfg")
     for wrapper in (runner, *runner.descendants):
-        documented = {**UNDOCUMENTED, **field_help(wrapper.dataclass)}
+        documented = {**UNDOCUMENTED, **field_help(wrapper.dataclass), **CHANGED}
         for field in wrapper.fields:
             field.help = _escaped(documented.get(field.name, ""))
             if field.name in LIST_FLAGS:
