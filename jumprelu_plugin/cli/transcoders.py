@@ -36,6 +36,14 @@ def train_transcoders(
     ],
     settings: TranscoderSettings,
     check_only: CheckOnly = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            help="with --check_only: how many processes torchrun would start. Default: 1.",
+        ),
+    ] = None,
+    hardware: CheckedHardware = None,
 ) -> None:
     """Train one transcoder a layer in a single pass over the text.
 
@@ -48,8 +56,15 @@ def train_transcoders(
     from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 
     if check_only:
-        _say(plan_transcoders(output_path, settings))
+        count = 1 if processes is None else processes
+        _say(plan_transcoders(output_path, settings, processes=count, gpu=hardware))
         return
+    if processes is not None:
+        raise ValueError(
+            "processes is what --check_only looks at: add it, or leave processes out, and start "
+            "them with torchrun --nproc-per-node"
+        )
+    _refuse_hardware(hardware)
     if is_one_of_many():
         train_transcoders = train_dealt_transcoders
     console.print(f"written: {train_transcoders(output_path, settings, log=console.print)}")
@@ -81,11 +96,15 @@ def train_clt(
     if check_only:
         _say(plan_clt(output_path, settings, **sizes, gpu=hardware))
         return
-    if hardware is not None:
-        raise ValueError("hardware is what --check_only looks at: add it, or leave hardware out")
+    _refuse_hardware(hardware)
     if (data_parallel_size, model_parallel_size) != (1, 1) or is_one_of_many():
         train_clt = partial(train_sharded_clt, **sizes)
     console.print(f"written: {train_clt(output_path, settings, log=console.print)}")
+
+
+def _refuse_hardware(hardware: str | None) -> None:
+    if hardware is not None:
+        raise ValueError("hardware is what --check_only looks at: add it, or leave hardware out")
 
 
 def _say(plan: LayerPlan) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.training.distributed.hardware import HARDWARE
+from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.transcoders import planning
 from jumprelu_plugin.transcoders.clt.planning import plan_clt
 from jumprelu_plugin.transcoders.clt.run import train_clt
@@ -80,6 +81,29 @@ def test_shards_divide_what_is_held_and_say_what_they_exchange(model: Any, tmp_p
     assert "it hands over" not in [name for name, _ in one.numbers]
 
 
+def test_processes_divide_the_layers_and_say_what_they_exchange(model: Any, tmp_path: Path) -> None:
+    settings, text = per_layer.settings(), per_layer.text()
+    one, two = (
+        plan_transcoders(
+            tmp_path / "planned", settings, processes=n, model=model, dataset=text, gpu="h200"
+        )
+        for n in (1, 2)
+    )
+    layers, first = N_LAYERS, -(-N_LAYERS // 2)
+    alone = per_layer.settings(layers=list(range(0, layers, 2)))
+    assert two.memory == plan_transcoders(tmp_path / "p", alone, model=model, dataset=text).memory
+    assert (two.processes, two.room, two.place) == (2, 141 * GB, HARDWARE["h200"].name)
+    said = dict(two.numbers)
+    assert said["a process has"] == f"{first} of {layers} layers"
+    handed_over = 41 // 2 * 4 * 2 * model.cfg.d_model * (layers - first)
+    assert said["it hands over"] == f"activations {size(handed_over)} a step"
+    assert "it hands over" not in dict(one.numbers)
+    with pytest.raises(ValueError, match=f"there are {layers} layers to train"):
+        plan_transcoders(tmp_path, settings, processes=layers + 1, model=model, dataset=text)
+    with pytest.raises(ValueError, match="processes is 0"):
+        plan_transcoders(tmp_path, settings, processes=0, model=model, dataset=text)
+
+
 def test_a_gpu_that_is_named_is_what_the_run_must_fit_on(model: Any, tmp_path: Path) -> None:
     plan = plan_clt(
         tmp_path / "planned", clt.settings(), gpu="a100", model=model, dataset=clt.text()
@@ -145,4 +169,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert "8 processes" in flat and "8 latents of each layer" in flat and "141" in flat
     done = CliRunner().invoke(app, ["train-clt", *common, "--hardware", "h200"])
     assert done.exit_code != 0 and "check_only" in f"{done.output}{done.exception}"
+    for flag, value in (("--processes", "2"), ("--hardware", "h200")):
+        done = CliRunner().invoke(app, ["train-transcoders", *common, flag, value])
+        assert done.exit_code != 0 and "check_only" in f"{done.output}{done.exception}"
     assert not (tmp_path / "out").exists()

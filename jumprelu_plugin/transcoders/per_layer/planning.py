@@ -9,8 +9,11 @@ from typing import Any
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
+from jumprelu_plugin.training.distributed.hardware import hardware
+from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
+from jumprelu_plugin.transcoders.per_layer.dealing import dealt
 from jumprelu_plugin.transcoders.per_layer.run import (
     RECORD_FILENAME,
     config_of,
@@ -19,41 +22,70 @@ from jumprelu_plugin.transcoders.per_layer.run import (
     within_memory,
 )
 from jumprelu_plugin.transcoders.planning import LayerPlan, room_of_each
-from jumprelu_plugin.transcoders.settings import TranscoderSettings, refuse_impossible
+from jumprelu_plugin.transcoders.settings import (
+    TranscoderSettings,
+    refuse_impossible,
+    refuse_memory_limit,
+)
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
 
 def plan_transcoders(
-    output: str | Path, settings: TranscoderSettings, *, model: Any = None, dataset: Any = None
+    output: str | Path,
+    settings: TranscoderSettings,
+    *,
+    processes: int = 1,
+    gpu: str | None = None,
+    model: Any = None,
+    dataset: Any = None,
 ) -> LayerPlan:
-    """What a run in one process would take, without starting it. Writes nothing.
+    """What a run would take, without starting it or its processes. Writes nothing.
 
     Args:
         output, settings, model, dataset: as of `train_transcoders`.
+        processes: that torchrun would start. The plan is of the first, which has the most layers.
+        gpu: whose published memory the run is held against (`hardware.HARDWARE`); None: this
+            machine's.
 
     Raises:
-        ValueError: as `train_transcoders` raises it.
+        ValueError: as `train_transcoders` and `train_dealt_transcoders` raise it, or there are no
+            figures of this GPU.
     """
     require_device(settings.device)
+    published = None if gpu is None else hardware(gpu)
     refuse_impossible(settings)
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; give at least 1")
+    if processes > 1:
+        refuse_memory_limit(settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     output = Path(output)
     claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
     pairs = pairs_of(model, settings)
+    mine = dealt(list(pairs), 0, processes)
     widths = pair_widths(model, pairs.values())
+    own_widths = pair_widths(model, [pairs[name] for name in mine])
     configs = {name: config_of(pair, widths, settings) for name, pair in pairs.items()}
     texts_of(model, replace(settings, evaluation_sequences=0), dataset)
-    now, memory = within_memory(model, configs, widths, settings)
+    own_configs = {name: configs[name] for name in mine}
+    now, memory = within_memory(model, own_configs, own_widths, settings)
     run = runner_config(configs, pairs, now, output, output, None)
     batch = run.train_batch_size_tokens
-    numbers = (
+    numbers = [
         ("steps", f"{run.training_tokens // batch:,} of {batch:,} tokens"),
         (
             "parameters",
             f"{sum(map(transcoder_parameters, configs.values())):,} in {len(configs)} transcoders",
         ),
         ("learning rate", f"{run.lr:g}"),
-    )
-    room, place = room_of_each(settings.device, 1, None)
-    return LayerPlan(1, memory, room, place, numbers)
+    ]
+    if processes > 1:
+        others = sum(widths[hook] for hook in widths.keys() - own_widths.keys())
+        sent = batch // processes * others * next(iter(model.parameters())).element_size()
+        numbers += [
+            ("a process has", f"{len(mine)} of {len(configs)} layers"),
+            ("it hands over", f"activations {size(sent)} a step"),
+        ]
+    room, place = room_of_each(settings.device, processes, published)
+    return LayerPlan(processes, memory, room, place, tuple(numbers))
