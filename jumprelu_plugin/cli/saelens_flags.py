@@ -26,6 +26,7 @@ from jumprelu_plugin.cli.field_help import field_help
 from jumprelu_plugin.cli.values import whole_numbers
 from jumprelu_plugin.recipes import get_recipe
 from jumprelu_plugin.training.health.schedule import usual_learning_rate
+from jumprelu_plugin.training.requirements import require_possible_numbers
 
 DEFAULT_ARCHITECTURE = "jumprelu"
 
@@ -78,7 +79,7 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     which that rule is for (`control.learning_rate`).
 
     Raises:
-        ValueError: as `parse_flags` does, or there is no such recipe.
+        ValueError: as `parse_flags` does, a number that cannot be, or there is no such recipe.
         SystemExit: with code 0, after `--help` has been printed.
     """
     given = normalized(given)
@@ -86,11 +87,9 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     # The user's own flags come last, and the last one counts.
     flags = [*(chosen.flags() if chosen else ()), *given]
     cfg = parse_flags(flags or ["--help"], command)
+    require_possible_numbers(cfg)
     if not any(flag.partition("=")[0] == "--lr" for flag in given):
-        if chosen is not None:
-            rate = chosen.learning_rate_of(cfg)
-        else:  # weights that are there already want a lower one
-            rate = None if cfg.from_pretrained_path else usual_learning_rate(cfg)
+        rate = usual_learning_rate(cfg) if chosen is None else chosen.learning_rate_of(cfg)
         if rate is not None and rate != cfg.lr:  # read again, for what SAELens derives from lr
             cfg = parse_flags([*flags, f"--lr={rate}"], command)
     if chosen is not None:

@@ -66,13 +66,13 @@ class Recipe:
         """SAELens' `lr` for a run.
 
         Args:
-            sae: the SAE's config. Without `target_l0` an L0 of 40 is assumed.
+            sae: the SAE's config. Without a possible `target_l0` an L0 of 40 is assumed.
             training_tokens: tokens of the run.
             batch: tokens a step.
         """
         if not self.lr_from_size:
             return self.runner["lr"]
-        l0 = sae.target_l0 or _USUAL_L0
+        l0 = sae.target_l0 if (sae.target_l0 or 0) > 0 else _USUAL_L0
         return learning_rate(sae.d_in, sae.d_sae, l0, batch, training_tokens // batch)
 
     def learning_rate_of(self, cfg: LanguageModelSAERunnerConfig[Any]) -> float:

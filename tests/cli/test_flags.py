@@ -302,6 +302,8 @@ def test_elsewhere_the_learning_rate_is_saelens(flags: list[str]) -> None:
         (["train", "--seqpos_slice", "a"], ["--seqpos_slice", "such as 1,None"]),
         (["train", "--exclude_special_tokens", "some"], ["--exclude_special_tokens", "'some'"]),
         (["train", "--train_batch_size_tokens", "0"], ["train_batch_size_tokens", "at least 1"]),
+        (["check", "--recipe", "default", "--d_sae", "0"], ["d_sae is 0", "at least 1"]),
+        (["train", "--recipe", "default", "--d_in", "-3"], ["d_in is -3", "at least 1"]),
         (["check", "--d_in", "wide"], ["--d_in", "jumprelu check --help"]),
         (["evaluate", "x", "--no_such", "3"], ["No such option", "--no_such"]),
         (["evaluate", "x", "--dtype", "float31"], ["x holds no dictionary"]),

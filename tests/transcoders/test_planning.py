@@ -90,13 +90,16 @@ def test_processes_divide_the_layers_and_say_what_they_exchange(model: Any, tmp_
         for n in (1, 2)
     )
     layers, first = N_LAYERS, -(-N_LAYERS // 2)
+    sequences, share = settings.store_batch_size_prompts, 3  # of a pass
+    assert sequences == 5
     alone = per_layer.settings(layers=list(range(0, layers, 2)))
     assert two.memory == plan_transcoders(tmp_path / "p", alone, model=model, dataset=text).memory
     assert (two.processes, two.room, two.place) == (2, 141 * GB, HARDWARE["h200"].name)
     said = dict(two.numbers)
-    assert said["a process has"] == f"{first} of {layers} layers"
-    handed_over = 41 // 2 * 4 * 2 * model.cfg.d_model * (layers - first)
-    assert said["it hands over"] == f"activations {size(handed_over)} a step"
+    assert said["a process has"] == f"{first} of {layers} layers at most"
+    # The second process has one layer, and sends what the first needs of its share.
+    handed_over = 41 * share * 4 * 2 * model.cfg.d_model * first // sequences
+    assert said["it hands over"] == f"activations, {size(handed_over)} a step at most"
     assert "it hands over" not in dict(one.numbers)
     with pytest.raises(ValueError, match=f"there are {layers} layers to train"):
         plan_transcoders(tmp_path, settings, processes=layers + 1, model=model, dataset=text)

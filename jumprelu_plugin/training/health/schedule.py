@@ -10,6 +10,8 @@ import copy
 import math
 from typing import Any
 
+from sae_lens import LanguageModelSAERunnerConfig
+
 from jumprelu_plugin.control.learning_rate import HIGHEST_OF_TRANSCODERS, learning_rate
 from jumprelu_plugin.control.resampling import patience
 from jumprelu_plugin.training.health.findings import Finding
@@ -118,8 +120,9 @@ def _lr_end_findings(cfg: Any) -> list[Finding]:
     end = cfg.lr_end
     if cfg.lr_scheduler_name.lower() != "constant" or end is None:
         return []
-    # SAELens fills in lr / 10, and the decay ends at 0.
-    if any(math.isclose(end, meant) for meant in (0.0, cfg.lr, cfg.lr / 10)):
+    # SAELens fills in lr / 10, which stays where lr is changed later, and the decay ends at 0.
+    filled_in = cfg.lr / 10, LanguageModelSAERunnerConfig.lr / 10
+    if any(math.isclose(end, meant) for meant in (0.0, cfg.lr, *filled_in)):
         return []
     falls = (
         f"falls to 0 over the last {cfg.lr_decay_steps:,} steps" if cfg.lr_decay_steps else "stays"
@@ -136,10 +139,12 @@ def _lr_end_findings(cfg: Any) -> list[Finding]:
 
 
 def usual_learning_rate(cfg: Any) -> float | None:
-    """The rule's `lr` for a run of this size, for a transcoder at most its recipe's; None for an
-    SAE that the rule is not for."""
+    """The rule's `lr` for a run of this size, for a transcoder at most its recipe's; None for a run
+    that the rule is not for."""
     sae, batch = cfg.sae, cfg.train_batch_size_tokens
     if min(sae.d_in, sae.d_sae, batch, cfg.training_tokens) < 1:  # a run refuses these
+        return None
+    if cfg.from_pretrained_path:  # weights that are there already want a lower one
         return None
     if not (hasattr(sae, "resolve") and (sae.target_l0 or 0) > 0):
         return None

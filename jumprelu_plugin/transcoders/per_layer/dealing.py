@@ -45,6 +45,17 @@ def dealt(names: Sequence[str], rank: int, size: int) -> list[str]:
     return list(names)[rank::size]
 
 
+def handed_over(tokens: int, prompts: int, size: int, width: int, element_size: int) -> int:
+    """Bytes of activations that one of `size` processes sends the others for so many tokens.
+
+    Args:
+        prompts: sequences of a pass of the model, which all processes share.
+        width: of the others' hooks, added up.
+    """
+    share = -(-prompts // size)  # of a pass, in whole sequences
+    return tokens * share * width * element_size // prompts
+
+
 class DealtHarvest:
     """What the processes exchange while activations are drawn.
 

@@ -13,7 +13,7 @@ from jumprelu_plugin.training.distributed.hardware import hardware
 from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
-from jumprelu_plugin.transcoders.per_layer.dealing import dealt
+from jumprelu_plugin.transcoders.per_layer.dealing import dealt, handed_over
 from jumprelu_plugin.transcoders.per_layer.run import (
     RECORD_FILENAME,
     config_of,
@@ -81,11 +81,19 @@ def plan_transcoders(
         ("learning rate", f"{run.lr:g}"),
     ]
     if processes > 1:
-        others = sum(widths[hook] for hook in widths.keys() - own_widths.keys())
-        sent = batch // processes * others * next(iter(model.parameters())).element_size()
+        fewest = pair_widths(
+            model, [pairs[name] for name in dealt([*pairs], processes - 1, processes)]
+        )
+        sent = handed_over(
+            batch,
+            settings.store_batch_size_prompts,
+            processes,
+            sum(widths.values()) - sum(fewest.values()),
+            next(iter(model.parameters())).element_size(),
+        )
         numbers += [
-            ("a process has", f"{len(mine)} of {len(configs)} layers"),
-            ("it hands over", f"activations {size(sent)} a step"),
+            ("a process has", f"{len(mine)} of {len(configs)} layers at most"),
+            ("it hands over", f"activations, {size(sent)} a step at most"),
         ]
     room, place = room_of_each(settings.device, processes, published)
     return LayerPlan(processes, memory, room, place, tuple(numbers))

@@ -69,8 +69,9 @@ def rounded_otherwise(source: Iterator[Tensor], seed: int) -> Iterator[Tensor]:
     """The same numbers, each one float32 rounding away."""
     generator = torch.Generator().manual_seed(seed)
     for batch in source:
-        signs = torch.randint(2, batch.shape, generator=generator).to(batch.dtype) * 2 - 1
-        yield batch * (1 + 2.0**-24 * signs)
+        ends = torch.tensor([-torch.inf, torch.inf])
+        towards = ends[torch.randint(2, batch.shape, generator=generator)]
+        yield torch.nextafter(batch.float(), towards).to(batch.dtype)
 
 
 def train(

@@ -14,7 +14,7 @@ import torch
 from sae_lens import SAE
 
 from jumprelu_plugin.training.checkpoints import damage, numbered
-from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer
+from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer, handed_over
 from jumprelu_plugin.transcoders.per_layer.many_processes import train_dealt_transcoders
 from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 from tests.tiny import N_LAYERS, WIDTH, tiny_hf, tiny_hooked, tiny_tokenizer
@@ -170,4 +170,6 @@ def test_a_process_hands_over_what_others_need_of_its_share(model: Any, tmp_path
     first, second = run_on(2, traffic, tmp_path / "results", model, tmp_path / "output", chosen)
     width = 2 * WIDTH["blocks.1.hook_resid_post"]
     assert first > 0 and second == 2 * first
-    assert first % (4 * width * 3 * POSITIONS) == 0
+    a_pass = 5 * POSITIONS
+    assert first % handed_over(a_pass, 5, 2, width, 4) == 0
+    assert handed_over(a_pass, 5, 2, width, 4) == 4 * width * 3 * POSITIONS
