@@ -16,7 +16,7 @@ import pytest
 import torch
 from sae_lens.training._interruption import InterruptedException
 
-from jumprelu_plugin.cli.saelens_flags import parse_flags
+from jumprelu_plugin.cli.saelens_flags import Command, run_config
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from tests.tiny import D_MODEL, RESIDUAL, VOCABULARY, tiny_hf, tiny_tokenizer
 from tests.training.runs import (
@@ -107,7 +107,7 @@ def test_ctrl_c_on_the_command_line_resumes_exactly(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
     def finish(*more: str) -> JumpReLUTrainingRunner:
-        cfg = parse_flags(["--architecture", "jumprelu", *flags, *more])
+        cfg = run_config([*flags, *more], None, Command())
         runner = JumpReLUTrainingRunner(cfg)
         runner.run()
         return runner
