@@ -129,18 +129,21 @@ def compared() -> str:
 
 def sites() -> str:
     """Every architecture near the main L0 at each site of three models, lowest FVU first."""
-    records = [r for r in read(SITES) if abs(r["target_l0"] / README_L0 - 1) < 0.1]
-    return _by_site(records)
+    return _by_site([r for r in read(SITES) if _near_main_l0(r["target_l0"])])
 
 
 def sites_at_other_l0() -> str:
     """The same at other L0s."""
-    return _by_site([r for r in read(SITES) if abs(r["target_l0"] / README_L0 - 1) >= 0.1])
+    return _by_site([r for r in read(SITES) if not _near_main_l0(r["target_l0"])])
+
+
+def _near_main_l0(target: float) -> bool:
+    return abs(target / README_L0 - 1) < 0.1
 
 
 def _by_site(records: Records) -> str:
     groups = _by(records, "model", "site", "target_l0", "architecture")
-    targets = {key: key[2] if abs(key[2] / README_L0 - 1) >= 0.1 else README_L0 for key in groups}
+    targets = {key: README_L0 if _near_main_l0(key[2]) else key[2] for key in groups}
     order = sorted(groups, key=lambda key: (*key[:2], targets[key], mean(groups[key], "fvu")))
     rows = []
     for key in order:

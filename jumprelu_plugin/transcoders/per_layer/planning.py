@@ -63,13 +63,17 @@ def plan_transcoders(
     claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
     pairs = pairs_of(model, settings)
-    mine = dealt(list(pairs), 0, processes)
     widths = pair_widths(model, pairs.values())
-    own_widths = pair_widths(model, [pairs[name] for name in mine])
+    # The first process has the most layers, and the last the fewest.
+    most, fewest = (dealt(list(pairs), rank, processes) for rank in (0, processes - 1))
+
+    def widths_of(names: list[str]) -> dict[str, int]:
+        return {hook: widths[hook] for name in names for hook in vars(pairs[name]).values()}
+
     configs = {name: config_of(pair, widths, settings) for name, pair in pairs.items()}
     texts_of(model, replace(settings, evaluation_sequences=0), dataset)
-    own_configs = {name: configs[name] for name in mine}
-    now, memory = within_memory(model, own_configs, own_widths, settings)
+    largest = {name: configs[name] for name in most}
+    now, memory = within_memory(model, largest, widths_of(most), settings)
     run = runner_config(configs, pairs, now, output, output, None)
     batch = run.train_batch_size_tokens
     numbers = [
@@ -81,18 +85,15 @@ def plan_transcoders(
         ("learning rate", f"{run.lr:g}"),
     ]
     if processes > 1:
-        fewest = pair_widths(
-            model, [pairs[name] for name in dealt([*pairs], processes - 1, processes)]
-        )
         sent = handed_over(
             batch,
             settings.store_batch_size_prompts,
             processes,
-            sum(widths.values()) - sum(fewest.values()),
+            sum(widths.values()) - sum(widths_of(fewest).values()),
             next(iter(model.parameters())).element_size(),
         )
         numbers += [
-            ("a process has", f"{len(mine)} of {len(configs)} layers at most"),
+            ("a process has", f"{len(most)} of {len(configs)} layers at most"),
             ("it hands over", f"activations, {size(sent)} a step at most"),
         ]
     room, place = room_of_each(settings.device, processes, published)
