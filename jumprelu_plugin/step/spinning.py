@@ -39,7 +39,7 @@ INTERVAL = 0.5  # seconds from one look to the next, at least
 # Seconds in which the busiest thread had something to do, for a look to count.
 WORK = 0.1
 # Seconds that all threads together waited for a CPU, per second of such work. Two threads alone on
-# two cores: at most 0.02. Beside a busy process: 0.68 to 0.80, and 0.48 to 0.62 with short spins.
+# two cores: at most 0.02. Beside a busy process: 0.68 to 0.80, and 0.45 to 0.62 with short spins.
 # (Not per second by the clock: who pauses, for text or a checkpoint, waits for nothing meanwhile.)
 BUSY, FREE = 0.25, 0.12
 
