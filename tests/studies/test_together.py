@@ -108,7 +108,7 @@ def test_batches_are_read_once(two_threads: None) -> None:
 
 
 def test_an_error_in_one_ends_all_and_is_raised(two_threads: None) -> None:
-    saes, before = [sae(0), sae(1), sae(2)], set(threading.enumerate())
+    saes = [sae(0), sae(1), sae(2)]
 
     def fail(place: int) -> None:
         if place == 1 and int(saes[1].control.l0.steps) == 20:  # type: ignore[union-attr]
@@ -117,8 +117,9 @@ def test_an_error_in_one_ends_all_and_is_raised(two_threads: None) -> None:
     shared = batches(rows(), BATCH, seed=5)
     with pytest.raises(RuntimeError, match="no more"):
         train_together(saes, [shared] * 3, config(), on_step=fail)
-    # Threads of earlier tests may have ended meanwhile.
-    assert torch.get_num_threads() == 2 and set(threading.enumerate()) <= before
+    assert torch.get_num_threads() == 2
+    # By name: beside a busy core, step/spinning.py may keep a thread of its own meanwhile.
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sae_")]
     assert all(one.control.l0.steps <= 30 for one in saes if one.control.l0)
 
 
