@@ -35,6 +35,7 @@ torch.manual_seed(0)
 
 # Give the target L0 alone: thresholds, bandwidth and coefficient are then found from the data.
 sae_cfg = JumpReLUTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, target_l0=TARGET_L0)
+recipe = get_recipe("default")
 cfg = LanguageModelSAERunnerConfig(
     sae=sae_cfg,
     model_name=EMBEDDED_MODEL,
@@ -45,8 +46,8 @@ cfg = LanguageModelSAERunnerConfig(
     n_batches_in_buffer=128,  # 128 x CONTEXT activations are shuffled together
     n_batches_for_norm_estimate=10,
     exclude_special_tokens=True,
-    lr=get_recipe("default").learning_rate(sae_cfg, STEPS * BATCH, BATCH),
-    lr_decay_steps=STEPS // 5,
+    lr=recipe.learning_rate(sae_cfg, STEPS * BATCH, BATCH),
+    lr_decay_steps=recipe.lr_decay_steps(STEPS),
     dead_feature_window=STEPS // 5,
     checkpoint_path=None,
     output_path=OUTPUT,

@@ -146,7 +146,9 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a run the same run, flat: SAELens' fields, and an SAE's as sae.NAME, or as
     saes.DICTIONARY.NAME where there are several."""
     fields = {name: value for name, value in config.items() if name not in _FREE}
-    if fields.get("lr_scheduler_name") == "constant":
+    schedule = str(fields.get("lr_scheduler_name")).lower()  # as SAELens reads it
+    fields["lr_scheduler_name"] = schedule
+    if schedule == "constant":
         fields.pop("lr_end", None)  # SAELens fills it in, and this schedule does not read it
     fields |= _without_free("sae", fields.pop("sae", None))
     several = fields.pop("saes", None)

@@ -121,10 +121,10 @@ def test_a_config_that_was_changed_in_a_checkpoint_is_damage_not_another_run(
     assert chosen.resume_from_checkpoint == str(before)
 
 
-def test_an_end_of_the_learning_rate_that_nothing_reads_tells_no_runs_apart(
+def test_how_a_schedule_is_written_and_an_end_that_it_does_not_read_tell_no_runs_apart(
     model: Any, killed: Path, tmp_path: Path
 ) -> None:
-    for schedule, resumed in (("constant", True), ("cosineannealing", False)):
+    for schedule, resumed in (("constant", True), ("Constant", True), ("cosineannealing", False)):
         cfg = short(tmp_path, lr_end=1e-4, lr_scheduler_name=schedule)
         cfg.resume_from_checkpoint = "auto"
         found = resolve_auto(cfg).resume_from_checkpoint
