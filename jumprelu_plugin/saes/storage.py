@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from sae_lens import JumpReLUTrainingSAE as StockTrainingSAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from torch import Tensor
@@ -151,6 +152,13 @@ class StoredParameters(StockTrainingSAE):
         super().fold_W_dec_norm()
 
     # ---------------------------------------------------------------- saving, loading
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """As SAELens', in float64: in float32, numpy refuses to divide norms that are 1 ± 1e-7."""
+        found = super().log_histograms()
+        return {name: values.astype("float64") for name, values in found.items()}
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:

@@ -26,17 +26,17 @@ TRAIN = """
 import sys
 from pathlib import Path
 from tests.training.test_logging import train
-train(Path(sys.argv[1]), log_to_wandb=True)
+train(Path(sys.argv[1]), log_to_wandb=True, eval_every=int(sys.argv[2]))
 """
 
 
-def train(folder: Path, log_to_wandb: bool) -> None:
+def train(folder: Path, log_to_wandb: bool, eval_every: int = 1000) -> None:
     torch.set_num_threads(1)
     logger = LoggingConfig(
         log_to_wandb=log_to_wandb,
         wandb_project="a-test",
         wandb_log_frequency=5,
-        eval_every_n_wandb_logs=1000,
+        eval_every_n_wandb_logs=eval_every,
     )
     cfg = config(folder, training_tokens=STEPS * BATCH, logger=logger, checkpoint_path=None)
     run(tiny_hooked(tiny_hf(), tiny_tokenizer(folder / "tokenizer")), cfg, token_rows())
@@ -74,10 +74,8 @@ def offline_history(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train_offline(folder: Path, eval_every: int = 1000) -> Path:
     """A finished run that logged to an offline wandb."""
-    folder = tmp_path_factory.mktemp("offline")
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -86,12 +84,25 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "WANDB_SILENT": "true",
     }
     environment.pop("WANDB_API_KEY", None)
-    script = [sys.executable, "-c", TRAIN, str(folder)]
+    script = [sys.executable, "-c", TRAIN, str(folder), str(eval_every)]
     done = subprocess.run(
         script, env=environment, cwd=folder, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_offline(tmp_path_factory.mktemp("offline"))
+
+
+def test_evaluations_are_logged(tmp_path: Path) -> None:
+    """With a histogram of decoder norms, all of which are 1 ± 1e-7 where L0 is controlled."""
+    history = {record["_step"]: record for record in offline_history(train_offline(tmp_path, 4))}
+    for step in (19, 39):
+        assert history[step]["metrics/explained_variance"] is not None
+        assert history[step]["weights/W_dec_norms"]
 
 
 def test_offline_wandb_holds_what_the_lines_hold(offline: Path) -> None:
