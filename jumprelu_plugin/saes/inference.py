@@ -7,7 +7,7 @@ the stock SAE does: alone, or spliced into a hooked model.
 
 It never guesses: where the stock computation is observable in another way, it is the one that runs.
 That is where gradients are wanted (use `torch.no_grad()`), where a hook reads the pre-activations,
-and in half precision.
+where an input is not finite, and in half precision.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def sparse_inference(sae: JumpReLUSAE, *, screen: bool = False) -> SparseJumpReL
         )
         for name, parameter in sae.named_parameters(recurse=False)
     }
+    # SAELens keeps these as closures, which keep what they saw in the SAE that made them.
+    twin._setup_activation_normalization()
+    if twin.hook_z_reshaping_mode:
+        twin.turn_on_forward_pass_hook_z_reshaping()
     twin.screen = screen
     return twin
 
@@ -70,7 +74,7 @@ class SparseJumpReLUSAE(JumpReLUSAE):
     @override
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations [..., d_sae], dense, as the stock SAE gives them."""
-        if self._wants_all(x) or _hooked(self.hook_sae_acts_pre):
+        if self._wants_all(x) or _hooked(self.hook_sae_acts_pre) or not _finite(x):
             return super().encode(x)
         sae_in = self.process_sae_in(x)
         pattern, values = self._active(sae_in)
@@ -97,7 +101,7 @@ class SparseJumpReLUSAE(JumpReLUSAE):
             self.hook_sae_acts_post,
             self.hook_sae_recons,
         )
-        if self._wants_all(x) or any(map(_hooked, observed)):
+        if self._wants_all(x) or any(map(_hooked, observed)) or not _finite(x):
             return super().forward(x)
         sae_in = self.process_sae_in(x)
         out = self._reconstruct(*self._active(sae_in), sae_in.shape[:-1])
@@ -128,3 +132,8 @@ class SparseJumpReLUSAE(JumpReLUSAE):
 
 def _hooked(point: nn.Module) -> bool:
     return bool(point._forward_hooks or point._backward_hooks)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of it is finite: NaN passes no threshold, and the stock SAE hands it on."""
+    return bool(x.sum().isfinite())

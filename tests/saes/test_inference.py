@@ -10,7 +10,7 @@ from sae_lens import SAE, JumpReLUSAE
 from torch import Tensor
 
 from jumprelu_plugin.saes.inference import SparseJumpReLUSAE, sparse_inference
-from tests.tiny import HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
+from tests.tiny import D_HEAD, HEADS, N_HEADS, RESIDUAL, WIDTH, tiny_models, tiny_sae, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D_IN = WIDTH[RESIDUAL]
@@ -70,6 +70,30 @@ def test_normalised_inputs(normalisation: str, apply_b_dec: bool) -> None:
     fast, x = sparse_inference(sae), activations(5, 13)
     torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
     torch.testing.assert_close(fast(x), sae(x), **TIGHT)
+
+
+def test_heads_of_an_sae_that_was_not_used_before() -> None:
+    sae = tiny_sae(HEADS, d_sae=211, seed=3)
+    assert sae.hook_z_reshaping_mode
+    fast = sparse_inference(sae)
+    z = torch.randn(5, 7, N_HEADS, D_HEAD)
+    wanted = tiny_sae(HEADS, d_sae=211, seed=3)
+    torch.testing.assert_close(fast.encode(z), wanted.encode(z), **TIGHT)
+    torch.testing.assert_close(
+        fast.decode(fast.encode(z)), wanted.decode(wanted.encode(z)), **TIGHT
+    )
+    torch.testing.assert_close(sparse_inference(sae)(z), wanted(z), **TIGHT)
+
+
+def test_what_is_not_finite_is_handed_on() -> None:
+    sae, x = stock(), activations(307)
+    x[11, 3] = float("nan")
+    x[13, 5] = float("inf")
+    fast = sparse_inference(sae)
+    for name in ("encode", "forward"):
+        found, wanted = getattr(fast, name)(x), getattr(sae, name)(x)
+        assert torch.isnan(wanted[11]).any()
+        torch.testing.assert_close(found, wanted, equal_nan=True, **TIGHT)
 
 
 def test_nothing_and_everything_active() -> None:
