@@ -21,9 +21,9 @@ from jumprelu_plugin.formats.checking import (
     TOLERANCE,
     Check,
     compare_outputs,
-    far_from_thresholds,
+    expected_activations,
     random_inputs,
-    require_enough_inputs,
+    require_shape,
 )
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig
@@ -96,26 +96,22 @@ def compare_clt(
         tolerance: the largest relative error that passes.
 
     Raises:
-        ValueError: activations or outputs differ by more than `tolerance`, or too few random inputs
-            are clear of the thresholds.
+        ValueError: activations or outputs differ by more than `tolerance`, or rounding decides of
+            too many activations whether the latent fires.
     """
     x = torch.stack(
         [random_inputs(s.parameters_to_all(), seed) for seed, s in enumerate(model.sources)]
     )
     exact = copy.deepcopy(model).double()
-    far = torch.stack(
+    activations = loaded.encode(x)
+    require_shape(activations, exact.encode(x.double()))
+    f = torch.stack(
         [
-            far_from_thresholds(source.parameters_to_all(), part)
-            for source, part in zip(exact.sources, x.double().unbind(0), strict=True)
+            expected_activations(source.parameters_to_all(), part, found)
+            for source, part, found in zip(exact.sources, x.double(), activations, strict=True)
         ]
     )
-    x = x[:, far.all(0)]
-    require_enough_inputs(x.shape[1])
-    f = exact.encode(x.double())
-    outputs = {
-        "activations": (loaded.encode(x), f),
-        "outputs": (loaded(x), exact.decode(f)),
-    }
+    outputs = {"activations": (activations, f), "outputs": (loaded(x), exact.decode(f))}
     return compare_outputs(loader, outputs, x.shape[1], f, tolerance)
 
 
