@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def load_sae(folder: Path, device: str = "cpu") -> Any:
     """SAELens' inference object in a folder, of whatever architecture.
 
     Raises:
-        ValueError: SAELens cannot load the folder, or its metadata names no text where it should.
+        ValueError: SAELens cannot load the folder, or its metadata has a value of another type than
+            SAELens writes.
     """
     if is_format(folder):
         _refuse_damaged_config(folder / SAE_CFG_FILENAME)
@@ -89,6 +91,7 @@ def load_sae(folder: Path, device: str = "cpu") -> Any:
     metadata = sae.cfg.metadata.to_dict()
     for name in (*_DICTIONARY_FIELDS, "model_class_name", "dataset_path"):
         text_field(metadata, name, folder / SAE_CFG_FILENAME)
+    _refuse_damaged_metadata(metadata, folder / SAE_CFG_FILENAME)
     return sae
 
 
@@ -109,6 +112,34 @@ def load_folded_sae(folder: Path, device: str = "cpu") -> Any:
         sae.fold_activation_norm_scaling_factor(scales.scale_in)
     sae.cfg.normalize_activations = "none"
     return sae
+
+
+def _refuse_damaged_metadata(metadata: Mapping[str, Any], path: Path) -> None:
+    """Name the entry of another type than SAELens writes, which would mean something else."""
+
+    def whole(value: Any, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    def ids(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(whole(token, 0) for token in value)
+
+    flags = {
+        name: (lambda value: isinstance(value, bool), "true or false")
+        for name in ("prepend_bos", "disable_concat_sequences")
+    }
+    expected: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **flags,
+        "context_size": (lambda value: whole(value, 1), "a whole number from 1 on"),
+        "hook_head_index": (lambda value: whole(value, 0), "a whole number from 0 on"),
+        "exclude_special_tokens": (
+            lambda value: isinstance(value, bool) or ids(value),
+            "true, false or a list of token ids",
+        ),
+    }
+    for name, (fits, kind) in expected.items():
+        value = metadata.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{path} has {name} {value!r}; expected {kind}")
 
 
 def _refuse_damaged_config(path: Path) -> None:

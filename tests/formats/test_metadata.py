@@ -265,3 +265,25 @@ def test_gemma_scope_2_without_config_is_known_by_its_folder(
     with pytest.raises(ValueError, match="'model.layers.2.odd.output' as hf_hook_point_out"):
         load_dictionary(path)
     assert load_dictionary(path, hook_name_out=RESIDUAL).hook_name_out == RESIDUAL
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("context_size", "128", "a whole number from 1 on"),
+        ("context_size", 64.0, "a whole number from 1 on"),
+        ("context_size", -5, "a whole number from 1 on"),
+        ("context_size", True, "a whole number from 1 on"),
+        ("prepend_bos", "false", "true or false"),
+        ("disable_concat_sequences", 1, "true or false"),
+        ("hook_head_index", "1", "a whole number from 0 on"),
+        ("exclude_special_tokens", "[1, 2]", "true, false or a list of token ids"),
+        ("exclude_special_tokens", ["a"], "true, false or a list of token ids"),
+    ],
+)
+def test_an_entry_of_another_type_is_refused(
+    tmp_path: Path, name: str, value: Any, expected: str
+) -> None:
+    folder = saved(tmp_path / "sae", random_sae(), **{name: value})
+    with pytest.raises(ValueError, match=rf"cfg\.json has {name} .*; expected {expected}"):
+        load_saved(folder)
