@@ -24,7 +24,7 @@ def latent_activations(
     Args:
         model: a hooked model.
         sae: the dictionary; its metadata names the hook.
-        tokens: the text.
+        tokens: the text, on any device.
         batch_size: sequences in a batch.
 
     Raises:
@@ -37,16 +37,17 @@ def latent_activations(
     for start in range(0, len(tokens), batch_size):
         inputs.clear()
         with attached(model, hook, lambda x: inputs.append(flat_heads(x, head))), torch.no_grad():
-            model(tokens[start : start + batch_size], return_type=None)
+            model(tokens[start : start + batch_size].to(model.cfg.device), return_type=None)
         with flat_input(sae), torch.no_grad():
-            acts = sae.encode(inputs[0].flatten(0, 1).to(sae.dtype)).float().cpu()
+            x = inputs[0].flatten(0, 1).to(sae.W_dec.device, sae.dtype)
+            acts = sae.encode(x).float().cpu()
         yield start * tokens.shape[1], acts
 
 
 def left_out(
     sae: Any, tokens: Int[Tensor, "sequences positions"], special_token_ids: Iterable[int]
 ) -> Bool[Tensor, " tokens"]:
-    """Which tokens of the flattened text are not counted.
+    """Which tokens of the flattened text are not counted, on the CPU.
 
     These are special tokens, and what the SAE was not trained on: tokens that its metadata excludes
     and positions outside its slice.
@@ -54,6 +55,7 @@ def left_out(
     Raises:
         ValueError: the metadata's `seqpos_slice` is no slice.
     """
+    tokens = tokens.cpu()
     ids = sorted({*special_token_ids, *excluded_tokens(sae)})
     outside = torch.isin(tokens, torch.tensor(ids, dtype=tokens.dtype))
     inside = torch.zeros_like(outside)

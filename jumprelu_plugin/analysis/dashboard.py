@@ -22,11 +22,13 @@ from torch import Tensor
 from jumprelu_plugin.analysis.contexts import LatentContexts, collect_contexts
 from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects
 from jumprelu_plugin.analysis.neighbors import nearest_latents
+from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
 from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.records import write_text
 
+DASHBOARD_FILENAME = "features.html"
 _TEMPLATE = "dashboard.html.j2"
 # Hooks whose values are, or are added to, the residual stream, which the unembedding reads.
 _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
@@ -49,10 +51,10 @@ def write_dashboard(
     """Write a page about `sae`'s latents over `tokens` to `path`, atomically.
 
     Args:
-        path: the HTML file.
+        path: the HTML file, which may be there already.
         model: a hooked model with its tokenizer.
         sae: the dictionary; its metadata names the hook.
-        tokens: the text.
+        tokens: the text, on any device.
         latents: the latents shown; all by default.
         examples: the most contexts of a latent.
         title: the page's title; the hook's name by default.
@@ -60,9 +62,11 @@ def write_dashboard(
         explanations: explanations by latent, which the page shows and searches.
 
     Raises:
-        ValueError: the dictionary lacks one of the latents, or expects scaled inputs.
+        ValueError: `path` is a folder, the dictionary lacks one of the latents, or it expects
+            scaled inputs.
     """
     path = Path(path)
+    require_place_for_file(path, DASHBOARD_FILENAME)
     shown = _shown_latents(latents, sae.cfg.d_sae)
     special = list(model.tokenizer.all_special_ids)
     top = collect_top_activations(model, sae, tokens, special_token_ids=special)

@@ -32,11 +32,22 @@ def intervention(kind: str, latent: int, amount: float) -> Intervention:
     raise ValueError(f"there is no intervention {kind!r}; there are: {', '.join(INTERVENTIONS)}")
 
 
-def generate(model: Any, prompt: str, seed: int, new_tokens: int = 40) -> str:
-    """The prompt and a continuation, sampled with this seed (temperature 0.7, top 20)."""
+def generate(
+    model: Any, prompt: str, seed: int, new_tokens: int = 40, prepend_bos: bool | None = None
+) -> str:
+    """The prompt and a continuation, sampled with this seed (temperature 0.7, top 20).
+
+    Args:
+        prepend_bos: whether the BOS token comes before the prompt; None: as the model has it.
+    """
     torch.manual_seed(seed)
     return model.generate(
-        prompt, max_new_tokens=new_tokens, temperature=0.7, top_k=20, verbose=False
+        prompt,
+        max_new_tokens=new_tokens,
+        temperature=0.7,
+        top_k=20,
+        prepend_bos=prepend_bos,
+        verbose=False,
     )
 
 
@@ -48,12 +59,14 @@ def generate_steered(
     *,
     seed: int = 0,
     new_tokens: int = 40,
+    prepend_bos: bool | None = None,
 ) -> tuple[str, str]:
     """`generate`'s text without and with the intervention, sampled with the same seed.
 
     Raises:
         ValueError: as in `steering.steer`.
     """
-    without = generate(model, prompt, seed, new_tokens)
+    # Steered first: what `steer` refuses, it refuses before any text is generated.
     with steer(model, sae, intervention):
-        return without, generate(model, prompt, seed, new_tokens)
+        steered = generate(model, prompt, seed, new_tokens, prepend_bos)
+    return generate(model, prompt, seed, new_tokens, prepend_bos), steered

@@ -158,7 +158,7 @@ def steer(
     """
     plan = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     hook_in, hook_out = sae_sites(sae)
-    _check_plan(plan, sae)
+    check_interventions(sae, plan)
     require_firing(model, hook_in, hook_out)
     steering = _Steering(sae, plan, hook_in, hook_out)
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def steering_vector(sae: Any, amounts: Mapping[int, float]) -> Float[Tensor, " d
         ValueError: there are no amounts, a latent is out of range, or the SAE's inputs are scaled.
     """
     plan = [Add(latent, amount) for latent, amount in amounts.items()]
-    _check_plan(plan, sae)
+    check_interventions(sae, plan)
     rows = sae.W_dec.detach()[[each.latent for each in plan]].float()
     return rows.new_tensor([each.amount for each in plan]) @ rows
 
@@ -302,7 +302,13 @@ def _mask(
     return row_mask[:, None] & column_mask[None, :]
 
 
-def _check_plan(plan: Sequence[Intervention], sae: Any) -> None:
+def check_interventions(sae: Any, plan: Sequence[Intervention]) -> None:
+    """Check that the interventions can act on the latents of `sae`; `steer` does so first.
+
+    Raises:
+        TypeError: an intervention is of another type.
+        ValueError: there are none, a latent is out of range, or the SAE's inputs are scaled.
+    """
     if not plan:
         raise ValueError("No interventions were given. Pass at least one Add, Clamp or Ablate.")
     for each in plan:

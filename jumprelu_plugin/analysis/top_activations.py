@@ -21,7 +21,7 @@ class TopActivations:
     """The `TOP` highest activations of every latent over a text.
 
     Attributes:
-        tokens: the text, [sequences, positions].
+        tokens: the text, [sequences, positions]; on the CPU, as all other tensors.
         activation: the activations, [d_sae, TOP], descending; 0 if a latent fired less often.
         position: their indices into the flattened `tokens`, [d_sae, TOP].
         latent_density: fraction of the counted tokens each latent fires on, [d_sae].
@@ -73,7 +73,7 @@ def collect_top_activations(
     Args:
         model: a hooked model.
         sae: the dictionary; its metadata names the hook.
-        tokens: the text.
+        tokens: the text, on any device.
         batch_size: sequences in a batch.
         special_token_ids: tokens whose activations are not counted, beside those that the SAE was
             not trained on (`activations.left_out`).
@@ -82,6 +82,7 @@ def collect_top_activations(
         ValueError: the SAE has no hook name, its hook does not fire, or it expects scaled inputs.
     """
     require_folded(sae)
+    tokens = tokens.cpu()
     ignored = left_out(sae, tokens, special_token_ids or ())
     d_sae = sae.cfg.d_sae
     activation = torch.zeros(d_sae, TOP)

@@ -49,8 +49,11 @@ def evaluate(
 
     A cross-layer transcoder takes the place of all its MLPs at once.
     """
-    from jumprelu_plugin.formats.saved import load_saved
+    from jumprelu_plugin.analysis.output_file import require_place_for_file
+    from jumprelu_plugin.formats.saved import RECORD_FILENAME, load_saved
 
+    if output_path is not None:
+        require_place_for_file(output_path, RECORD_FILENAME)
     saved = load_saved(folder, options, context_size=context_size, clt=True)
     console.print(saved.evaluate(sequences, output_path).table())
     if output_path is not None:
@@ -83,6 +86,7 @@ def steer(
 ) -> None:
     """Continue a prompt without and with a change to one latent."""
     from jumprelu_plugin.analysis.generation import generate_steered, intervention
+    from jumprelu_plugin.analysis.steering import check_interventions
     from jumprelu_plugin.formats.saved import load_saved
 
     if change is Change.ablate and amount is not None:
@@ -90,14 +94,17 @@ def steer(
             f"--amount {amount:g} has no effect with --change ablate, which sets the latent to 0: "
             "leave it out, or give --change clamp"
         )
+    chosen = intervention(change.value, latent, 20.0 if amount is None else amount)
     saved = load_saved(folder, options)
+    check_interventions(saved.dictionary, [chosen])  # before a text for the prompt is read
     without, steered = generate_steered(
         saved.model,
         saved.dictionary,
-        intervention(change.value, latent, 20.0 if amount is None else amount),
+        chosen,
         saved.prompt() if prompt is None else prompt,
         seed=seed,
         new_tokens=tokens,
+        prepend_bos=saved.choice.prepend_bos,
     )
     console.print("[bold]without[/]")
     console.print(without, markup=False, highlight=False)
@@ -128,10 +135,12 @@ def dashboard(
     ] = None,
 ) -> None:
     """Write a searchable HTML page of a dictionary's latents; it needs no network."""
-    from jumprelu_plugin.analysis.dashboard import write_dashboard
+    from jumprelu_plugin.analysis.dashboard import DASHBOARD_FILENAME, write_dashboard
+    from jumprelu_plugin.analysis.output_file import require_place_for_file
     from jumprelu_plugin.formats.explanations import read_explanations
     from jumprelu_plugin.formats.saved import load_saved
 
+    require_place_for_file(output_path, DASHBOARD_FILENAME)
     chosen = None if latents is None else whole_numbers("--latents", latents)
     texts = None if explanations is None else read_explanations(explanations, folder).texts
     saved = load_saved(folder, options, context_size=context_size)

@@ -8,7 +8,6 @@ missing, circuit-tracer runs and gives a graph of the wrong size.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ from jumprelu_plugin.formats import saelens
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.circuit_tracer_folder import CONFIG, require_readable
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.reading import layer_folders
 from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
 
 LOADER = Loader(
@@ -35,7 +35,6 @@ LOADER = Loader(
 # effects are linear once norms and attention patterns are frozen.
 INPUTS = ("ln2.hook_normalized", "hook_resid_mid", "mlp.hook_in")
 OUTPUTS = ("hook_mlp_out", "mlp.hook_out")
-_LAYER_FOLDER = re.compile(r"^layer_(\d+)$")
 
 
 def read_layers(folder: Path, *, fold_scale: bool = False) -> dict[int, Dictionary]:
@@ -51,11 +50,10 @@ def read_layers(folder: Path, *, fold_scale: bool = False) -> dict[int, Dictiona
     Raises:
         ValueError: there are none, or one reads another layer than that of its folder.
     """
-    layers: dict[int, Dictionary] = {}
-    for child in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _LAYER_FOLDER.match(child.name)
-        if match and saelens.is_format(child):
-            layers[int(match[1])] = saelens.read(child, fold_scale=fold_scale)
+    layers = {
+        layer: saelens.read(path, fold_scale=fold_scale)
+        for layer, path in layer_folders(folder).items()
+    }
     if not layers:
         raise ValueError(
             f"{folder} holds no transcoders: expected SAELens folders layer_0, layer_1, ..., one "

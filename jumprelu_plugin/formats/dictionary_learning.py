@@ -52,11 +52,11 @@ def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
         hook_name: overrides the hook that config.json names.
 
     Raises:
-        ValueError: the class is another, the file holds objects other than tensors, or keys or
-            shapes are wrong.
+        ValueError: the class is another, the file holds objects other than tensors, or keys,
+            shapes or the context's length are wrong.
     """
     path = folder / FILENAME
-    trainer = _trainer(folder)
+    trainer, metadata = _trainer(folder), _metadata(folder)
     tensors = read_torch(path)
     if not isinstance(tensors, Mapping) or set(tensors) != set(_KEYS):
         held = sorted(map(str, tensors)) if isinstance(tensors, Mapping) else type(tensors).__name__
@@ -67,7 +67,7 @@ def read(folder: Path, *, hook_name: str | None = None) -> Dictionary:
     with named(path):
         parameters = Parameters.named({key: value.float() for key, value in tensors.items()})
     model_name = text_field(trainer, "lm_name", folder / CONFIG)
-    return Dictionary(parameters, hook_name or _hook(trainer), None, model_name)
+    return Dictionary(parameters, hook_name or _hook(trainer), None, model_name, metadata)
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -127,6 +127,21 @@ def _trainer(folder: Path) -> dict[str, Any]:
             "only JumpReLU dictionaries are read"
         )
     return trainer
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """SAELens' metadata that config.json has: the length of the sequences in training."""
+    path = folder / CONFIG
+    buffer = read_json(path).get("buffer") or {}
+    length = buffer.get("ctx_len") if isinstance(buffer, dict) else buffer
+    if length is None:
+        return {}
+    if type(length) is not int or length < 1:
+        raise ValueError(
+            f"{path} has buffer {buffer!r}; expected an object whose ctx_len is a whole number "
+            "from 1 on"
+        )
+    return {"context_size": length}
 
 
 def _hook(trainer: dict[str, Any]) -> str | None:

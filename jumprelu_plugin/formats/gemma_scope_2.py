@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from jumprelu_plugin.formats.checking import Check, Loader
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.saelens import compare_sae
 from jumprelu_plugin.formats.saelens_loaders import hub_files_from, load_with
-from jumprelu_plugin.models.language_models import load_model
+from jumprelu_plugin.models.language_models import load_model, local_folder
 from jumprelu_plugin.records import named, read_json, text_field
 from jumprelu_plugin.saes.parameters import Parameters
 from jumprelu_plugin.saes.tensor_files import read_safetensors
@@ -139,7 +140,8 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
     """Convert a transcoder of ln2.hook_normalized to one of mlp.hook_in, after the norm's gain.
 
     Raises:
-        ValueError: the hook is another, or the model is not known.
+        ValueError: the hook is another, the model is not known, or its norm centers.
+        OSError: the model cannot be had.
     """
     layer, hook = dictionary.site()
     if hook != "ln2.hook_normalized":
@@ -148,13 +150,31 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
         raise ValueError(
             "the gain is a parameter of the model, which is not known: give --model_name"
         )
-    model = load_model(dictionary.model_name, "HookedTransformer")
-    gain = model.blocks[layer].ln2.w.detach()
+    model = load_model(dictionary.model_name, _model_class(dictionary))
+    with torch.no_grad():  # the norm is called, because models differ in how they store its gain
+        gain = model.blocks[layer].ln2(torch.full((1, 1, model.cfg.d_model), 100.0)).flatten()
+    if not gain.any():
+        raise ValueError(
+            f"the norm of {dictionary.model_name!r} subtracts the mean, which a transcoder of "
+            "Gemma Scope 2 cannot: --fold_gain is for models such as Gemma"
+        )
     return replace(
         dictionary,
         parameters=dictionary.parameters.fold_input_gain(gain),
         hook_name=f"blocks.{layer}.mlp.hook_in",
     )
+
+
+def _model_class(dictionary: Dictionary) -> str:
+    """The recorded class; else the one that takes the model: a bridge takes any folder."""
+    recorded = dictionary.metadata.get("model_class_name") or ""
+    if recorded.endswith("TransformerBridge"):
+        return recorded
+    folder = local_folder(dictionary.model_name or "")
+    plain = {} if folder is None else read_json(folder / CONFIG)
+    if plain.get("model_type", "gemma2") == "gemma2":
+        return "HookedTransformer"
+    return "TransformerBridge"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from jumprelu_plugin.records import append_jsonl
 SETTINGS = "neuronpedia_runner.json"
 EXPLANATIONS = "explanations/batch-0.jsonl"
 METHOD = "jumprelu_study-explain"
+# sae-dashboard 0.8.0 looks for the loading keywords at a place where SAELens' configs have none. So
+# it loads every model with TransformerLens' default processing, and sets this flag where needed.
+OWN_KEYWORDS = ("fold_ln", "center_writing_weights", "fold_value_biases", "use_hook_mlp_in")
 LOADER = Loader(
     "sae-dashboard's FeatureMaskingContext",
     "sae_dashboard",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from jumprelu_plugin.formats import dictionary_learning, gemma_scope, gemma_scope_2, saelens
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.transcoders.clt import folder as clt_folder
 
 # The files of the readable formats, by which a dictionary may be named too.
 _FILES = (
@@ -16,6 +18,11 @@ _FILES = (
     gemma_scope_2.FILENAME,
     dictionary_learning.FILENAME,
 )
+_LAYER_FOLDER = re.compile(r"^layer_(\d+)$")
+
+
+class NoDictionaryError(ValueError):
+    """A folder holds no dictionary in a readable format."""
 
 
 def dictionary_folder(source: str | Path) -> Path:
@@ -52,7 +59,8 @@ def load_dictionary(
             ones.
 
     Raises:
-        ValueError: the folder is in none of these formats, or its files are invalid.
+        ValueError: the folder is in none of these formats (`NoDictionaryError`), or its files are
+            invalid.
     """
     folder = dictionary_folder(folder)
     if saelens.is_format(folder):
@@ -64,13 +72,36 @@ def load_dictionary(
     elif dictionary_learning.is_format(folder):
         dictionary = dictionary_learning.read(folder, hook_name=hook_name)
     else:
-        raise ValueError(
+        raise NoDictionaryError(
             f"{folder} holds no dictionary: expected cfg.json (SAELens), {gemma_scope.FILENAME} "
             f"(Gemma Scope), {gemma_scope_2.FILENAME} (Gemma Scope 2) or "
-            f"{dictionary_learning.FILENAME} (dictionary_learning). For a folder of layer_0, "
-            "layer_1, ... or a cross-layer transcoder use --to circuit-tracer"
+            f"{dictionary_learning.FILENAME} (dictionary_learning){_what_is_there(folder)}"
         )
     names = {"hook_name": hook_name, "hook_name_out": hook_name_out, "model_name": model_name}
     return replace(
         dictionary, **{name: value for name, value in names.items() if value is not None}
     )
+
+
+def layer_folders(folder: Path) -> dict[int, Path]:
+    """The SAELens folders `folder/layer_0`, `folder/layer_1`, ..., by layer."""
+    found: dict[int, Path] = {}
+    for child in folder.iterdir() if folder.is_dir() else []:
+        match = _LAYER_FOLDER.match(child.name)
+        if match and saelens.is_format(child):
+            found[int(match[1])] = child
+    return dict(sorted(found.items()))
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder that is no dictionary's holds instead, and what to do; empty if nothing."""
+    layers = layer_folders(folder)
+    if layers:
+        first = next(iter(layers.values()))
+        return f". It holds the folders of {len(layers)} layers: give one of them, such as {first}"
+    if clt_folder.is_here(folder):
+        return (
+            ". It holds a cross-layer transcoder, which `jumprelu evaluate` takes and a command "
+            "for one dictionary does not"
+        )
+    return ""

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from sae_lens import logger
 from torch import Tensor
 
+from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
 from jumprelu_plugin.formats.reading import dictionary_folder, load_dictionary
 from jumprelu_plugin.formats.saelens import load_folded_sae
@@ -23,6 +24,8 @@ from jumprelu_plugin.models.sequences import fitting_context, read_sequences
 from jumprelu_plugin.records import digest, provenance
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder, evaluate_clt, load_clt
 from jumprelu_plugin.transcoders.clt import folder as clt_folder
+
+RECORD_FILENAME = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,11 @@ class SavedDictionary:
         Args:
             output: a JSON file to write the result to, with its provenance.
 
-        Raises as `evaluation.evaluate` and `evaluate_clt` do.
+        Raises:
+            ValueError: `output` is a folder, and as `evaluation.evaluate` and `evaluate_clt` do.
         """
+        if output is not None:
+            require_place_for_file(output, RECORD_FILENAME)
         _, tokens = self.sequences(sequences)
         function = evaluate_clt if isinstance(self.dictionary, CrossLayerTranscoder) else evaluate
         result = function(self.model, self.dictionary, tokens)

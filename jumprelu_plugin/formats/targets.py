@@ -23,7 +23,8 @@ from jumprelu_plugin.formats import (
 from jumprelu_plugin.formats.checking import Check, Loader, is_export, write_record
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.explanations import read_explanations
-from jumprelu_plugin.formats.reading import load_dictionary
+from jumprelu_plugin.formats.processing import refuse_processing
+from jumprelu_plugin.formats.reading import NoDictionaryError, layer_folders, load_dictionary
 from jumprelu_plugin.models.language_models import local_folder
 from jumprelu_plugin.records import read_json, whole_folder
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder
@@ -31,8 +32,8 @@ from jumprelu_plugin.transcoders.clt import folder as clt_folder
 
 # The options of `load_dictionary`, which most targets take.
 _LOAD_OPTIONS = ("fold_scale", "hook_name", "hook_name_out", "model_name")
-# The only target whose files can say that one head is read.
-_NAMES_HEAD = "saelens"
+# The only target whose files can say that one head is read, or how the model is processed.
+_NAMES_ALL = "saelens"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Target:
             the keyword arguments of `write`.
         write: takes the dictionary, the folder and these keyword arguments.
         check: takes the dictionary, the folder and, for a steering vector, the amounts.
+        own_keywords: those of `model_from_pretrained_kwargs` that its tool sets by itself.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Target:
     read: Callable[..., tuple[Any, dict[str, Any]]]
     write: Callable[..., None]
     check: Callable[..., Check]
+    own_keywords: tuple[str, ...] = ()
 
 
 def export(
@@ -97,6 +100,8 @@ def export(
         target.loader.require()
     dictionary, write_options = target.read(Path(source), **options)
     _refuse_one_head(dictionary, target)
+    if target.name != _NAMES_ALL:
+        refuse_processing(dictionary, target.name, target.own_keywords)
     with whole_folder(output, replaces=is_export, kind="export") as folder:
         target.write(dictionary, folder, **write_options)
         check = None
@@ -111,11 +116,11 @@ def _refuse_one_head(dictionary: Any, target: Target) -> None:
     if (
         isinstance(dictionary, Dictionary)
         and dictionary.head is not None
-        and target.name != _NAMES_HEAD
+        and target.name != _NAMES_ALL
     ):
         raise ValueError(
             f"the dictionary reads head {dictionary.head} of {dictionary.hook_name} alone, and "
-            f"only --to {_NAMES_HEAD} can say so: another tool would give it all heads"
+            f"only --to {_NAMES_ALL} can say so: another tool would give it all heads"
         )
 
 
@@ -137,13 +142,19 @@ def pair_amounts(latents: Sequence[int] | None, values: Sequence[float] | None) 
     """The amount for each latent, from two sequences in the same order.
 
     Raises:
-        ValueError: the sequences have different lengths.
+        ValueError: the sequences have different lengths, or a latent is named twice.
     """
     latents, values = latents or [], values or []
     if len(latents) != len(values):
         raise ValueError(
             f"{len(latents)} latents and {len(values)} amounts were given: give --latents and "
             "--amounts lists of the same length"
+        )
+    twice = sorted({latent for latent in latents if latents.count(latent) > 1})
+    if twice:
+        raise ValueError(
+            f"--latents names {', '.join(map(str, twice))} more than once: give each latent once, "
+            "with the sum of its amounts"
         )
     return dict(zip(latents, values, strict=True))
 
@@ -156,13 +167,13 @@ def _flag(option: str) -> str:
 
 
 def _read_dictionary(source: Path, **options: Any) -> tuple[Dictionary, dict[str, Any]]:
-    return load_dictionary(source, **options), {}
+    return _load_one(source, **options), {}
 
 
 def _read_with_gain(
     source: Path, *, fold_gain: bool = False, **options: Any
 ) -> tuple[Dictionary, dict[str, Any]]:
-    dictionary = load_dictionary(source, **options)
+    dictionary = _load_one(source, **options)
     return gemma_scope_2.fold_gain(dictionary) if fold_gain else dictionary, {}
 
 
@@ -174,14 +185,24 @@ def _read_with_amounts(
             "a steering vector is a sum of decoder rows: name the latents with --latents and "
             "--amounts, for example --latents 7 --amounts 20"
         )
-    return load_dictionary(source, **options), {"amounts": dict(amounts)}
+    return _load_one(source, **options), {"amounts": dict(amounts)}
 
 
 def _read_with_explanations(
     source: Path, *, explanations: str | Path | None = None, **options: Any
 ) -> tuple[Dictionary, dict[str, Any]]:
     found = None if explanations is None else read_explanations(explanations, source)
-    return load_dictionary(source, **options), {"explanations": found}
+    return _load_one(source, **options), {"explanations": found}
+
+
+def _load_one(source: Path, **options: Any) -> Dictionary:
+    """`load_dictionary`; where there are several layers, its refusal names the target for them."""
+    try:
+        return load_dictionary(source, **options)
+    except NoDictionaryError as error:
+        if not layer_folders(source) and not clt_folder.is_here(source):
+            raise
+        raise ValueError(f"{error}. For all layers at once use --to circuit-tracer") from error
 
 
 def _read_layers(
@@ -335,6 +356,7 @@ TARGETS: dict[str, Target] = {
             read=_read_with_explanations,
             write=neuronpedia.write,
             check=neuronpedia.check,
+            own_keywords=neuronpedia.OWN_KEYWORDS,
         ),
     )
 }

@@ -41,12 +41,17 @@ def require_firing(model: Any, *hooks: str) -> None:
     """
     for hook in hooks:
         hook_point(model, hook)
-        flag = _FLAGS.get(_within_block(hook))
+        flag = hook_flag(hook)
         if flag is not None and getattr(getattr(model, "cfg", None), flag, True) is False:
             raise ValueError(_silent(hook))
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return
     _fired(model, hooks, _LENGTHS[0])
+
+
+def hook_flag(hook: str) -> str | None:
+    """The flag that turns a hook on, such as `use_hook_mlp_in`; None if it fires without one."""
+    return _FLAGS.get(_within_block(hook))
 
 
 def hook_widths(
@@ -112,7 +117,7 @@ def _within_block(hook: str) -> str:
 
 
 def _silent(hook: str) -> str:
-    flag = _FLAGS.get(_within_block(hook))
+    flag = hook_flag(hook)
     remedy = "give another hook"
     if flag is not None:
         remedy = (

@@ -70,10 +70,11 @@ class HookedAutoModel(HookedProxyLM):
         max_new_tokens: int = 10,
         temperature: float = 1.0,
         top_k: int | None = None,
+        prepend_bos: bool | None = None,
         verbose: bool = False,
     ) -> str:
         """The prompt and a sampled continuation, as HookedTransformer's method gives them."""
-        tokens = self._prompt_tokens(prompt)
+        tokens = self._prompt_tokens(prompt, prepend_bos is not False)
         model: Any = self.model
         made = model.generate(
             tokens,
@@ -86,10 +87,10 @@ class HookedAutoModel(HookedProxyLM):
         )
         return str(self.tokenizer.decode(made[0], skip_special_tokens=True))
 
-    def _prompt_tokens(self, prompt: str) -> Int[Tensor, "1 position"]:
+    def _prompt_tokens(self, prompt: str, prepend_bos: bool) -> Int[Tensor, "1 position"]:
         ids: Any = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        first = [] if bos is None else [bos]
+        first = [bos] if prepend_bos and bos is not None else []
         return torch.tensor([[*first, *ids]], device=self.cfg.device)
 
 

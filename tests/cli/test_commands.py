@@ -11,6 +11,7 @@ from sae_lens.training._interruption import InterruptedException
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.formats.saved import SavedDictionary
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
 from jumprelu_plugin.recipes import RECIPES
 from jumprelu_plugin.studies import demo
@@ -60,6 +61,42 @@ def test_steer_shows_text_without_and_with(folder: Path) -> None:
     before, after = (half.split("\n", 1)[1].strip() for half in halves[2])
     assert before == after  # by nothing
     assert "ablate latent 7" in steered[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--output_path", "taken"], "taken is a folder: give a file to write, such as "
+         "taken/evaluation.json"),
+        (["dashboard", "--output_path", "taken"], "taken is a folder: give a file to write, such "
+         "as taken/features.html"),
+        (["dashboard", "--output_path", "file/p.html"], "file is a file"),
+        (["steer", "--latent", "999", "--prompt", PROMPT], "its latents are 0 to 40"),
+        (["steer", "--latent", "-1"], "its latents are 0 to 40"),
+    ],
+)  # fmt: skip
+def test_what_cannot_end_does_not_begin(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("the computation began")
+
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    Path("file").touch()
+    if arguments[0] == "steer":  # the model tells no more than the dictionary which latents exist
+        monkeypatch.setattr(SavedDictionary, "sequences", begun)
+        monkeypatch.setattr("jumprelu_plugin.analysis.generation.generate", begun)
+    else:
+        monkeypatch.setattr("jumprelu_plugin.formats.saved.load_saved", begun)
+    command, *flags = arguments
+    result = CliRunner().invoke(app, [command, str(folder), *flags])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 def test_recipes_are_listed_with_their_sources() -> None:

@@ -27,6 +27,8 @@ def test_command(tmp_path: Path) -> None:
     assert "expected one of" in refusal([*common, "--to", "x"])
     assert "--list" in refusal(["export"])
     assert "1 latents and 0 amounts" in refusal([*common, "--to", "lm-eval", "--latents", "3"])
+    twice = ["--to", "lm-eval", "--latents", "7,11,7", "--amounts", "20,3,-5"]
+    assert "--latents names 7 more than once" in refusal([*common, *twice])
 
 
 def refusal(command: list[str]) -> str:

@@ -84,5 +84,5 @@ def test_other_widths_and_targets_are_refused(tmp_path: Path) -> None:
     source = save_clt(random_clt(model_name="m"), tmp_path / "clt")
     with pytest.raises(ValueError, match="reads width 13 and writes width 11"):
         export(source, "circuit-tracer", tmp_path / "out", n_layers=LAYERS, unchecked=True)
-    with pytest.raises(ValueError, match="cross-layer transcoder use --to circuit-tracer"):
+    with pytest.raises(ValueError, match="cross-layer transcoder.* use --to circuit-tracer"):
         export(source, "saelens", tmp_path / "out")

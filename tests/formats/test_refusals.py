@@ -109,6 +109,21 @@ def test_sets_that_circuit_tracer_cannot_take(layers, options, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_layers_is_no_dictionary(tmp_path: Path) -> None:
+    one = saved(random_transcoder(3), tmp_path / "set" / "layer_3")
+    (tmp_path / "clt").mkdir()
+    (tmp_path / "clt" / "cross_layer.json").write_text("{}")
+    for name, advice in (("set", f"give one of them, such as {one}"), ("clt", "cross-layer")):
+        with pytest.raises(ValueError, match=f"holds no dictionary.*{advice}") as plain:
+            load_dictionary(tmp_path / name)
+        assert "--to" not in str(plain.value)  # a flag of `jumprelu export` alone
+        with pytest.raises(ValueError, match=f"{advice}.*For all layers at once.*circuit-tracer"):
+            export(tmp_path / name, "gemma-scope", tmp_path / "out")
+    with pytest.raises(ValueError, match="holds no dictionary") as nothing:
+        export(tmp_path / "nowhere", "gemma-scope", tmp_path / "out")
+    assert "circuit-tracer" not in str(nothing.value)
+
+
 def test_set_folders_that_are_not_what_they_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no transcoders"):
         export(tmp_path, "circuit-tracer", tmp_path / "out", unchecked=True)

@@ -25,6 +25,7 @@ from tests.dictionaries import (
     random_transcoder,
     saved,
 )
+from tests.families import D, model_folder, plain_model
 from tests.formats.outputs import INPUTS, same_outputs
 
 SINGLE = {
@@ -113,6 +114,47 @@ def test_fold_gain_makes_it_a_transcoder_of_the_gained_norm(tmp_path: Path) -> N
     got = load_dictionary(tmp_path / "out").as_sae()
     assert (got.encode(gained_norm) > 0).any()
     same_outputs(got(gained_norm)[0], transcoder(plain)[0])
+
+
+@pytest.mark.parametrize("recorded", [None, "SAETransformerBridge"])
+def test_fold_gain_takes_models_that_only_a_bridge_loads(
+    recorded: str | None, tmp_path: Path
+) -> None:
+    folder = model_folder("gemma3", tmp_path / "model")
+    plain = plain_model("gemma3")
+    norm = plain.model.layers[1].pre_feedforward_layernorm
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-0.7, 0.9, D))
+    plain.save_pretrained(folder)
+    transcoder = random_transcoder(1, d_in=D, d_out=D, model=str(folder))
+    transcoder.cfg.metadata.model_class_name = recorded
+    export(saved(transcoder, tmp_path / "t"), "gemma-scope-2", tmp_path / "out", fold_gain=True)
+    got = load_dictionary(tmp_path / "out").as_sae()
+    x = torch.randn(53, D, generator=torch.Generator().manual_seed(7))
+    gain = torch.linspace(0.3, 1.9, D)
+    same_outputs(got(x * gain), transcoder(x))
+
+
+def test_fold_gain_refuses_a_norm_that_centers(tmp_path: Path) -> None:
+    folder = model_folder("gpt2", tmp_path / "model")
+    transcoder = random_transcoder(1, d_in=D, d_out=D, model=str(folder))
+    with pytest.raises(ValueError, match="subtracts the mean"):
+        export(saved(transcoder, tmp_path / "t"), "gemma-scope-2", tmp_path / "o", fold_gain=True)
+
+
+def test_dictionary_learning_keeps_the_length_of_sequences(tmp_path: Path) -> None:
+    export(saved(random_sae(), tmp_path / "sae"), "dictionary-learning", tmp_path / "out",
+           unchecked=True)  # fmt: skip
+    assert load_dictionary(tmp_path / "out").metadata == {"context_size": 37}
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    for buffer, kept in ((None, {}), ({}, {}), ({"ctx_len": None}, {})):
+        path.write_text(json.dumps({**config, "buffer": buffer}))
+        assert load_dictionary(tmp_path / "out").metadata == kept
+    for buffer in ({"ctx_len": "37"}, {"ctx_len": 0}, {"ctx_len": True}, [37]):
+        path.write_text(json.dumps({**config, "buffer": buffer}))
+        with pytest.raises(ValueError, match="expected an object whose ctx_len is a whole number"):
+            load_dictionary(tmp_path / "out")
 
 
 def test_neuronpedia_settings_are_its_runners_own(tmp_path: Path) -> None:

@@ -262,6 +262,24 @@ def test_steered_text_begins_from_the_same_seed(model: Any) -> None:
     )
 
 
+def test_text_is_steered_with_the_bos_token_that_the_sae_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def watched(*arguments: Any, **options: Any) -> str:
+        given.append(arguments[4])
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr("jumprelu_plugin.analysis.generation.generate", watched)
+    for prepend_bos in (True, False):
+        folder = saved_sae(tmp_path / str(prepend_bos), prepend_bos=prepend_bos)
+        call = ["steer", str(folder), "--latent", "7", "--tokens", "2", "--prompt", "The people"]
+        result = CliRunner().invoke(app, call)
+        assert result.exit_code == 0, result.output
+    assert given == [True, True, False, False]
+
+
 def test_an_intervention_has_a_name() -> None:
     assert intervention("add", 3, 2.0) == Add(3, 2.0)
     assert intervention("clamp", 3, 2.0) == Clamp(3, 2.0)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from jumprelu_plugin.analysis.generation import generate
 from jumprelu_plugin.models.hooked_auto_model import load_hooked_model
 from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.models.loading_keywords import LoadingKeywords
 from tests.families import model_folder
-from tests.tiny import RESIDUAL, tiny_hf, tiny_tokenizer, tiny_tokens
+from tests.tiny import BOS, RESIDUAL, tiny_hf, tiny_tokenizer, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("HookedTransformer", "HookedSAETransformer", "TransformerBridge", "AutoModelForCausalLM")
@@ -127,3 +129,20 @@ def test_a_plain_model_with_hooks(gpt2: Path) -> None:
     torch.manual_seed(1)
     assert text == model.generate("w5 w6", max_new_tokens=4, temperature=0.7, top_k=3)
     assert text.startswith("w5 w6 ") and len(text.split()) <= 6
+
+
+@pytest.mark.parametrize("class_name", CLASSES[1:])
+def test_a_prompt_begins_with_bos_where_asked(class_name: str, gemma: Path) -> None:
+    model = load_hooked_model(gemma, class_name)
+    seen: list[int] = []
+
+    def first_token(module: Any, inputs: tuple[Any, ...]) -> None:
+        tokens = inputs[0] if inputs else None
+        if isinstance(tokens, torch.Tensor) and not tokens.is_floating_point() and tokens.ndim == 2:
+            seen.append(int(tokens[0, 0]))
+
+    for prepend_bos in (None, True, False):
+        seen.clear()
+        with register_module_forward_pre_hook(first_token):
+            generate(model, "w5 w6", seed=3, new_tokens=2, prepend_bos=prepend_bos)
+        assert (seen[0] == BOS) == (prepend_bos is not False)
