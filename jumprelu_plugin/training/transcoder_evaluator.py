@@ -7,12 +7,14 @@ copy is evaluated as it would be after training.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAE
+from sae_lens.training.prefetch import PrefetchingIterator
 
 from jumprelu_plugin.evaluation import evaluate
 from jumprelu_plugin.saes.parameters import PairScale, fold_scales_
@@ -33,13 +35,16 @@ class TranscoderEvaluator:
         self, sae: JumpReLUTrainingTranscoder, data_provider: Any, activation_scaler: PairScaler
     ) -> dict[str, float]:
         excluded = self.store.exclude_special_tokens
-        result = evaluate(
-            self.model,
-            folded_copy(sae, activation_scaler.scaling_factor),
-            self.store.first_sequences(self.n_batches * self.store.store_batch_size_prompts),
-            batch_size=self.store.store_batch_size_prompts,
-            special_token_ids=() if excluded is None else excluded.tolist(),
-        )
+        # A thread that reads ahead would run the model while it has the evaluation's hooks.
+        ahead = isinstance(data_provider, PrefetchingIterator)
+        with data_provider.paused() if ahead else nullcontext():
+            result = evaluate(
+                self.model,
+                folded_copy(sae, activation_scaler.scaling_factor),
+                self.store.first_sequences(self.n_batches * self.store.store_batch_size_prompts),
+                batch_size=self.store.store_batch_size_prompts,
+                special_token_ids=() if excluded is None else excluded.tolist(),
+            )
         names = ("delta_loss", "fvu", "l0")
         return {f"evaluation/{name}": getattr(result, name) for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sae_lens import (
     LoggingConfig,
 )
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.training.prefetch import PrefetchingIterator
 
 from jumprelu_plugin import recipes
 from jumprelu_plugin.evaluation import evaluate
@@ -91,6 +93,12 @@ def test_evaluation_in_the_middle_of_training(model: Any, tmp_path: Path) -> Non
     found = runner.evaluator(sae, iter(()), scaler)
     assert set(found) == {f"evaluation/{name}" for name in ("delta_loss", "fvu", "l0")}
     assert 0 < found["evaluation/fvu"] < 3
+    # A thread that reads ahead waits while the evaluation's hooks are on the model.
+    ahead, running = PrefetchingIterator(count()), []
+    with model.register_forward_pre_hook(lambda *_: running.append(ahead._lock.locked())):
+        assert runner.evaluator(sae, ahead, scaler) == found
+    ahead.close()
+    assert running and all(running)
 
 
 def test_the_stock_runner_says_why_it_cannot(model: Any, tmp_path: Path) -> None:

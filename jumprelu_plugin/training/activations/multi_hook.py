@@ -45,7 +45,8 @@ class MultiHookStore(ResumableActivationsStore):
         self, raise_on_epoch_end: bool = False
     ) -> Float[Tensor, "rows widths"]:
         found = self._get_filtered_multi_hook_llm_batch(raise_on_epoch_end)
-        parts = [found[hook] for hook in self.hook_d_ins]
+        # As with one hook: whatever the model's dtype, SAELens' store has them in float32.
+        parts = [found[hook].to(torch.float32) for hook in self.hook_d_ins]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @override

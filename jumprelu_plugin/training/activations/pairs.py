@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 from jumprelu_plugin.step import spinning
+from jumprelu_plugin.training.activations.checked_text import CheckedText
 from jumprelu_plugin.training.activations.multi_hook import for_hooks
 
 
@@ -35,7 +36,7 @@ class HookPair:
     hook_out: str
 
 
-class PairStore(ActivationsStore):
+class PairStore(CheckedText):
     """An endless stream of rows [x ‖ y] for one or several pairs of hooks.
 
     `next(store)` gives the rows of the only pair, [train_batch_size_tokens, d_in + d_out];
@@ -156,6 +157,14 @@ class PairStore(ActivationsStore):
             kept += count
         self._sequences_read += self.chunk_sequences
         return {hook: values[:kept] for hook, values in found.items()}
+
+    @override
+    def _get_filtered_multi_hook_llm_batch(
+        self, raise_on_epoch_end: bool = False
+    ) -> dict[str, Float[Tensor, "tokens width"]]:
+        found = super()._get_filtered_multi_hook_llm_batch(raise_on_epoch_end)
+        self.require_tokens(len(next(iter(found.values()))))
+        return found
 
     def _skip(self, sequences: int) -> None:
         for _ in range(sequences):

@@ -29,9 +29,8 @@ from typing_extensions import Self, override
 
 from jumprelu_plugin.saes.tensor_files import explained, read_safetensors
 from jumprelu_plugin.step import spinning
+from jumprelu_plugin.training.activations.checked_text import CheckedText
 from jumprelu_plugin.training.activations.read_ahead import Place, ReadAhead
-
-MAX_EMPTY_BATCHES = 100
 
 
 class MixingBuffer(Iterator[Tensor]):
@@ -85,7 +84,7 @@ class MixingBuffer(Iterator[Tensor]):
         self.waiting = rows[served * self.batch_size :]
 
 
-class ResumableActivationsStore(ActivationsStore):
+class ResumableActivationsStore(CheckedText):
     """SAELens' store of one hook's activations, made resumable.
 
     Build it with SAELens' own `from_config`. `save_to_checkpoint` and `load_from_checkpoint`, which
@@ -139,24 +138,12 @@ class ResumableActivationsStore(ActivationsStore):
         for sequence in super()._iterate_tokenized_sequences():
             self._sequences_read += 1
             yield sequence
-        if not self._sequences_read:
-            raise ValueError(
-                f"too little text: the dataset's {self.n_dataset_processed} documents do not fill "
-                f"one sequence of context_size {self.context_size}; give more text or a smaller "
-                "context_size"
-            )
 
     @override
     def _iterate_filtered_activations(self) -> Generator[Tensor, None, None]:
-        empty = 0
         for activations in super()._iterate_filtered_activations():
             spinning.adapt()
-            empty = 0 if len(activations) else empty + 1
-            if empty == MAX_EMPTY_BATCHES:
-                raise ValueError(
-                    f"{empty} batches of text in a row held special tokens alone, which "
-                    "exclude_special_tokens drops: give more text, or another dataset"
-                )
+            self.require_tokens(len(activations))
             if not torch.isfinite(activations).all():
                 wrong = ~torch.isfinite(activations)
                 bad = int(wrong.any(1).sum())

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.health.sample import first_rows
 from tests.tiny import BOS, D_MODEL, PAD
 from tests.training.transcoder_runs import LN, OUT, POSITIONS, Z, text
 
@@ -123,3 +125,13 @@ def test_pairs_that_cannot_be_spliced_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pair_widths(model, [hooks])
+
+
+def test_text_that_gives_no_activations_does_not_run_for_ever(model: Any) -> None:
+    short = Dataset.from_dict({"text": ["w5 w6 w7"]})
+    with pytest.raises(ValueError, match="too little text: .* context_size 17; give more text"):
+        next(store(model, {"": pair(1)}, dataset=short))
+    special = Dataset.from_dict({"tokens": [[BOS, *[PAD] * (POSITIONS - 1)]] * 5})
+    for read in (next, lambda empty: first_rows(empty, None, 7)):
+        with pytest.raises(ValueError, match="special tokens alone.*give more text"):
+            read(store(model, {"": pair(1)}, dataset=special, n_batches_in_buffer=600))
