@@ -95,19 +95,36 @@ def written_by_save_to_disk(folder: str | Path) -> bool:
     return any(Path(folder, name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
+def text_at(path: str) -> str:
+    """What `datasets` takes for a dataset_path: a hub name, or a folder's whole path.
+
+    `datasets` has readers of its own, named text, json, csv, ..., and prefers them to a folder of
+    that name: they read every such file below the current folder.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    place = Path(path)
+    if place.is_file():
+        raise ValueError(
+            f"dataset_path is {path}, a file: give a folder that holds it, and no other text"
+        )
+    return str(place.absolute()) if place.is_dir() else path
+
+
 class _Splits:
     """The splits of a dataset on the hub, in a folder of texts, or written by `save_to_disk`."""
 
     def __init__(self, path: str) -> None:
         import datasets
 
-        self.path, self._loaded = path, None
+        self.path, self._loaded = text_at(path), None
         if written_by_save_to_disk(path):
             found = datasets.load_from_disk(path)
             self._loaded = found if isinstance(found, datasets.DatasetDict) else {"train": found}
             self.names = [str(name) for name in self._loaded]
         else:
-            self.names = datasets.get_dataset_split_names(path)
+            self.names = datasets.get_dataset_split_names(self.path)
 
     def read(self, split: str) -> Any:
         """The dataset of one split.

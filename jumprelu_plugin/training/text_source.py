@@ -14,7 +14,7 @@ from datasets import DatasetDict, load_dataset, load_from_disk
 from sae_lens import logger
 from sae_lens.training.activations_store import ActivationsStore
 
-from jumprelu_plugin.models.sequences import written_by_save_to_disk
+from jumprelu_plugin.models.sequences import text_at, written_by_save_to_disk
 
 
 def local_dataset(path: str, *, streaming: bool) -> Any:
@@ -23,15 +23,15 @@ def local_dataset(path: str, *, streaming: bool) -> Any:
     None where `path` is no folder: SAELens then reads it from the hub.
 
     Raises:
-        ValueError: the folder holds no dataset, or no training split.
+        ValueError: the folder holds no dataset, or no training split; or `path` is a file.
     """
-    folder = Path(path)
+    place, folder = text_at(path), Path(path)
     if not folder.is_dir():
         return None
     if written_by_save_to_disk(folder):
         return one_split(load_from_disk(folder), path)
     try:
-        return load_dataset(path, split="train", streaming=streaming)
+        return load_dataset(place, split="train", streaming=streaming)
     except StopIteration:  # from an empty file
         return []
     except Exception as error:  # datasets raises many kinds

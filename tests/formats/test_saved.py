@@ -20,6 +20,7 @@ from jumprelu_plugin.formats.saved import SavedDictionary, load_saved, load_save
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.training.text_source import local_dataset
 from tests.dictionaries import D_OUT, random_sae, random_transcoder
 from tests.tiny import RESIDUAL, tiny_sae
 
@@ -237,6 +238,20 @@ def test_a_separator_that_is_none_is_refused(model: Any, tmp_path: Path) -> None
         read_sequences(
             model, place, context_size=CONTEXT, held_out=2, sequence_separator_token="comma"
         )
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_a_folder_named_as_a_reader_of_datasets_is_read_alone(
+    name: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text_folder(tmp_path / name, train="island")
+    for file in ("notes.txt", "notes.jsonl"):
+        (tmp_path / file).write_text(json.dumps({"text": "private " * 40}) + "\n")
+    words = {row["text"].split()[0] for row in local_dataset(name, streaming=False)}
+    assert words == {"island"}
+    (_, held_out) = read_sequences(model, name, context_size=CONTEXT, held_out=2)
+    assert "private" not in model.to_string(held_out[0])
 
 
 def test_the_demo_text_is_shuffled_by_seed(model: Any) -> None:

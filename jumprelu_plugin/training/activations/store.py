@@ -32,6 +32,9 @@ from jumprelu_plugin.step import spinning
 from jumprelu_plugin.training.activations.checked_text import CheckedText
 from jumprelu_plugin.training.activations.read_ahead import Place, ReadAhead
 
+# In the saved place of a store that reads an activation cache.
+CACHE_POSITION = "rows_served"
+
 
 class MixingBuffer(Iterator[Tensor]):
     """SAELens' `mixing_buffer`, as an object: the same batches from the same random state.
@@ -187,6 +190,11 @@ class ResumableActivationsStore(CheckedText):
         state = read_safetensors(Path(file_path))
         if "random_state" not in state:  # SAELens' own
             return super().load(file_path)
+        if CACHE_POSITION in state:
+            raise ValueError(
+                f"{file_path} is of a run that read an activation cache; resume it with the same "
+                "--activations"
+            )
         with explained(Path(file_path), "resume from an earlier checkpoint"):
             self._restore(state)
 

@@ -193,6 +193,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 ) -> None:
     def cfg(name: str, **fields: Any) -> Any:
         fields = {"training_tokens": 60 * 31, "lr_decay_steps": 10, **fields}
+        fields["seqpos_slice"] = (0, None)  # all of them, as the cache has it
         return config(tmp_path / name, dataset_path="", **fields)
 
     options = {"activations": cache.folder, "check_first": False}
@@ -202,6 +203,8 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
         run(model, cfg("cut"), text, **options)
     (saved,) = (tmp_path / "cut" / "checkpoints").rglob("cfg.json")
     resumed = cfg("resumed", resume_from_checkpoint=str(saved.parent))
+    with pytest.raises(ValueError, match="read an activation cache; .* the same --activations"):
+        run(model, resumed, text, check_first=False)
     assert_same_sae(run(model, resumed, text, **options), whole)
 
 
@@ -258,6 +261,10 @@ def test_another_text_does_not_go_on_in_the_folder(
         (lambda cfg: setattr(cfg, "context_size", 12), "context_size is 13 in the cache and 12"),
         (lambda cfg: setattr(cfg, "exclude_special_tokens", False), "exclude_special_tokens"),
         (lambda cfg: setattr(cfg, "exclude_special_tokens", [2, 7]), r"\[0, 1, 2\] in the cache"),
+        (lambda cfg: setattr(cfg, "seqpos_slice", (1, None)), r"\(None,\) in the cache and \(1,"),
+        (lambda cfg: setattr(cfg, "disable_concat_sequences", True), "False in the cache and True"),
+        (lambda cfg: setattr(cfg, "sequence_separator_token", "eos"), "'bos' in the cache and 'eo"),
+        (lambda cfg: setattr(cfg, "autocast_lm", True), "autocast_lm is False in the cache"),
     ],
 )
 def test_a_run_that_the_cache_is_not_of(

@@ -14,8 +14,7 @@ from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.saes.tensor_files import read_safetensors
 from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 from jumprelu_plugin.training.activations.cache.reader import ActivationCache, CacheBatches
-
-_POSITION = "rows_served"
+from jumprelu_plugin.training.activations.store import CACHE_POSITION
 
 
 class CachedActivationsStore(ActivationsStore):
@@ -42,7 +41,7 @@ class CachedActivationsStore(ActivationsStore):
     def state_dict(self) -> dict[str, Tensor]:
         batches = self._dataloader
         served = batches.served if isinstance(batches, CacheBatches) else 0
-        state = {_POSITION: torch.tensor(served), "random_state": torch.get_rng_state()}
+        state = {CACHE_POSITION: torch.tensor(served), "random_state": torch.get_rng_state()}
         return {**super().state_dict(), **state}
 
     @override
@@ -53,13 +52,13 @@ class CachedActivationsStore(ActivationsStore):
             ValueError: the checkpoint is of a run that read no cache.
         """
         state = read_safetensors(Path(file_path))
-        if _POSITION not in state:
+        if CACHE_POSITION not in state:
             raise ValueError(
                 f"{file_path} is of a run that did not read an activation cache; resume it without "
                 "--activations"
             )
         batches = self.get_data_loader()
-        batches.served = int(state[_POSITION])
+        batches.served = int(state[CACHE_POSITION])
         self._dataloader = batches
         torch.set_rng_state(state["random_state"])
 
@@ -90,7 +89,11 @@ def open_cache_for(folder: str | Path, cfg: Any) -> ActivationCache:
         "exclude_special_tokens": _exclusion(cfg, manifest),
         "d_in": (cfg.sae.d_in, width),
         "hook_head_index": (cfg.hook_head_index, None),
-        "seqpos_slice": (tuple(cfg.seqpos_slice), (None,)),
+        "seqpos_slice": (_positions(cfg), (None,)),
+        # A cache is written with SAELens' defaults of these.
+        "disable_concat_sequences": (cfg.disable_concat_sequences, False),
+        "sequence_separator_token": (cfg.sequence_separator_token, "bos"),
+        "autocast_lm": (cfg.autocast_lm, False),
     }
     different = [
         f"{name} is {there!r} in the cache and {asked!r} in the run"
@@ -103,6 +106,12 @@ def open_cache_for(folder: str | Path, cfg: Any) -> ActivationCache:
             "run the cache's values, or write another cache"
         )
     return cache
+
+
+def _positions(cfg: Any) -> tuple[int | None, ...]:
+    """The run's `seqpos_slice`; SAELens' default where it is another way to say all of them."""
+    asked, every = tuple(cfg.seqpos_slice), range(cfg.context_size)
+    return (None,) if every[slice(*asked)] == every else asked
 
 
 def _exclusion(cfg: Any, manifest: CacheManifest) -> tuple[Any, Any]:
