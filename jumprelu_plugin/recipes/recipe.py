@@ -12,6 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.training.health.schedule import usual_learning_rate
 
 _USUAL_L0 = 40.0
 
@@ -50,10 +51,16 @@ class Recipe:
 
     def sae_config(self, d_in: int, d_sae: int, **changes: Any) -> JumpReLUTrainingSAEConfig:
         """The SAE's config for these widths; `changes` override fields of the recipe."""
+        return JumpReLUTrainingSAEConfig(
+            d_in=d_in, d_sae=d_sae, **self.sae_fields(d_sae, **changes)
+        )
+
+    def sae_fields(self, d_sae: int, **changes: Any) -> dict[str, Any]:
+        """The fields of `sae_config` beside its widths."""
         fields = {**self.sae, **self.matryoshka_fields(d_sae), **changes}
         if fields.get("l0_coefficient") is None and "l0_warm_up_steps" not in changes:
             fields.pop("l0_warm_up_steps", None)  # there is no fixed penalty to warm up
-        return JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **fields)
+        return fields
 
     def matryoshka_fields(self, d_sae: int) -> dict[str, Any]:
         """The SAE's fields that depend on the number of latents."""
@@ -75,9 +82,10 @@ class Recipe:
         l0 = sae.target_l0 if (sae.target_l0 or 0) > 0 else _USUAL_L0
         return learning_rate(sae.d_in, sae.d_sae, l0, batch, training_tokens // batch)
 
-    def learning_rate_of(self, cfg: LanguageModelSAERunnerConfig[Any]) -> float:
-        """The learning rate of the run that `cfg` describes."""
-        return self.learning_rate(cfg.sae, cfg.training_tokens, cfg.train_batch_size_tokens)
+    def learning_rate_of(self, cfg: LanguageModelSAERunnerConfig[Any]) -> float | None:
+        """The learning rate of the run that `cfg` describes: the recipe's own, or else the same as
+        without a recipe; None where SAELens' default stays."""
+        return usual_learning_rate(cfg) if self.lr_from_size else self.runner["lr"]
 
     def lr_decay_steps(self, steps: int) -> int:
         """SAELens' `lr_decay_steps` for a run of this many steps."""

@@ -31,8 +31,7 @@ class TranscoderRecipe(Recipe):
             changes: other fields; give at least `d_out` and `hook_name_out`.
         """
         kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
-        fields = {**self.sae, **self.matryoshka_fields(d_sae), **changes}
-        return kind(d_in=d_in, d_sae=d_sae, **fields)
+        return kind(d_in=d_in, d_sae=d_sae, **self.sae_fields(d_sae, **changes))
 
     @override
     def flags(self) -> list[str]:

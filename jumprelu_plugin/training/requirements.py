@@ -6,9 +6,14 @@ import math
 import os
 from typing import Any
 
+import torch
 import wandb
+from sae_lens.registry import get_sae_training_class
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
+from jumprelu_plugin.training.health.schedule import repaired, total_steps
 
 # SAELens' own names (`sae_lens.training.optim.get_lr_scheduler`).
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -47,6 +52,8 @@ def require_possible_numbers(cfg: Any) -> None:
     mixing, prompts = cfg.activations_mixing_fraction, cfg.eval_batch_size_prompts
     _require(0 <= mixing <= 1, "activations_mixing_fraction", mixing, "0 to 1")
     _require(prompts is None or prompts >= 1, "eval_batch_size_prompts", prompts, "at least 1")
+    evaluated = not cfg.logger.log_to_wandb or cfg.n_eval_batches >= 1
+    _require(evaluated, "n_eval_batches", cfg.n_eval_batches, "at least 1 where wandb logs")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -60,6 +67,10 @@ def require_what_a_run_needs(cfg: Any) -> None:
         name = getattr(cfg, field, None)
         if name is not None and name != "with_model":
             require_device(name)
+    try:
+        require_device(cfg.sae.device)
+    except ValueError as error:
+        raise ValueError(f"in the SAE's config (--sae.device), {error}") from error
     if cfg.lr_scheduler_name.lower() not in SCHEDULERS:
         raise ValueError(
             f"lr_scheduler_name is {cfg.lr_scheduler_name!r}; it must be one of "
@@ -71,10 +82,82 @@ def require_what_a_run_needs(cfg: Any) -> None:
             f"{cfg.lr_scheduler_name!r} does not read: set lr_scheduler_name={SCHEDULERS[-1]!r}, "
             "or leave it out"
         )
+    _require_possible_schedule(cfg)
+    _require_no_compiled_step(cfg)
     _require_effects(cfg)
     _require_hook_to_reshape(cfg)
     if cfg.logger.log_to_wandb:
         _require_wandb_login()
+
+
+def require_taken_by_model(cfg: Any, model: Any) -> None:
+    """Raise ValueError for `model_kwargs` that the model's forward pass does not take.
+
+    Runs the model on three tokens as SAELens will, and as its evaluations will where there are any.
+    """
+    given = cfg.model_kwargs
+    if not given:
+        return
+    tokens = torch.zeros((1, 3), dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model.run_with_cache(
+                tokens,
+                names_filter=[cfg.hook_name],
+                stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(cfg.hook_name),
+                prepend_bos=False,
+                **given,
+            )
+            if cfg.logger.log_to_wandb:
+                model(tokens, return_type="both", loss_per_token=True, **given)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model_kwargs is {given}, which the model's forward pass does not take ({error}): "
+            "give keyword arguments of its forward method, or leave it out"
+        ) from error
+
+
+def _require_possible_schedule(cfg: Any) -> None:
+    """Raise ValueError for a cosine that has no steps, or that ends at 0 and is to decay then."""
+    cfg, name = repaired(cfg)[0], cfg.lr_scheduler_name
+    steps, warm_up, decay = total_steps(cfg), cfg.lr_warm_up_steps, cfg.lr_decay_steps
+    left, restarts = steps - warm_up - decay, name.lower() == SCHEDULERS[2]
+    if name.lower() == SCHEDULERS[0] or steps < 1:  # a run without steps is refused elsewhere
+        return
+    if left < 1 and (restarts or not decay):
+        raise ValueError(
+            f"lr_warm_up_steps {warm_up:,} and lr_decay_steps {decay:,} leave no step of "
+            f"{steps:,} to the schedule {name!r}: lower them"
+        )
+    if restarts and cfg.n_restart_cycles > left:
+        raise ValueError(
+            f"n_restart_cycles is {cfg.n_restart_cycles:,}, and warm-up and decay leave {left:,} "
+            f"of {steps:,} steps to the schedule {name!r}: give at most {left:,}"
+        )
+    if decay and cfg.lr_end == 0:
+        raise ValueError(
+            f"lr_decay_steps is {decay:,} and lr_end is 0, where the schedule {name!r} ends: there "
+            "is nothing left to decay. Set lr_decay_steps=0, or give an lr_end above 0"
+        )
+
+
+def _require_no_compiled_step(cfg: Any) -> None:
+    """Raise ValueError where `torch.compile` would trace a step of this package.
+
+    It cannot: the step waits for its optimizer, times its ways against each other, and goes through
+    its graph twice, for the penalty's slopes.
+    """
+    architecture = cfg.sae.architecture()
+    if not issubclass(get_sae_training_class(architecture)[0], JumpReLUTrainingSAE):
+        return
+    for name, default in (("compile_sae", False), ("sae_compilation_mode", None)):
+        value = getattr(cfg, name)
+        if value != default:
+            raise ValueError(
+                f"{name} is {value!r}, and torch.compile cannot compile a training step of "
+                f"{architecture}, which has its own kernels: leave it out, and step_kernel='auto' "
+                "takes the fastest of them"
+            )
 
 
 def _require_effects(cfg: Any) -> None:

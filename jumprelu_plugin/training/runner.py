@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,11 +61,13 @@ from jumprelu_plugin.training.checkpoints import (
     refuse_negative_minutes,
     refuse_unwritable,
 )
+from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.metrics_file import keep_before
 from jumprelu_plugin.training.requirements import (
     require_possible_numbers,
+    require_taken_by_model,
     require_what_a_run_needs,
 )
 from jumprelu_plugin.training.resuming import resolve_auto
@@ -116,7 +119,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     replicas: int = 1
-    _prefetch: bool | int | None = None  # the config's, while SAELens must not see it
+    _hidden: Mapping[str, Any] = MappingProxyType({})  # the config's, while SAELens runs
 
     @without_false_alarms()
     def __init__(
@@ -150,6 +153,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         overrides_nothing = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         refuse_wrong_hook(model, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+        require_taken_by_model(cfg, model)
         if cache is not None:
             require_same_model(cache, model)
         fitting_context(model, cfg.context_size)
@@ -208,38 +212,43 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         if self._check_first:
             report = self.preflight()
             report.refuse()
-            for finding in [*report.of("repaired"), *report.of("warning")]:
-                logger.warning(f"{finding.name} ({finding.severity}): {finding}")
+            log_findings([*report.of("repaired"), *report.of("warning")])
+        # SAELens' trainer would fail on a checkpoint of another schedule; ours loads it.
+        hidden: dict[str, Any] = {"resume_from_checkpoint": None}
         store = self.activations_store
-        if not isinstance(store, ResumableActivationsStore):
-            return super().run()
-        store.ahead = self.passes_ahead()
-        if store.ahead:
-            self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
-        # SAELens would put a queue behind the mixing buffer, where no checkpoint sees it.
-        self._prefetch, self.cfg.prefetch_llm_batches = self.cfg.prefetch_llm_batches, False
+        if isinstance(store, ResumableActivationsStore):
+            store.ahead = self.passes_ahead()
+            if store.ahead:
+                self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
+            # SAELens would put a queue behind the mixing buffer, where no checkpoint sees it.
+            hidden["prefetch_llm_batches"] = False
+        self._hidden = {name: getattr(self.cfg, name) for name in hidden}
+        vars(self.cfg).update(hidden)
         try:
             return super().run()
         finally:
-            self._restore_prefetch()
-            store.stop_reading()
+            self._restore_config()
+            if isinstance(store, ResumableActivationsStore):
+                store.stop_reading()
 
     def passes_ahead(self) -> int:
         """Passes of the model that a thread makes before training asks for them."""
         return passes_ahead(self.cfg)
 
-    def _restore_prefetch(self) -> None:
+    def _restore_config(self) -> None:
         """What the config says, for what is recorded of it."""
-        if self._prefetch is None:
-            return
-        self.cfg.prefetch_llm_batches, self._prefetch = self._prefetch, None
-        if self.cfg.logger.log_to_wandb and wandb.run is not None:
-            recorded = {"prefetch_llm_batches": self.cfg.prefetch_llm_batches}
-            wandb.config.update(recorded, allow_val_change=True)
+        hidden, self._hidden = self._hidden, {}
+        vars(self.cfg).update(hidden)
+        if hidden and self.cfg.logger.log_to_wandb and wandb.run is not None:
+            wandb.config.update(dict(hidden), allow_val_change=True)
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        self._restore_prefetch()
+        self._restore_config()
+        checkpoint = self.cfg.resume_from_checkpoint
+        if checkpoint is not None:
+            self.load_weights(checkpoint)
+            self.activations_store.load_from_checkpoint(checkpoint)
         # Not SAELens' handling: it saves no weights, and cuts a step in two.
         self.trainer = self.make_trainer(
             cfg=trainer.cfg,
@@ -252,13 +261,17 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         self.trainer.activation_scaler = self.activation_scaler()
         if self.cfg.checkpoint_path is not None:
             self.trainer.checkpoints = self.make_checkpoints(self.cfg.checkpoint_path)
-        if self.cfg.resume_from_checkpoint is not None:
-            self.trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
+        if checkpoint is not None:
+            self.trainer.load_trainer_state(checkpoint)
             if self.metrics_path is not None:
                 keep_before(self.metrics_path, self.trainer.n_training_steps)
         elif self.metrics_path is not None:
             self.metrics_path.unlink(missing_ok=True)
         return self.trainer.fit()
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Give the SAE what a checkpoint holds of it."""
+        self.sae.load_weights_from_checkpoint(checkpoint)
 
     def make_trainer(self, **parts: Any) -> JumpReLUTrainer:
         """The trainer of this run."""

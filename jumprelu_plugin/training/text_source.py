@@ -66,7 +66,10 @@ def refuse_unread_fields(cfg: Any, store: ActivationsStore) -> None:
         cfg: SAELens' runner config.
         store: the store that it made, of a text whose first row can be read.
     """
-    if store.dataset is None or not store.is_dataset_tokenized:
+    if store.dataset is None:
+        return
+    if not store.is_dataset_tokenized:
+        _refuse_separator_of_another_model(cfg.sequence_separator_token, store.model)
         return
     for name, default in (("disable_concat_sequences", False), ("sequence_separator_token", "bos")):
         value = getattr(cfg, name)
@@ -84,6 +87,15 @@ def refuse_unread_fields(cfg: Any, store: ActivationsStore) -> None:
             f"prepend_bos is {cfg.prepend_bos}, and the first row of the tokenized text begins "
             f"{'without' if cfg.prepend_bos else 'with'} BOS: rows are taken as they are; set "
             f"prepend_bos={not cfg.prepend_bos}, so that the SAE is judged on what it reads"
+        )
+
+
+def _refuse_separator_of_another_model(token: Any, model: Any) -> None:
+    size = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    if type(token) is int and size is not None and not 0 <= token < size:
+        raise ValueError(
+            f"sequence_separator_token is {token}, and the model has {size} tokens: give one of "
+            "its own, or bos, eos or sep"
         )
 
 

@@ -36,6 +36,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.alarms import Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
+from jumprelu_plugin.training.lr_schedule import own_schedule
 from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
 
 PROGRESS_EVERY = 10
@@ -187,7 +188,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         folder = Path(checkpoint_path)
         require_file(folder / ACTIVATION_SCALER_CFG_FILENAME)
         require_plain_tensors(folder / TRAINER_STATE_FILENAME)
-        with explained(folder, "resume from an earlier one, or start anew"):
+        with explained(folder, "resume from an earlier one, or start anew"), own_schedule(self):
             super().load_trainer_state(folder)
         if self.checkpoints is not None:
             self.checkpoints.last = folder

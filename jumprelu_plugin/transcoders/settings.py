@@ -97,7 +97,7 @@ class TranscoderSettings(LayerRunSettings):
     Attributes:
         target_l0: active latents a token of each transcoder. Default: 24, or the recipe's fixed
             coefficient where it has one.
-        lr: learning rate; it falls to a tenth over the last fifth of the run. Default: the
+        lr: learning rate; it falls to 0 over the last fifth of the run. Default: the
             recipe's.
         train_batch_size_tokens: tokens in a training step. Default: the recipe's.
         skip: with a linear map from input to output.

@@ -23,3 +23,12 @@ def test_gemma_scope_s_recipe() -> None:
     sae.training_forward_pass(step).loss.backward()
     assert sae.b_dec.count_nonzero() == 0  # no data-dependent start
     assert sae.control.l0 is None
+
+
+def test_a_target_leaves_no_penalty_to_warm_up() -> None:
+    held = {"l0_coefficient": None, "target_l0": 7.0, "d_out": D_OUT}
+    cfg = GEMMA_SCOPE_TRANSCODER.sae_config(D_IN, D_SAE, **held)
+    assert cfg.l0_warm_up_steps == 0
+    assert JumpReLUTrainingTranscoder(cfg).control.l0 is not None
+    fixed = GEMMA_SCOPE_TRANSCODER.sae_config(D_IN, D_SAE, d_out=D_OUT)
+    assert fixed.l0_warm_up_steps == 10_000

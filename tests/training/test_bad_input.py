@@ -75,6 +75,14 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataset_path": "{root}/short"},
         ["too little text", "1 documents", "context_size 13", "more text or a smaller"],
     ),
+    "a separator of another model": (
+        {"sequence_separator_token": 99999},
+        ["sequence_separator_token is 99999", "has 53 tokens", "bos, eos or sep"],
+    ),
+    "a file of text": (
+        {"dataset_path": "{root}/short/train.jsonl"},
+        ["short/train.jsonl, a file", "give a folder that holds it"],
+    ),
     "no text": ({"dataset_path": "{root}/none"}, ["no rows", "give another"]),
     "context longer than the model's": (
         {"context_size": CONTEXT + 1},
@@ -87,6 +95,14 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "output folder of another SAE": (
         {"output_path": "{root}/sae"},
         ["/sae already holds an SAE", "another output_path"],
+    ),
+    "an argument that the model does not take": (
+        {"model_kwargs": '{{"foo": 1}}'},
+        ["model_kwargs is {'foo': 1}", "unexpected keyword argument 'foo'", "or leave it out"],
+    ),
+    "an argument that the run gives the model": (
+        {"model_kwargs": '{{"prepend_bos": true}}'},
+        ["model_kwargs is {'prepend_bos': True}", "multiple values", "or leave it out"],
     ),
     "not a checkpoint": (
         {"resume_from_checkpoint": "{root}/model"},

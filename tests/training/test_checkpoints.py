@@ -123,6 +123,58 @@ def half_way(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint
 
 
+def learning_rates(folder: Path) -> dict[int, float]:
+    lines = map(json.loads, (folder / "output" / "metrics.jsonl").read_text().splitlines())
+    rate = "details/current_learning_rate"
+    return {line["step"]: line[rate] for line in lines if rate in line}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training_tokens": 37 * BATCH},
+        {"training_tokens": 37 * BATCH, "lr_decay_steps": 0},
+        {"lr": 1e-4},
+        {"lr_warm_up_steps": 13},
+        {"lr_scheduler_name": "cosineannealing", "lr_end": 1e-4},
+        {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 3},
+    ],
+)
+def test_a_run_resumed_with_another_schedule_follows_its_own(
+    model: Any,
+    half_way: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changes = {"training_tokens": 23 * BATCH, "lr_decay_steps": 7, **changes}
+    run(model, config(tmp_path / "whole", **changes), token_rows())
+    other = config(tmp_path / "on", resume_from_checkpoint=str(half_way), **changes)
+    step = int(half_way.name) // BATCH
+    with caplog.at_level("WARNING"):
+        resumed = run(model, other, token_rows())
+    assert f"another config; from step {step} on they follow this run's schedule" in caplog.text
+    steps = changes["training_tokens"] // BATCH
+    wanted = learning_rates(tmp_path / "whole")
+    assert learning_rates(tmp_path / "on") == {at: wanted[at] for at in range(step, steps)}
+    assert wanted[step] > 0
+    (group,) = resumed.trainer.optimizer.param_groups
+    assert group["initial_lr"] == other.lr
+
+
+def test_a_run_resumed_with_the_same_schedule_says_nothing_of_it(
+    model: Any, half_way: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The constant schedule does not read lr_end.
+    given = {"training_tokens": 20 * BATCH, "lr_end": 3e-3, "adam_beta1": 0.7}
+    cfg = config(tmp_path, resume_from_checkpoint=str(half_way), **given)
+    with caplog.at_level("WARNING"):
+        resumed = run(model, cfg, token_rows())
+    assert "schedule (lr" not in caplog.text
+    (group,) = resumed.trainer.optimizer.param_groups
+    assert group["betas"] == (0.7, cfg.adam_beta2)
+
+
 @pytest.mark.parametrize("way", ["from_pretrained_path", "resume_from_checkpoint"])
 @pytest.mark.parametrize(
     ("changes", "words"),

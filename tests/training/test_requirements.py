@@ -52,6 +52,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"wandb_log_frequency": 0}, ["wandb_log_frequency is 0; give at least 1"]),
         ({"d_in": 0}, ["d_in is 0; give at least 1"]),
         ({"lr": "nan"}, ["lr is nan; give a number above 0"]),
+        ({"log_to_wandb": True, "n_eval_batches": 0}, ["n_eval_batches is 0; give at least 1"]),
         ({"adam_beta2": 1}, ["adam_beta2 is 1.0; give at least 0 and below 1"]),
         ({"lr_scheduler_name": "cosine"}, ["'cosine'", "cosineannealing"]),
         ({"n_restart_cycles": 3}, ["n_restart_cycles is 3", "cosineannealingwarmrestarts"]),
@@ -67,7 +68,43 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"cached_activations_path": "there"}, ["has no effect", "use_cached_activations"]),
         ({"llm_compilation_mode": "default"}, ["has no effect", "set compile_llm"]),
-        ({"sae_compilation_mode": "default"}, ["has no effect", "set compile_sae"]),
+        (
+            {
+                "architecture": "standard",
+                "target_l0": None,
+                "l1_coefficient": 3,
+                "sae_compilation_mode": "default",
+            },
+            ["has no effect", "set compile_sae"],
+        ),
+        (
+            {"compile_sae": True},
+            ["compile_sae is True", "own kernels", "leave it out", "step_kernel='auto'"],
+        ),
+        ({"sae_compilation_mode": "default"}, ["sae_compilation_mode is 'default'", "leave it"]),
+        ({"llm_device": "gpu"}, ["device is 'gpu'", "cpu, cuda"]),
+        ({"sae.device": "cuda"}, ["--sae.device", "device is 'cuda'", "finds no"]),
+        ({"seqpos_slice": "1,None,2,3"}, ["seqpos_slice", "4 parts; give start,stop"]),
+        (
+            {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 5},
+            ["n_restart_cycles is 5", "leave 3 of", "give at most 3"],
+        ),
+        (
+            {
+                "lr_scheduler_name": "cosineannealingwarmrestarts",
+                "n_restart_cycles": 2,
+                "lr_warm_up_steps": 2,
+            },
+            ["n_restart_cycles is 2", "leave 1 of", "give at most 1"],
+        ),
+        (
+            {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 3},
+            ["lr_warm_up_steps 3 and lr_decay_steps 0", "no step", "lower them"],
+        ),
+        (
+            {"lr_scheduler_name": "cosineannealing", "lr_decay_steps": 2, "lr_end": 0},
+            ["lr_decay_steps is 2 and lr_end is 0", "Set lr_decay_steps=0"],
+        ),
         ({"reshape_activations": "hook_z"}, ["'hook_z', which flattens", "leave it 'none'"]),
         ({"log_to_wandb": True}, ["wandb login", "WANDB_MODE=offline", "--log_to_wandb False"]),
     ],
@@ -84,13 +121,34 @@ def test_what_a_run_lacks_is_said_before_a_model_is_loaded(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    if "device" in changes and changes["device"] == "cuda":
+    if "cuda" in changes.values():
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = CliRunner().invoke(app, ["train", *flags(folders, tmp_path, **changes)])
     assert result.exit_code == 2, result.output
     said = " ".join(result.output.split())
     assert all(word in said for word in words), said
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_decay_steps": 2, "lr_end": 0},  # the constant schedule reads no end
+        {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 3},
+        {"lr_scheduler_name": "cosineannealing", "lr_decay_steps": 2, "lr_end": 1e-5},
+        {"lr_scheduler_name": "cosineannealing", "lr_end": 0},
+        {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 1, "lr_decay_steps": 2},
+        {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 7, "lr_decay_steps": 11},
+        {"seqpos_slice": "1,None,2"},
+        {"model_kwargs": '{{"start_at_layer": null}}'},
+    ],
+    ids=str,
+)
+def test_what_a_run_can_do_is_not_refused(
+    changes: dict[str, Any], folders: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["train", *flags(folders, tmp_path, **changes)])
+    assert result.exit_code == 0, result.output
 
 
 def test_the_demo_text_begins_as_asked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

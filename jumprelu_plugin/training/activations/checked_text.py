@@ -1,9 +1,11 @@
-"""Refuses text that gives no activations, which SAELens' activation store reads without end."""
+"""Refuses text that SAELens' activation store reads without end, or that the model cannot read."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
+import torch
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import override
@@ -15,11 +17,36 @@ class CheckedText(ActivationsStore):
     """An activation store that ends where there is no text to read.
 
     Raises:
-        ValueError: on a batch, if the text does not fill one sequence, or a hundred batches in a
-            row hold no token that is kept.
+        ValueError: on a batch, if the text does not fill one sequence, a hundred batches in a row
+            hold no token that is kept, or a row of tokenized text is short or of another model.
     """
 
     _empty_batches = 0
+
+    @override
+    def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
+        rows = super()._iterate_raw_dataset()
+        if not self.is_dataset_tokenized:
+            return rows
+        return self._checked(rows)
+
+    def _checked(self, rows: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        vocabulary = getattr(getattr(self.model, "cfg", None), "d_vocab", None)
+        for number, row in enumerate(rows):
+            tokens = torch.as_tensor(row[: self.context_size], dtype=torch.long)
+            if len(tokens) < self.context_size:
+                raise ValueError(
+                    f"row {number} of the tokenized text has {len(tokens)} tokens, fewer than "
+                    f"context_size {self.context_size}: drop such rows, or tokenize the text with "
+                    "documents joined"
+                )
+            least, most = (int(end) for end in tokens.aminmax())
+            if vocabulary is not None and not 0 <= least <= most < vocabulary:
+                raise ValueError(
+                    f"row {number} of the tokenized text holds tokens {least} to {most}, and the "
+                    f"model has {vocabulary} tokens: it was tokenized for another model"
+                )
+            yield row
 
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:

@@ -128,18 +128,17 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
     @override
     def run(self) -> JumpReLUTrainingSAE | None:
         """Train; the whole dictionary on the first process, None on the others."""
-        # SAELens' runner would load the whole checkpoint on every device.
-        self._resumed, self.cfg.resume_from_checkpoint = self.cfg.resume_from_checkpoint, None
         super().run()
         return gather_whole(self.shard)
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
-        self.cfg.resume_from_checkpoint = self._resumed
         trainer.evaluator = None  # SAELens' evaluator splices in a whole dictionary
-        if self._resumed is not None:
-            self.activations_store.load_from_checkpoint(self._resumed)
         return super().run_trainer_with_interruption_handling(trainer)
+
+    @override
+    def load_weights(self, checkpoint: str) -> None:
+        """Nothing: the trainer reads the whole on the host, one process after the other."""
 
     @override
     def make_trainer(self, **parts: Any) -> ShardTrainer:

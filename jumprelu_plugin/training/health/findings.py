@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from sae_lens import logger
 from torch import Tensor
 
 from jumprelu_plugin.training.health.first_step import DOMINANCE, FirstStep, ThresholdReach
@@ -34,6 +36,12 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.message}: {self.suggestion}" if self.suggestion else self.message
+
+
+def log_findings(findings: Iterable[Finding]) -> None:
+    """Say each in a line of the log."""
+    for finding in findings:
+        logger.warning(f"{finding.name} ({finding.severity}): {finding}")
 
 
 # Gradients a threshold needs in a run to get anywhere, and how seldom they may come.

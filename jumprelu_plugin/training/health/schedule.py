@@ -35,44 +35,61 @@ def repaired(cfg: Any) -> tuple[Any, list[Finding]]:
 
     The config that is handed in stays as it is; it is returned if there is nothing to repair.
     """
-    steps, findings = total_steps(cfg), []
-    changes: dict[str, int] = {}
-    warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
-    if 0 < steps < warm_up + decay:
-        share = REPAIRED_SHARE * steps / (warm_up + decay)
-        changes = {"lr_warm_up_steps": int(share * warm_up), "lr_decay_steps": int(share * decay)}
-        findings.append(
-            Finding(
-                "repaired",
-                "lr schedule",
-                f"lr_warm_up_steps {warm_up:,} and lr_decay_steps {decay:,} do not fit into "
-                f"{steps:,} steps",
-                f"shortened to {changes['lr_warm_up_steps']:,} and {changes['lr_decay_steps']:,}",
-            )
-        )
-    l0_warm_up = getattr(cfg.sae, "l0_warm_up_steps", 0)
-    fixed = getattr(cfg.sae, "l0_coefficient", None) is not None
-    shorter = int(REPAIRED_SHARE * steps)
-    if fixed and 0 < steps < l0_warm_up:
-        findings.append(
-            Finding(
-                "repaired",
-                "l0 warm-up",
-                f"l0_warm_up_steps is {l0_warm_up:,} and the run has {steps:,} steps: the "
-                f"coefficient would end at {steps / l0_warm_up:.2g} of what was given",
-                f"shortened to {shorter:,}",
-            )
-        )
+    steps = total_steps(cfg)
+    warm_up, decay, of_lr = fitting_lr_schedule(cfg.lr_warm_up_steps, cfg.lr_decay_steps, steps)
+    sae, of_l0 = with_fitting_l0_warm_up(cfg.sae, steps)
+    findings = [*of_lr, *of_l0]
     if not findings:
         return cfg, findings
     # A copy and not dataclasses.replace, which would give the checkpoint folder a second id.
     cfg = copy.copy(cfg)
-    for field, value in changes.items():
-        setattr(cfg, field, value)
-    if fixed and 0 < steps < l0_warm_up:
-        cfg.sae = copy.copy(cfg.sae)
-        cfg.sae.l0_warm_up_steps = shorter
+    cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.sae = warm_up, decay, sae
     return cfg, findings
+
+
+def fitting_lr_schedule(warm_up: int, decay: int, steps: int) -> tuple[int, int, list[Finding]]:
+    """`lr_warm_up_steps` and `lr_decay_steps` that fit into a run, and what was changed."""
+    if not 0 < steps < warm_up + decay:
+        return warm_up, decay, []
+    share = REPAIRED_SHARE * steps / (warm_up + decay)
+    shorter = int(share * warm_up), int(share * decay)
+    finding = Finding(
+        "repaired",
+        "lr schedule",
+        f"lr_warm_up_steps {warm_up:,} and lr_decay_steps {decay:,} do not fit into {steps:,} "
+        "steps",
+        f"shortened to {shorter[0]:,} and {shorter[1]:,}",
+    )
+    return *shorter, [finding]
+
+
+def fitting_l0_warm_up(warm_up: int, steps: int) -> tuple[int, list[Finding]]:
+    """`l0_warm_up_steps` of a fixed coefficient that fit into a run, and what was changed."""
+    if not 0 < steps < warm_up:
+        return warm_up, []
+    shorter = int(REPAIRED_SHARE * steps)
+    finding = Finding(
+        "repaired",
+        "l0 warm-up",
+        f"l0_warm_up_steps is {warm_up:,} and the run has {steps:,} steps: the coefficient would "
+        f"end at {steps / warm_up:.2g} of what was given",
+        f"shortened to {shorter:,}",
+    )
+    return shorter, [finding]
+
+
+def with_fitting_l0_warm_up(sae: Any, steps: int) -> tuple[Any, list[Finding]]:
+    """An SAE's config whose coefficient rises within the run, and what was changed.
+
+    The config that is handed in stays as it is; it is returned if there is nothing to change.
+    """
+    if getattr(sae, "l0_coefficient", None) is None:
+        return sae, []
+    shorter, findings = fitting_l0_warm_up(getattr(sae, "l0_warm_up_steps", 0), steps)
+    if findings:
+        sae = copy.copy(sae)
+        sae.l0_warm_up_steps = shorter
+    return sae, findings
 
 
 def schedule_findings(cfg: Any) -> list[Finding]:

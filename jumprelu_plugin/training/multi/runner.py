@@ -46,6 +46,7 @@ from jumprelu_plugin.training.multi.memory import forecast_of_all
 from jumprelu_plugin.training.multi.trainer import MultiTrainer, fit_until_stopped
 from jumprelu_plugin.training.requirements import (
     require_possible_numbers,
+    require_taken_by_model,
     require_what_a_run_needs,
 )
 from jumprelu_plugin.training.resuming import resolve_auto
@@ -130,6 +131,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
         model = language_model(first) if override_model is None else override_model
         for name, each in self.configs.items():
             _refuse_wrong_hook(name, model, each)
+        require_taken_by_model(first, model)
         fitting_context(model, cfg.context_size)
         if override_dataset is None:
             override_dataset = own_text(cfg, model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +35,7 @@ from jumprelu_plugin.training.checkpoints import Checkpoints
 from jumprelu_plugin.training.health.alarms import Alarm, Monitor, StepStats
 from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
+from jumprelu_plugin.training.lr_schedule import own_schedule
 from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
 
 
@@ -206,7 +208,10 @@ class MultiTrainer(MultiSAETrainer):
         for name in self.saes:
             require_file(Path(path, name, ACTIVATION_SCALER_CFG_FILENAME))
             require_plain_tensors(Path(path, name, TRAINER_STATE_FILENAME))
-        super().load_checkpoint(path)
+        with ExitStack() as schedules:
+            for name, trainer in self.trainers.items():
+                schedules.enter_context(own_schedule(trainer, of=name))
+            super().load_checkpoint(path)
         if self.checkpoints is not None:
             self.checkpoints.last = Path(path)
         # Otherwise each threshold already behind would be saved again, one a step.

@@ -200,6 +200,7 @@ CLT_RULES = (
         )
     ),
     not_negative("l0_coefficient", "it must be 0 or more"),
+    not_negative("l0_warm_up_steps", "it must be 0 or more"),
     a_density("max_latent_density"),
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
     one_of("step_kernel", PLAIN_STEP_PATHS),

@@ -33,6 +33,7 @@ from jumprelu_plugin.transcoders.clt.run import (
     RECORD_FILENAME,
     config_of,
     evaluated,
+    fitting_config,
     schedule_of,
     store_of,
     training_config,
@@ -154,7 +155,7 @@ def checked_training(settings: CLTSettings, replicas: int, shards: int) -> CLTTr
     Raises:
         ValueError: a setting that cannot be, or sizes that do not divide the batch or d_sae.
     """
-    training = training_config(settings)
+    training = fitting_config(training_config(settings), settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     schedule_of(settings)
     require_even_batch(settings, replicas)

@@ -24,6 +24,8 @@ from jumprelu_plugin.records import provenance, write_json
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.checkpoints import explained_at_the_end, refuse_negative_minutes
+from jumprelu_plugin.training.health.findings import log_findings
+from jumprelu_plugin.training.health.schedule import fitting_l0_warm_up, total_steps
 from jumprelu_plugin.training.text_source import without_false_alarms
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
@@ -86,7 +88,7 @@ def train_clt(
     """
     require_device(settings.device)
     output = Path(output)
-    training = training_config(settings)
+    training = fitting_config(training_config(settings), settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
@@ -142,6 +144,13 @@ def training_config(settings: CLTSettings) -> CLTTrainingConfig:
         max_latent_density=settings.max_latent_density,
         outlier_norm_ratio=settings.outlier_norm_ratio,
     )
+
+
+def fitting_config(training: CLTTrainingConfig, settings: CLTSettings) -> CLTTrainingConfig:
+    """With a warm-up of a fixed penalty that fits into the run; what is shortened is logged."""
+    warm_up, repairs = fitting_l0_warm_up(training.l0_warm_up_steps, total_steps(settings))
+    log_findings(repairs)
+    return replace(training, l0_warm_up_steps=warm_up)
 
 
 def config_of(model: Any, settings: CLTSettings) -> CLTConfig:

@@ -101,27 +101,28 @@ def _train(
     log(f"memory of each of {launch.size} processes: {estimate}, beside Python and PyTorch")
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))
-    launch.from_the_first(lambda: start_output_folder(output, settings))
     checkpoints = DealtCheckpoints(
         launch, output / CHECKPOINTS, settings.checkpoint_every_n_minutes
     )
+    cfg = launch.agree(lambda: runner_config(configs, pairs, here, output, checkpoint))
+    with quiet():
+        runner = launch.agree(
+            lambda: DealtRunner(
+                launch,
+                cfg,
+                pairs,
+                override_dataset=dataset,
+                override_model=model,
+                metrics_path=output / METRICS_FILENAME,
+                checkpoints=checkpoints,
+            )
+        )
+    launch.from_the_first(lambda: start_output_folder(output, settings))
     first = launch.rank == 0
     with whole_files(output) if first else nullcontext(output / ".unfinished") as unfinished:
         launch.wait()  # for the first to have made it
         part = unfinished / f"process_{launch.rank}"
-        cfg = launch.agree(lambda: runner_config(configs, pairs, here, part, output, checkpoint))
-        with quiet():
-            runner = launch.agree(
-                lambda: DealtRunner(
-                    launch,
-                    cfg,
-                    pairs,
-                    override_dataset=dataset,
-                    override_model=model,
-                    metrics_path=output / METRICS_FILENAME,
-                    checkpoints=checkpoints,
-                )
-            )
+        runner.cfg.output_path = str(part)
         trained = runner.run()
         parts = launch.all_objects(part)
         if first:

@@ -74,7 +74,7 @@ def plan_transcoders(
     texts_of(model, replace(settings, evaluation_sequences=0), dataset)
     largest = {name: configs[name] for name in most}
     now, memory = within_memory(model, largest, widths_of(most), settings)
-    run = runner_config(configs, pairs, now, output, output, None)
+    run = runner_config(configs, pairs, now, output, None)
     batch = run.train_batch_size_tokens
     numbers = [
         ("steps", f"{run.training_tokens // batch:,} of {batch:,} tokens"),

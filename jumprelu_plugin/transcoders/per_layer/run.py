@@ -27,6 +27,8 @@ from jumprelu_plugin.saes.transcoder_config import JumpReLUTrainingTranscoderCon
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
+from jumprelu_plugin.training.health.findings import log_findings
+from jumprelu_plugin.training.health.schedule import fitting_lr_schedule, with_fitting_l0_warm_up
 from jumprelu_plugin.training.runner import quiet
 from jumprelu_plugin.transcoders.memory import (
     MemoryEstimate,
@@ -95,17 +97,19 @@ def train_transcoders(
     settings_now, estimate = within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     dataset, held_out = texts_of(model, settings, dataset)
+    cfg = runner_config(configs, pairs, settings_now, output, checkpoint)
+    with quiet():
+        runner = LayerwiseRunner(
+            cfg,
+            pairs,
+            override_dataset=dataset,
+            override_model=model,
+            metrics_path=output / METRICS_FILENAME,
+            checkpoints=checkpoints_of(output, settings),
+        )
     start_output_folder(output, settings)
     with whole_files(output) as unfinished:
-        with quiet():
-            runner = LayerwiseRunner(
-                runner_config(configs, pairs, settings_now, unfinished, output, checkpoint),
-                pairs,
-                override_dataset=dataset,
-                override_model=model,
-                metrics_path=output / METRICS_FILENAME,
-                checkpoints=checkpoints_of(output, settings),
-            )
+        runner.cfg.output_path = str(unfinished)
         trained = runner.run()
         (unfinished / RUNNER_CFG_FILENAME).unlink()
     found = evaluated(model, output, pairs, held_out, settings)
@@ -214,14 +218,12 @@ def runner_config(
     configs: dict[str, Any],
     pairs: dict[str, HookPair],
     settings: TranscoderSettings,
-    unfinished: Path,
     output: Path,
     checkpoint: Path | None,
 ) -> MultiSAETrainingRunnerConfig:
-    """SAELens' config of the run.
+    """SAELens' config of the run; a schedule that does not fit into it is shortened, and logged.
 
     Args:
-        unfinished: where the transcoders are written before they are moved to `output`.
         checkpoint: from which the run goes on.
 
     Raises:
@@ -237,10 +239,16 @@ def runner_config(
     fields = {
         name: value
         for name, value in recipe.runner.items()
-        if name not in ("context_size", "train_batch_size_tokens", "lr")
+        if name not in ("context_size", "train_batch_size_tokens", "lr", "lr_warm_up_steps")
     }
+    warm_up, decay, repairs = fitting_lr_schedule(
+        recipe.runner.get("lr_warm_up_steps", 0), steps // 5, steps
+    )
+    fitting = {name: with_fitting_l0_warm_up(sae, steps) for name, sae in configs.items()}
+    # What was changed is the same for all.
+    log_findings([*repairs, *next(iter(fitting.values()))[1]])
     cfg = MultiSAETrainingRunnerConfig(
-        saes=configs,
+        saes={name: sae for name, (sae, _) in fitting.items()},
         hook_names={name: pair.hook_in for name, pair in pairs.items()},
         model_name=settings.model_name,
         model_class_name=_recorded_class_name(settings),
@@ -254,14 +262,15 @@ def runner_config(
         store_batch_size_prompts=settings.store_batch_size_prompts,
         n_batches_for_norm_estimate=settings.n_batches_for_norm_estimate,
         lr=recipe.runner["lr"] if settings.lr is None else settings.lr,
-        lr_decay_steps=steps // 5,
+        lr_warm_up_steps=warm_up,
+        lr_decay_steps=decay,
         dead_feature_window=max(1, min(1000, steps // 5)),
         device=settings.device,
         seed=settings.seed,
         n_checkpoints=settings.n_checkpoints,
         checkpoint_path=None,
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-        output_path=str(unfinished),
+        output_path=str(output),
         logger=LoggingConfig(log_to_wandb=False),
         **fields,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
 
@@ -53,3 +54,21 @@ def test_the_store_gives_what_saelens_store_gives(model: Any, tmp_path: Path) ->
 def test_a_buffer_that_cannot_work_is_refused(size: int, fraction: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixingBuffer(size, 13, iter(()), fraction)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([2, 5, 7], "row 3 of the tokenized text has 3 tokens, fewer than context_size 13"),
+        ([2, *[5] * 11, 99], "row 3 of the tokenized text holds tokens 2 to 99.*another model"),
+        ([2, *[5] * 11, -1], "row 3 of the tokenized text holds tokens -1 to 5.*another model"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(
+    row: list[int], message: str, model: Any, tmp_path: Path
+) -> None:
+    cfg = config(tmp_path)
+    rows = Dataset.from_dict({"tokens": [[2, *range(4, 16)]] * 3 + [row] + [[2, *[5] * 12]] * 40})
+    store = resumable(ActivationsStore.from_config(model, cfg, override_dataset=rows), cfg)
+    with pytest.raises(ValueError, match=message):
+        next(store)

@@ -128,6 +128,15 @@ def test_one_processs_checkpoint_goes_on_in_two(
     assert_same_output(tmp_path, one)
 
 
+def test_with_another_schedule_two_go_on_as_one_does(
+    model: Any, one: Path, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    given = {"resume_from_checkpoint": str(last_checkpoint(one)), "lr": 7e-4, "lr_decay_steps": 3}
+    run(model, small(tmp_path / "one", **given), token_rows(), check_first=False)
+    finished(model, tmp_path / "two", sizes, **given)
+    assert_same_output(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_four_processes_write_and_resume_the_same_folders(
     model: Any, one: Path, two: Path, tmp_path: Path

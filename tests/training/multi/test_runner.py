@@ -19,7 +19,16 @@ from jumprelu_plugin import JumpReLUMultiTrainingRunner, JumpReLUTrainingSAEConf
 from jumprelu_plugin.training.checkpoints import numbered
 from jumprelu_plugin.training.multi.trainer import MultiTrainer
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
-from tests.tiny import D_MODEL, HEADS, MLP, RESIDUAL, WIDTH
+from tests.tiny import (
+    D_MODEL,
+    HEADS,
+    MLP,
+    RESIDUAL,
+    WIDTH,
+    tiny_hf,
+    tiny_hooked,
+    tiny_tokenizer,
+)
 from tests.training.runs import BATCH, config, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +101,20 @@ def test_each_is_what_its_own_run_trains_bit_for_bit(
             assert torch.equal(found[key], value), (name, key)
     low, high = (load_file(whole / name / "sae_weights.safetensors") for name in ("low", "high"))
     assert not torch.equal(low["threshold"], high["threshold"])
+
+
+def test_a_model_in_bfloat16_gives_each_the_rows_of_its_own_run(
+    tmp_path: Path,
+) -> None:
+    half = tiny_hooked(tiny_hf(), tiny_tokenizer(tmp_path / "tokenizer")).to(torch.bfloat16)
+    train(half, {"low": dictionaries(tmp_path / "many", checkpoint_path=None)["low"]})
+    alone = dictionaries(tmp_path / "alone", checkpoint_path=None)["low"]
+    JumpReLUTrainingRunner(alone, token_rows(), half, check_first=False).run()
+    expected = load_file(tmp_path / "alone" / "output" / "sae_weights.safetensors")
+    for name, value in load_file(
+        tmp_path / "many" / "output" / "low" / "sae_weights.safetensors"
+    ).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_reading_ahead_changes_nothing(model: Any, whole: Path, tmp_path: Path) -> None:
@@ -209,6 +232,37 @@ def test_checkpoints_that_were_asked_for_stay_and_can_be_named(
         train(model, other)
 
 
+def test_resumed_with_other_schedules_each_follows_its_own(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = train(model, dictionaries(tmp_path / "first", n_checkpoints=1))
+    (checkpoint,) = numbered(Path(runner.cfg.checkpoint_path or ""))
+
+    def longer(folder: Path, **fields: Any) -> dict[str, Any]:
+        # Its decay begins later; "high" has a rate of its own beside that.
+        made = dictionaries(folder, **fields)
+        for cfg in made.values():
+            cfg.training_tokens = cfg.training_tokens + 11 * BATCH
+        made["high"].lr = 7e-4
+        return made
+
+    train(model, longer(tmp_path / "whole"))
+    with caplog.at_level("WARNING"):
+        train(model, longer(tmp_path / "second", resume_from_checkpoint=str(checkpoint)))
+    assert "high: the checkpoint's learning rates are of another config" in caplog.text
+    rates = [
+        {
+            (line["step"], name): line[name]["details/current_learning_rate"]
+            for line in map(json.loads, (folder / "output" / "metrics.jsonl").open())
+            for name in ("low", "high", "mlp")
+        }
+        for folder in (tmp_path / "whole", tmp_path / "second")
+    ]
+    whole, resumed = rates
+    assert len(resumed) == 3 * (STEPS + 11 - int(checkpoint.name) // BATCH)
+    assert resumed == {at: whole[at] for at in resumed}
+
+
 def test_auto_does_not_resume_a_run_of_other_dictionaries(
     model: Any, stop_at: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,6 +338,14 @@ def test_what_cannot_be_shared_is_refused(
     with pytest.raises(ValueError, match=message):
         train(model, configs)
     assert not (tmp_path / "output").exists()
+
+
+def test_an_argument_that_the_model_does_not_take_is_refused(model: Any, tmp_path: Path) -> None:
+    configs = dictionaries(tmp_path)
+    for cfg in configs.values():
+        cfg.model_kwargs = {"foo": 1}
+    with pytest.raises(ValueError, match="model_kwargs is .*unexpected keyword argument 'foo'"):
+        train(model, configs)
 
 
 def test_a_checkpoint_of_other_hooks_is_refused(model: Any, tmp_path: Path) -> None:

@@ -176,6 +176,19 @@ def test_a_penalty_that_silences_latents_shows_it_and_raises_an_alarm(
     assert [line["dead"] for line in lines if "dead" in line][-1] > 0.5
 
 
+def test_a_warm_up_longer_than_the_run_is_shortened(
+    model: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    chosen = settings(target_l0=None, l0_coefficient=0.3, l0_warm_up_steps=1_009)
+    with caplog.at_level("WARNING"):
+        train_clt(tmp_path, chosen, model=model, dataset=text())
+    assert caplog.text.count("l0_warm_up_steps is 1,009 and the run has 13 steps") == 1
+    assert "shortened to 6" in caplog.text
+    record = json.loads((tmp_path / "cross_layer_record.json").read_text())
+    assert record["coefficients"] == [0.3] * N_LAYERS
+    assert record["settings"]["l0_warm_up_steps"] == 1_009  # the same command goes on
+
+
 def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
     chosen = settings(layers=(1, 2), hook_name="blocks.{layer}.hook_resid_mid")
     train_clt(tmp_path / "out", chosen, model=model, dataset=text())
@@ -205,6 +218,10 @@ def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
         ({"target_l0": 7.0, "jumprelu_tanh_scale": 2.0}, "jumprelu_tanh_scale is 2.*has no tanh"),
         ({"jumprelu_sparsity_loss_mode": "quadratic"}, "must be one of step, tanh"),
         ({"d_sae": 0}, "d_sae is 0"),
+        (
+            {"target_l0": None, "l0_coefficient": 0.1, "l0_warm_up_steps": -9},
+            "l0_warm_up_steps is -9; it must be 0 or more",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

@@ -175,6 +175,7 @@ def test_output_folders_are_not_overwritten(model: Any, stop_at: list[int], tmp_
         ({"training_tokens": 40}, "less than a batch"),
         ({"context_size": 65}, "context_size is 65.*at most 64"),
         ({"target_l0": 7.0, "l0_coefficient": 0.1}, "both target_l0=7 and l0_coefficient=0.1"),
+        ({"target_l0": 60.0}, "at most d_sae, which is 59"),
     ],
 )
 def test_a_set_that_cannot_be_trained_is_refused(
@@ -182,6 +183,34 @@ def test_a_set_that_cannot_be_trained_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train_transcoders(tmp_path / "out", settings(**changes), model=model, dataset=text())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_s_schedules_are_shortened_to_the_run(
+    model: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    chosen = settings(
+        recipe="gemma_scope_transcoder", target_l0=None, lr=None, training_tokens=31 * 41
+    )
+    with caplog.at_level("WARNING"):
+        train_transcoders(tmp_path / "set", chosen, model=model, dataset=text())
+    # 1,000 and 31 // 5 steps, in the same ratio in half of the run.
+    lr = "lr_warm_up_steps 1,000 and lr_decay_steps 6 do not fit into 31 steps: shortened to 15 and"
+    assert caplog.text.count(lr) == 1
+    l0 = "l0_warm_up_steps is 10,000 and the run has 31 steps"
+    assert caplog.text.count(l0) == 1 and "shortened to 15" in caplog.text
+    sae = SAE.load_from_disk(tmp_path / "set/layer_1")
+    lines = [json.loads(line) for line in (tmp_path / "set/metrics.jsonl").read_text().splitlines()]
+    last = [line["layer_1"] for line in lines if "layer_1" in line][-1]
+    assert last["details/l0_coefficient"] == pytest.approx(6e-4)
+    assert last["details/current_learning_rate"] == pytest.approx(7e-5)
+    assert sae.cfg.architecture() == "jumprelu_transcoder"
+
+
+def test_a_target_replaces_the_recipe_s_fixed_penalty(model: Any, tmp_path: Path) -> None:
+    chosen = settings(recipe="gemma_scope_transcoder", layers=(1,))
+    train_transcoders(tmp_path / "set", chosen, model=model, dataset=text())
+    assert (tmp_path / "set/layer_1/cfg.json").is_file()
 
 
 def test_the_chunk_shrinks_to_the_memory(model: Any, tmp_path: Path) -> None:
