@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import simple_parsing
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
@@ -55,6 +57,8 @@ UNDOCUMENTED = {
 CHANGED = {
     "lr": "learning rate. Where none is given, train, train-many and check find that of an SAE or "
     "transcoder with target_l0 from the run's size.",
+    "compile_sae": "compile the training step with torch.compile; not of this package's "
+    "architectures, which have their own kernels.",
 }
 
 
@@ -136,6 +140,8 @@ class _Parser(simple_parsing.ArgumentParser):
     def __init__(self, usage: str, **options: Any) -> None:
         self.titles: dict[str, tuple[str, str]] = {}
         super().__init__(prog=usage, usage=f"{usage} [--flag value …]", **options)
+        # As argparse of Python 3.14 has it: -5,None is a value, and no flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     @override
     def error(self, message: str) -> Any:
@@ -185,9 +191,9 @@ def _parser(architecture: str, command: Command) -> _Parser:
             if field.name in LIST_FLAGS:
                 read, metavar = LIST_FLAGS[field.name]
                 field.arg_options.update(nargs="+", type=read, metavar=metavar, action=_Concatenate)
-            elif field.type == str | None:
-                # Else the word would be the name of a folder, say.
-                field.arg_options.update(type=_text_or_none)
+            elif NoneType in get_args(field.type):
+                # Else the word would be the name of a folder, say, and no number.
+                field.arg_options.update(type=_or_none(field.arg_options["type"]))
     return parser
 
 
@@ -238,8 +244,12 @@ class _Concatenate(argparse.Action):
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         found: Any = [value for part in values for value in part]
-        if len(found) == 1 and isinstance(found[0], bool):
+        is_slice = self.dest.endswith("seqpos_slice")
+        if len(found) == 1 and (isinstance(found[0], bool) or (found[0] is None and not is_slice)):
             (found,) = found
+        elif is_slice and len(found) > 3:
+            message = f"it has {len(found)} parts; give start,stop or start,stop,step"
+            raise argparse.ArgumentError(self, message)
         setattr(namespace, self.dest, found)
 
 
@@ -250,8 +260,16 @@ def _whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _text_or_none(text: str) -> str | None:
-    return None if text.lower() == "none" else text
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read_or_none(text: str) -> Any:
+        return None if text.lower() == "none" else read(text)
+
+    read_or_none.__name__ = read.__name__  # argparse says it of a wrong value
+    return read_or_none
+
+
+def _widths(text: str) -> list[int] | list[None]:
+    return [None] if text.lower() == "none" else _whole_numbers(text)
 
 
 def _slice(text: str) -> list[int | None]:
@@ -272,5 +290,5 @@ def _special_tokens(text: str) -> list[bool] | list[int]:
 LIST_FLAGS = {
     "exclude_special_tokens": (_special_tokens, "True|False|2,3"),
     "seqpos_slice": (_slice, "1,None"),
-    "matryoshka_widths": (_whole_numbers, "32,64"),
+    "matryoshka_widths": (_widths, "32,64"),
 }

@@ -117,7 +117,10 @@ def sweep(
         int | None, typer.Option("--held_out", help="held-out sequences to evaluate on.")
     ] = None,
     activations: Annotated[
-        str | None, typer.Option("--activations", help="activation cache to read.")
+        str | None,
+        typer.Option(
+            "--activations", help="activation cache to read, with its model, text and context size."
+        ),
     ] = None,
     train_together: Annotated[
         int | None,

@@ -25,7 +25,7 @@ Folders = Annotated[
 ]
 ContextSize = Annotated[
     int | None,
-    typer.Option("--context_size", help="tokens in a sequence. Default: the first SAE's own."),
+    typer.Option("--context_size", help="tokens in a sequence. Default: the SAEs' own."),
 ]
 
 

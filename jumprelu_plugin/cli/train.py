@@ -172,20 +172,29 @@ def check(
     context: typer.Context,
     recipe: RecipeName = None,
     activations: Activations = None,
+    save_buffer: SaveBuffer = True,
+    checkpoint_every_n_minutes: CheckpointMinutes = 10.0,
+    check_first: CheckFirst = True,
     data_parallel_size: DataParallelSize = 1,
     model_parallel_size: ModelParallelSize = 1,
     hardware: Hardware = None,
 ) -> None:
     """Check a run before it starts: memory, windows, what it can reach. Flags as for train.
 
+    With --no_check_first it repairs nothing, as train would not.
     With --data_parallel_size or --model_parallel_size it says what each process takes and what they
     exchange, without starting them. Exits with 2 if the run would be refused. Writes nothing.
     """
     from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
     cfg = _run_config(context, recipe)
+    options: dict[str, Any] = {
+        "save_buffer": save_buffer,
+        "check_first": check_first,
+        "checkpoint_every_n_minutes": checkpoint_every_n_minutes,
+    }
     if (data_parallel_size, model_parallel_size, hardware) == (1, 1, None):
-        report = JumpReLUTrainingRunner(cfg, activations=activations).preflight()
+        report = JumpReLUTrainingRunner(cfg, activations=activations, **options).preflight()
     else:
         from jumprelu_plugin.training.distributed.planning import plan
 
@@ -196,6 +205,7 @@ def check(
             data_parallel_size=data_parallel_size,
             model_parallel_size=model_parallel_size,
             gpu=hardware,
+            **options,
         )
         console.print(found.table())
         report = found.preflight

@@ -136,14 +136,18 @@ def _entries(file: Path) -> list[dict[str, Words]]:
             f"{file} holds no dictionaries: give a mapping of flags to values, such as "
             "target_l0: [20, 40], or a list of such mappings"
         )
-    return [
-        {
-            str(flag).removeprefix("--").replace("-", "_"): _words(value)
-            for flag, value in entry.items()
-            if value is not None
-        }
-        for entry in entries
-    ]
+    return [_by_name(entry) for entry in entries]
+
+
+def _by_name(entry: Mapping[Any, Any]) -> dict[str, Words]:
+    """The words after each flag of an entry; an empty value is None, and an empty name no name."""
+    words = {
+        str(flag).removeprefix("--").replace("-", "_"): _words(value)
+        for flag, value in entry.items()
+    }
+    if words.get(NAME) == ["None"]:
+        del words[NAME]
+    return words
 
 
 def _words(value: Any) -> Words:

@@ -98,8 +98,7 @@ def run_l0_sweep(
         FileNotFoundError: `source` does not exist.
     """
     settings, output = settings or RefitSettings(), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not empty; give another folder")
+    require_empty_folder(output)
     dictionary = read_pretrained(source, hook_name=hook_name, model_name=model_name)
     for name, given in (("activations", activations), ("held_out", held_out)):
         _check_activations(name, given, dictionary.parameters.d_in)
@@ -134,6 +133,13 @@ def run_l0_sweep(
     for warning in sweep_warnings(points):
         logger.warning(warning)
     return points
+
+
+def require_empty_folder(output: str | Path) -> None:
+    """Raise ValueError unless the folder of a sweep is new or empty."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty; give another folder")
 
 
 def frontier_table(points: Sequence[SweepPoint]) -> Table:

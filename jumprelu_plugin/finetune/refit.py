@@ -185,8 +185,19 @@ def check_targets(
     """Check all targets before anything is trained.
 
     Raises:
-        ValueError: there are no targets, one is given twice or is not a positive number, or no
-            thresholds reach it.
+        ValueError: as `require_positive_targets` does, or no thresholds reach a target.
+    """
+    require_positive_targets(targets)
+    highest = max_l0(parameters, activations)
+    if max(targets) > highest:
+        raise ValueError(_unreachable(max(targets), highest))
+
+
+def require_positive_targets(targets: Sequence[float]) -> None:
+    """Check what targets are by themselves, for which no activations are needed.
+
+    Raises:
+        ValueError: there are no targets, or one is given twice or is not a positive number.
     """
     if not targets:
         raise ValueError("there are no target L0s: give at least one, such as 10,20,40")
@@ -195,9 +206,6 @@ def check_targets(
     invalid = [target for target in targets if not 0 < target < math.inf]
     if invalid:
         raise ValueError(f"a target L0 is {invalid[0]:g}; expected a number more than 0")
-    highest = max_l0(parameters, activations)
-    if max(targets) > highest:
-        raise ValueError(_unreachable(max(targets), highest))
 
 
 def _unreachable(target: float, highest: float) -> str:

@@ -40,6 +40,7 @@ from jumprelu_plugin.records import is_number, read_json
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.checkpoints import DEFAULT_MINUTES
+from jumprelu_plugin.training.requirements import require_what_a_run_needs
 from jumprelu_plugin.training.resuming import AUTO, resolve_auto
 from jumprelu_plugin.training.runner import (
     JumpReLUTrainingRunner,
@@ -101,7 +102,8 @@ class FinetuningRunner(JumpReLUTrainingRunner):
 
     Raises:
         ValueError: the source holds no usable SAE (`read_pretrained`), its width is not the hook's,
-            the input normalization cannot be folded, or as in `JumpReLUTrainingRunner`.
+            the input normalization cannot be folded, `cfg` names other weights or another target L0
+            than the checkpoint to resume, or as in `JumpReLUTrainingRunner`.
         FileNotFoundError: the source does not exist.
     """
 
@@ -121,12 +123,14 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         self.source, self.log = Path(source), log
         dictionary = read_pretrained(source, hook_name=cfg.hook_name, model_name=cfg.model_name)
         cfg.sae = _for_dictionary(cfg.sae, dictionary)
+        _refuse_other_weights(cfg, self.source)
+        require_what_a_run_needs(cfg)
         refuse_used_output_folder(cfg.output_path)
         if cfg.resume_from_checkpoint == AUTO:
-            cfg = resolve_auto(cfg, finetuned_from=str(source))
+            cfg = resolve_auto(cfg, finetuned_from=str(self.source))
         refuse_wrong_checkpoint(cfg)
         if cfg.resume_from_checkpoint is not None:
-            cfg.sae.target_l0 = _checkpoint_target(cfg.resume_from_checkpoint)
+            _take_target(cfg.sae, cfg.resume_from_checkpoint)
         loads_everything = override_model is None and override_dataset is None
         model = language_model(cfg) if override_model is None else override_model
         _refuse_wrong_width(model, cfg, dictionary)
@@ -259,11 +263,11 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
     keywords = recorded_keywords(metadata, other_model=other_model)
     metadata = {**metadata, "model_from_pretrained_kwargs": keywords}
     values |= {name: metadata.get(name) for name in recorded}
+    # In one word: a value of its own that begins with - would be taken for a flag.
     return [
-        text
+        f"--{name}={_flag_text(value)}"
         for name, value in values.items()
         if value is not None and value != {}
-        for text in (f"--{name}", _flag_text(value))
     ]
 
 
@@ -307,6 +311,32 @@ def _training_sae(cfg: JumpReLUTrainingSAEConfig) -> JumpReLUTrainingSAE:
     if cfg.controls_l0 and cfg.target_l0 is None:
         cfg = dataclasses.replace(cfg, target_l0=1.0)
     return JumpReLUTrainingSAE(dataclasses.replace(cfg))
+
+
+def _refuse_other_weights(cfg: Any, source: Path) -> None:
+    if cfg.from_pretrained_path is not None:
+        raise ValueError(
+            f"from_pretrained_path is {cfg.from_pretrained_path}, and finetuning starts from the "
+            f"weights of {source}: leave it out, or give that folder as the SAE to finetune"
+        )
+
+
+def _take_target(sae: JumpReLUTrainingSAEConfig, checkpoint: str) -> None:
+    """Have a run that names no target L0 hold its checkpoint's.
+
+    Raises:
+        ValueError: it names another.
+    """
+    target = _checkpoint_target(checkpoint)
+    if not sae.controls_l0 or target is None:
+        return
+    if sae.target_l0 not in (None, target):
+        raise ValueError(
+            f"target_l0 is {sae.target_l0:g}, and the checkpoint {checkpoint} trains for "
+            f"{target:g}: leave target_l0 out to go on with that, or start anew without "
+            "resume_from_checkpoint"
+        )
+    sae.target_l0 = target
 
 
 def _checkpoint_target(checkpoint: str) -> float | None:

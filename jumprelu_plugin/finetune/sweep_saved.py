@@ -10,8 +10,9 @@ from typing import Any
 from sae_lens import logger
 
 from jumprelu_plugin.finetune.activations import harvest_activations
-from jumprelu_plugin.finetune.l0_sweep import SweepPoint, run_l0_sweep
-from jumprelu_plugin.finetune.refit import RefitSettings
+from jumprelu_plugin.finetune.l0_sweep import SweepPoint, require_empty_folder, run_l0_sweep
+from jumprelu_plugin.finetune.pretrained import read_pretrained
+from jumprelu_plugin.finetune.refit import RefitSettings, require_positive_targets
 from jumprelu_plugin.formats.saved import load_saved
 from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.options import ModelOptions
@@ -46,6 +47,10 @@ def run_saved_l0_sweep(
         ValueError, OSError, FileNotFoundError: as `load_saved` and `run_l0_sweep`.
     """
     options = options or ModelOptions()
+    # Before the model is loaded and run on the text.
+    require_positive_targets(targets)
+    require_empty_folder(output)
+    read_pretrained(folder, hook_name=options.hook_name, model_name=options.model_name)
     settings = replace(settings or RefitSettings(), device=options.device)
     saved = load_saved(folder, options, context_size=context_size)
     fit, test = saved.sequences(held_out, train=sequences, seed=settings.seed)

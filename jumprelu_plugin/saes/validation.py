@@ -273,9 +273,21 @@ SAE_RULES = (
     one_of("step_kernel", STEP_PATHS),
 )
 
-# Fields of ours that would do nothing in the mode chosen. With a fixed coefficient SAELens' own
-# mean what they mean there: a mode does not read another mode's.
+# Fields of ours that would do nothing in the mode chosen, and a target that nothing would hold.
+# With a fixed coefficient SAELens' other fields mean what they mean there: a mode does not read
+# another mode's.
 EFFECT_RULES = (
+    Rule(
+        "target_l0",
+        lambda cfg: (
+            cfg.target_l0 is None
+            or cfg.controls_l0
+            or cfg.jumprelu_sparsity_loss_mode == "quadratic"
+        ),
+        "{field} is {value} and l0_coefficient is fixed at {cfg.l0_coefficient}: give one of them. "
+        "To hold the target, set l0_coefficient=None (--l0_coefficient None where a recipe has "
+        "one); for the fixed coefficient, leave {field} out",
+    ),
     no_fixed_penalty_to_warm_up(
         "Give target_l0_warm_up_steps with target_l0_start_ratio to come down to the target, or an "
         "l0_coefficient"

@@ -90,15 +90,22 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
     checkpoints = _newest_first(below)
     # A run over several dictionaries is repaired before it comes here.
     possible = (cfg, repaired(cfg)[0]) if hasattr(cfg, "sae") else (cfg,)
-    wanted = [_identity(plain(given.to_dict())) for given in possible]
+    source = _absolute(finetuned_from)
+    wanted = [{**_identity(plain(given.to_dict())), "finetuned_from": source} for given in possible]
 
-    def is_same(path: Path) -> bool:
+    def comparable(path: Path) -> dict[str, Any] | None:
         recorded = _recorded(path)
-        if recorded is None or not is_as_written(path, RUNNER_CFG_FILENAME):
-            return True  # damaged, which is said where it would be the one to take
+        if recorded is None:
+            return None
         if finetuned_from is not None and cfg.sae.target_l0 is None:
             recorded["sae.target_l0"] = None  # the L0 that the dictionary was found to have
-        return recorded in wanted and _finetuned_from(path) == finetuned_from
+        return {**recorded, "finetuned_from": _absolute(_finetuned_from(path))}
+
+    def is_same(path: Path) -> bool:
+        recorded = comparable(path)
+        if recorded is None or not is_as_written(path, RUNNER_CFG_FILENAME):
+            return True  # damaged, which is said where it would be the one to take
+        return recorded in wanted
 
     found = newest_whole(path for path in checkpoints if is_same(path))
     cfg = copy.copy(cfg)  # not dataclasses.replace, which would give the folder another ID
@@ -107,7 +114,8 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
         cfg.checkpoint_path = str(found.parent)
         logger.warning(f"resuming from {found}, of {cfg.training_tokens:,} tokens")
     else:
-        logger.warning(f"starting fresh: {_why_fresh(below, checkpoints, wanted[0])}")
+        candidates = ((path, comparable(path)) for path in checkpoints)
+        logger.warning(f"starting fresh: {_why_fresh(below, candidates, wanted[0])}")
     return cfg
 
 
@@ -116,9 +124,10 @@ def _newest_first(below: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name), path.stat().st_mtime), reverse=True)
 
 
-def _why_fresh(below: Path, checkpoints: Iterable[Path], wanted: dict[str, Any]) -> str:
-    for path in checkpoints:
-        recorded = _recorded(path)
+def _why_fresh(
+    below: Path, candidates: Iterable[tuple[Path, dict[str, Any] | None]], wanted: dict[str, Any]
+) -> str:
+    for path, recorded in candidates:
         if recorded is None:
             continue
         for name in sorted({*wanted, *recorded}):
@@ -156,9 +165,13 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
         fields["saes"] = list(several)
         for name, sae in several.items():
             fields |= _without_free(f"saes.{name}", sae)
-    if isinstance(fields.get("output_path"), str):
-        fields["output_path"] = os.path.abspath(fields["output_path"])
+    fields["output_path"] = _absolute(fields.get("output_path"))
     return fields
+
+
+def _absolute(path: Any) -> Any:
+    """A path that compares equal however it is written; what is none stays."""
+    return os.path.abspath(path) if isinstance(path, str) else path
 
 
 def _without_free(prefix: str, sae: Any) -> dict[str, Any]:

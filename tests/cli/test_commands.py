@@ -70,7 +70,7 @@ def test_steer_shows_text_without_and_with(folder: Path) -> None:
          "taken/evaluation.json"),
         (["dashboard", "--output_path", "taken"], "taken is a folder: give a file to write, such "
          "as taken/features.html"),
-        (["dashboard", "--output_path", "file/p.html"], "file is a file"),
+        (["dashboard", "--output_path", "file/p.html"], "is a file: give"),
         (["steer", "--latent", "999", "--prompt", PROMPT], "its latents are 0 to 40"),
         (["steer", "--latent", "-1"], "its latents are 0 to 40"),
     ],

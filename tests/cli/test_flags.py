@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -23,6 +24,7 @@ from jumprelu_plugin.cli.saelens_flags import Command, parse_flags, run_config
 from jumprelu_plugin.cli.values import numbers, whole_numbers
 from jumprelu_plugin.control.learning_rate import learning_rate
 from jumprelu_plugin.models.options import ModelOptions
+from jumprelu_plugin.recipes.anthropic_2025 import ANTHROPIC_2025
 from jumprelu_plugin.transcoders.settings import CLTSettings, TranscoderSettings
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -101,6 +103,10 @@ def test_the_help_of_train_has_every_flag_of_saelens(capsys: pytest.CaptureFixtu
     theirs = flags_in(capsys.readouterr().out)
     assert len(theirs) > 90
     assert set(theirs) - set(shown) == {"--metadata"}
+
+
+def test_check_takes_what_train_takes() -> None:
+    assert options("train").keys() <= options("check").keys()
 
 
 @pytest.mark.parametrize(
@@ -209,8 +215,11 @@ def test_a_dash_and_an_underscore_are_the_same(tmp_path: Path) -> None:
         ("--seqpos_slice 1,None", "seqpos_slice", (1, None)),
         ("--seqpos_slice=1,-5", "seqpos_slice", (1, -5)),
         ("--seqpos_slice 1 9 2", "seqpos_slice", (1, 9, 2)),
+        ("--seqpos_slice -5,None", "seqpos_slice", (-5, None)),
+        ("--seqpos_slice None", "seqpos_slice", (None,)),
         ("--matryoshka_widths 16,32", "sae.matryoshka_widths", [16, 32]),
         ("--matryoshka_widths 16 32", "sae.matryoshka_widths", [16, 32]),
+        ("--matryoshka_widths none", "sae.matryoshka_widths", None),
         ("", "exclude_special_tokens", False),
         ("", "seqpos_slice", (None,)),
     ],
@@ -255,6 +264,42 @@ def test_none_is_no_folder() -> None:
     assert cfg.logger.run_name == "None of them"
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])
+def test_every_optional_field_can_be_set_back_to_none(architecture: str) -> None:
+    """As over a recipe's value: the last flag counts."""
+    given = {
+        bool: "True",
+        int: "7",
+        float: "0.3",
+        str: "words",
+        dict[str, Any]: '{"a": 1}',
+    }
+    kinds = {
+        name: kind
+        for config in (LanguageModelSAERunnerConfig, SAE_TRAINING_CLASS_REGISTRY[architecture][1])
+        for name, hint in get_type_hints(config).items()
+        if NoneType in get_args(hint)
+        for kind in given
+        if kind in get_args(hint)
+    }
+    assert {"lr_end", "l0_coefficient", "standardize_activations"} <= kinds.keys()
+    flags = [
+        word
+        for value in ("given", "None")
+        for name, kind in kinds.items()
+        for word in (f"--{name}", given[kind] if value == "given" else value)
+    ]
+    cfg: Any = parse_flags(["--architecture", architecture, *flags])
+    found = {name: getattr(cfg if hasattr(cfg, name) else cfg.sae, name) for name in kinds}
+    filled_in = {"d_out": cfg.sae.d_in} if "d_out" in kinds else {}
+    assert {name: value for name, value in found.items() if value is not None} == filled_in | {
+        "lr_end": cfg.lr / 10,  # SAELens fills these in
+        "llm_device": cfg.device,
+        "act_store_device": cfg.device,
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
+    }
+
+
 # ---------------------------------------------------------------- found, not given
 
 
@@ -276,6 +321,15 @@ def test_that_of_a_transcoder_is_at_most_its_recipe_s() -> None:
     assert run_config(flags, None, Command()).lr == 4e-3
     longer = [*flags, "--training_tokens", "4100410000"]
     assert run_config(longer, None, Command()).lr == learning_rate(33, 59, 7.0, 41, 100_010_000)
+
+
+def test_with_a_recipe_that_has_none_of_its_own_the_learning_rate_is_as_without() -> None:
+    of_transcoder = [*SIZES, "--architecture", "jumprelu_transcoder", "--target_l0", "7"]
+    assert run_config(of_transcoder, "default", Command()).lr == 4e-3
+    onwards = [*SIZES, "--target_l0", "7", "--from_pretrained_path", "there"]
+    for given in (onwards, [*SIZES, "--l0_coefficient", "0.3"]):
+        assert run_config(given, "matryoshka", Command()).lr == LanguageModelSAERunnerConfig.lr
+    assert run_config(onwards, "anthropic_2025", Command()).lr == ANTHROPIC_2025.runner["lr"]
 
 
 @pytest.mark.parametrize(

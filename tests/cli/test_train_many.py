@@ -59,9 +59,25 @@ def test_a_file_holds_a_grid_or_a_list_of_them_and_flags_count_before_it(tmp_pat
     assert all(cfg.exclude_special_tokens == [2, 3] for cfg in found.values())
 
 
+def test_an_empty_value_in_a_file_is_none_also_over_a_recipes(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "- {name: held, l0_coefficient: null, target_l0: 5}\n"
+        "- {name: , l0_coefficient: [null, 0.3], lr_end: null}\n"
+    )
+    command = Command("jumprelu train-many")
+    found = read_dictionaries([], grid, "gemma_scope", command, {})
+    assert {name: cfg.sae.l0_coefficient for name, cfg in found.items()} == {
+        "held": None, "l0_coefficient_None": None, "l0_coefficient_0.3": 0.3,
+    }  # fmt: skip
+    assert found["held"].sae.target_l0 == 5
+    assert found["held"].sae.l0_warm_up_steps == 0
+
+
 @pytest.mark.parametrize(
     ("given", "text", "message"),
     [
+        ("", "d_sae: null", "invalid int value: 'None'"),
         ("--target_l0 5,5", None, "two dictionaries are called 'sae'"),
         ("5 --target_l0 5", None, "'5' follows no flag"),
         ("--no_such 5", None, "unrecognized arguments: --no_such 5"),

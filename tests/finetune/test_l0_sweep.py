@@ -20,6 +20,7 @@ from jumprelu_plugin.finetune.l0_sweep import (
     sweep_warnings,
 )
 from jumprelu_plugin.finetune.refit import RefitSettings
+from tests.dictionaries import random_transcoder
 from tests.finetune.l0_targets import activations, l0_of
 from tests.tiny import BOS, HEADS, RESIDUAL, tiny_models, tiny_sae, tiny_tokens
 
@@ -146,3 +147,28 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
     assert SAE.load_from_disk(tmp_path / "out" / "l0_9").cfg.d_sae == 67
     result = CliRunner().invoke(app, [*arguments, "--l0", "many"])
     assert result.exit_code == 2 and "give numbers such as" in result.output
+
+
+@pytest.mark.parametrize(
+    ("l0", "output", "source", "message"),
+    [
+        ("0", "out", "sae", "a target L0 is 0; expected a number more than 0"),
+        ("5,5", "out", "sae", "a target L0 is given twice: 5, 5"),
+        ("5", "sae", "sae", "is not empty; give another folder"),
+        ("5", "out", "transcoder", "only SAEs, which read and write the same hook"),
+    ],
+)
+def test_the_command_refuses_before_it_loads_the_model(
+    l0: str, output: str, source: str, message: str, tmp_path: Path
+) -> None:
+    """The model that the SAE names is nowhere, so that a later check would not come to speak."""
+    tiny_sae().save_model(tmp_path / "sae")
+    random_transcoder().save_model(tmp_path / "transcoder")
+    result = CliRunner().invoke(
+        app,
+        ["l0-sweep", str(tmp_path / source), "--output_path", str(tmp_path / output), "--l0", l0,
+         "--model_name", str(tmp_path / "nowhere")],
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

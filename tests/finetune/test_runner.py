@@ -213,10 +213,14 @@ def test_resumed_it_ends_where_the_whole_run_does(
 
     whole = run("whole", n_checkpoints=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
-    resumed = run("resumed", resume_from_checkpoint=str(checkpoint))
-    assert resumed.control.l0.target == whole.control.l0.target
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    target = whole.control.l0.target
+    with pytest.raises(ValueError, match=rf"target_l0 is 12, and .* {target:.3f}.*leave target_l0"):
+        run("other", resume_from_checkpoint=str(checkpoint), target_l0=12)
+    for given in ({}, {"target_l0": target}):
+        resumed = run(f"resumed{len(given)}", resume_from_checkpoint=str(checkpoint), **given)
+        assert resumed.control.l0.target == target
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_gemma_scope_file(tiny: Tiny, text: Dataset, tmp_path: Path) -> None:
@@ -237,12 +241,12 @@ def gemma_scope_arrays() -> dict[str, Any]:
 def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
     pretrained_sae(True).save_model(tmp_path / "sae")
     said = pretrained_flags(tmp_path / "sae", [])
-    assert dict(zip(said[::2], said[1::2], strict=True)) == {
-        "--d_in": str(D_MODEL),
-        "--d_sae": str(D_SAE),
-        "--hook_name": RESIDUAL,
-        "--model_name": "tiny-gemma-2-test",
-    }
+    assert said == [
+        f"--d_in={D_MODEL}",
+        f"--d_sae={D_SAE}",
+        f"--hook_name={RESIDUAL}",
+        "--model_name=tiny-gemma-2-test",
+    ]
     trained = pretrained_sae(True)
     recorded = {
         "model_class_name": "HookedTransformer",
@@ -250,6 +254,7 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
         "dataset_path": "some/text",
         "context_size": 31,
         "prepend_bos": False,
+        "seqpos_slice": (-5, None),
     }
     for name, value in recorded.items():
         trained.cfg.metadata[name] = value
@@ -258,7 +263,7 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
     cfg = parse_flags([*more, "--context_size", "17"])
     assert {name: getattr(cfg, name) for name in recorded} == recorded | {"context_size": 17}
     other = pretrained_flags(tmp_path / "recorded", ["--model_name", "other"])
-    assert "--model_class_name" not in other
+    assert not any(flag.startswith("--model_class_name") for flag in other)
     trained.cfg.metadata.sequence_separator_token = None
     trained.cfg.metadata.disable_concat_sequences = True
     trained.save_model(tmp_path / "apart")
@@ -309,6 +314,9 @@ def test_wrong_width_source_and_settings_are_refused(
     with pytest.raises(ValueError, match="layer_norm"):
         cfg = config(None, normalize_activations="layer_norm")
         FinetuningRunner(tmp_path / "sae", cfg, text, tiny.hooked)
+    with pytest.raises(ValueError, match="from_pretrained_path is nowhere, .*leave it out"):
+        cfg = config(None, from_pretrained_path="nowhere")
+        FinetuningRunner(tmp_path / "sae", cfg, text, tiny.hooked)
     (tmp_path / "other.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="not a dictionary's file"):
         read_pretrained(tmp_path / "other.npz")
@@ -340,6 +348,12 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["finetune", *arguments])
         assert result.exit_code == 2 and said in result.output.replace("\n", " ")
     pretrained_sae(True).save_model(tmp_path / "sae")
+    # Before a model is looked for: there is none of this name.
+    for flag in ("--device", "--llm_device"):
+        given = [str(tmp_path / "sae"), flag, "cuda:97", "--log_to_wandb", "False"]
+        result = CliRunner().invoke(app, ["finetune", *given])
+        assert result.exit_code == 2 and "cuda:97" in result.output, result.output
+        assert len(result.output.splitlines()) < 7
     result = CliRunner().invoke(app, ["finetune", str(tmp_path / "sae"), "--nonsense", "3"])
     assert result.exit_code == 2 and "nonsense" in result.output
     assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["architecture"] == "jumprelu"

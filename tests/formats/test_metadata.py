@@ -121,9 +121,9 @@ def test_one_head_stays_one_head(tmp_path: Path) -> None:
     for target in ("gemma-scope", "dictionary-learning"):
         with pytest.raises(ValueError, match=f"reads head {HEAD} of {HEADS} alone"):
             export(folder, target, tmp_path / target, unchecked=True)
-    flags = pretrained_flags(folder, [])
-    assert flags[flags.index("--hook_head_index") + 1] == str(HEAD)
-    assert "--hook_head_index" not in pretrained_flags(folder, ["--hook_name", RESIDUAL])
+    head = f"--hook_head_index={HEAD}"
+    assert head in pretrained_flags(folder, [])
+    assert head not in pretrained_flags(folder, ["--hook_name", RESIDUAL])
 
 
 # ---------------------------------------------------------------- which tokens

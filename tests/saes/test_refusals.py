@@ -79,6 +79,17 @@ def test_a_config_without_target_or_coefficient_says_which_to_give() -> None:
         JumpReLUTrainingSAE(good_config(target_l0=None))
 
 
+@pytest.mark.parametrize("mode", ["step", "tanh"])
+def test_a_target_beside_a_fixed_coefficient_is_refused_where_nothing_reads_it(mode: Any) -> None:
+    both = {"target_l0": 5, "l0_coefficient": 0.3, "jumprelu_tanh_scale": 4.0}
+    said = r"target_l0 is 5 and l0_coefficient is fixed at 0\.3.*--l0_coefficient None"
+    with pytest.raises(ValueError, match=said):
+        JumpReLUTrainingSAE(good_config(jumprelu_sparsity_loss_mode=mode, **both))
+    JumpReLUTrainingSAE(good_config(jumprelu_sparsity_loss_mode="quadratic", **both))
+    alone = {**both, "target_l0": None}
+    JumpReLUTrainingSAE(good_config(jumprelu_sparsity_loss_mode=mode, **alone))
+
+
 def test_quadratic_mode_needs_a_target() -> None:
     with pytest.raises(ValueError, match="target_l0 must be set for quadratic"):
         JumpReLUTrainingSAE(

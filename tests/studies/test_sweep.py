@@ -22,12 +22,14 @@ from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.hooks import flat_heads
 from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.records import digest
 from jumprelu_plugin.studies.sweep import cells as cells_module
 from jumprelu_plugin.studies.sweep import run as run_module
 from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES
 from jumprelu_plugin.studies.sweep.grid import SweepSettings, read_grid
 from jumprelu_plugin.studies.sweep.record_file import read_records
 from jumprelu_plugin.studies.sweep.run import RECORDS_FILENAME, run_sweep
+from jumprelu_plugin.training.activations.cache.writer import write_activation_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread_throughout", "one_kernel")
 HOOKS = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z")
@@ -231,7 +233,26 @@ def test_ctrl_c_says_how_to_go_on(
         ("l0s: [3]", "unknown field 'l0s'.*did you mean l0"),
         ("l0: []", "no l0: give at least one"),
         ("l0: [20, 4000]", "l0 has 4000; expected more than 0 and less than d_sae"),
-        ("l0: [ten]", "wrong type"),
+        ("l0: [ten]", "l0 is 'ten'; give numbers"),
+        ("l0: [true]", r"l0 is \[True\]; expected numbers"),
+        ("seeds: [0.5]", r"seeds is \[0.5\]; expected whole numbers such as 0,1,3 or 0-5"),
+        ("seeds: 0-a", "seeds is '0-a'; give numbers such as 0,1,3 or 0-5"),
+        ("seeds: -1", "seeds has -1; expected 0 or more"),
+        ("layers: {2: 3}", "layers is {2: 3}; expected whole numbers"),
+        ("layers:", "layers is None; expected whole numbers"),
+        ("d_sae: 64.5", "d_sae is 64.5; expected a whole number"),
+        ("d_sae: many", "d_sae is 'many'; expected a whole number"),
+        ("d_sae:", "d_sae is None; expected a whole number"),
+        ("context_size: true", "context_size is True; expected a whole number"),
+        ("training_tokens: .inf", "training_tokens is inf; expected a whole number"),
+        ("train_together: 2.5", "train_together is 2.5; expected a whole number"),
+        ("cached_tokens: 0", "cached_tokens is 0; expected at least 1"),
+        ("lr: fast", "lr is 'fast'; expected a number"),
+        ("lr: {topk: fast}", "lr of topk is 'fast'; expected a number"),
+        ("device: 3", "device is 3; expected text"),
+        ("hook_names: [3]", r"hook_names is \[3\]; expected a list of names"),
+        ("architectures: [[topk]]", r"architectures is \[\['topk'\]\]; expected a list of names"),
+        ("model_from_pretrained_kwargs: [1]", r"kwargs is \[1\]; expected names and values"),
         ("sites: []", "no hooks: give sites and layers"),
         ("held_out: 0", "held_out is 0"),
         ("lr: {batchtopkk: 1e-3}", "unknown architecture in lr 'batchtopkk'"),
@@ -258,6 +279,93 @@ def test_flags_count_before_the_file(tmp_path: Path) -> None:
     assert settings.hooks == ("blocks.2.hook_mlp_out", "blocks.2.hook_resid_post")
     assert [(c.target_l0, c.lr) for c in settings.cells()[:2]] == [(7, 2e-3), (7, 1e-3)]
     assert len(settings.cells()) == 4
+
+
+def test_numbers_and_lists_as_people_write_them(tmp_path: Path) -> None:
+    """In YAML 2.0e+3 is a float, and 1e3 and 0-1 are text."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "d_sae: 67.0\ntraining_tokens: 2.0e+3\nheld_out: 1e1\nseeds: 0-1\nlayers: [0-2, 5.0]\n"
+        "l0: 5,7.5\nlr: 1e-3\narchitectures: topk, gated\nhook_names: a\n"
+    )
+    settings = read_grid(path, {})
+    counts = (settings.d_sae, settings.training_tokens, settings.held_out)
+    assert counts == (67, 2000, 10) and {type(count) for count in counts} == {int}
+    assert settings.seeds == (0, 1) and settings.layers == (0, 1, 2, 5)
+    assert {type(number) for number in (*settings.seeds, *settings.layers)} == {int}
+    assert settings.l0 == (5, 7.5) and settings.lr == 1e-3
+    assert settings.architectures == ("topk", "gated") and settings.hook_names == ("a",)
+
+
+# ---------------------------------------------------------------- another activation cache
+
+
+@pytest.fixture(scope="module")
+def cache_of_7_tokens(
+    model_and_text: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A cache in bfloat16, of sequences of 7 tokens without BOS."""
+    model, text = model_and_text
+    folder = tmp_path_factory.mktemp("cache") / "activations"
+    loaded = load_model(model)
+    tokens, _ = read_sequences(
+        loaded, text, context_size=7, held_out=0, train=61, prepend_bos=False
+    )
+    write_activation_cache(
+        folder, loaded, HOOKS[:1], tokens, model_name=model, dataset_path=text, prepend_bos=False,
+        dtype="bfloat16", log=lambda _: None,
+    )  # fmt: skip
+    return str(folder)
+
+
+def test_what_is_not_given_is_as_in_the_cache_that_is_read(
+    cache_of_7_tokens: str, model_and_text: tuple[str, str], tmp_path: Path
+) -> None:
+    """The model, the text, its sequences, and what the records are measured on."""
+    model_name, text = model_and_text
+    (tmp_path / "grid.yaml").write_text(
+        f"architectures: topk\nl0: 5\nhook_names: {HOOKS[0]}\nd_sae: 37\n"
+        f"training_tokens: 310\ntrain_batch_size_tokens: 31\nheld_out: 17\n"
+    )
+    done = CliRunner().invoke(
+        app,
+        ["sweep", str(tmp_path / "grid.yaml"), "--output_path", str(tmp_path / "s"),
+         "--activations", cache_of_7_tokens],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((record,), _) = read_records(tmp_path / "s" / RECORDS_FILENAME)
+    sae = SAE.load_from_disk(tmp_path / "s" / record["folder"])
+    metadata = sae.cfg.metadata
+    assert (metadata.model_name, metadata.dataset_path) == model_and_text
+    assert (metadata.context_size, metadata.prepend_bos) == (7, False)
+    assert record["model"] == model_name and record["cache_dtype"] == "bfloat16"
+    fixed = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert (fixed["context_size"], fixed["dataset_path"]) == (7, text)
+    _, tokens = read_sequences(
+        load_model(model_name), text, context_size=7, held_out=17, prepend_bos=False
+    )
+    assert record["provenance"]["data_digest"] == digest(tokens)
+
+
+def test_what_is_given_and_not_in_the_cache_is_refused(
+    cache_of_7_tokens: str, model_and_text: tuple[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="is not of this sweep") as refused:
+        grid(("tiny-gemma-2", ""), activations=cache_of_7_tokens, cache_dtype="int8")
+    model, text = model_and_text
+    for difference in (
+        f"model_name is {model!r} in the cache and 'tiny-gemma-2' in the sweep",
+        f"dataset_path is {text!r} in the cache and '' in the sweep",
+        "context_size is 7 in the cache and 13 in the sweep",
+        "cache_dtype is 'bfloat16' in the cache and 'int8' in the sweep",
+    ):
+        assert difference in str(refused.value)
+    assert grid(model_and_text, activations=cache_of_7_tokens, context_size=7).context_size == 7
+    with pytest.raises(ValueError, match="is not an activation cache"):
+        grid(model_and_text, activations=text)
+
+
+# ---------------------------------------------------------------- refusals, with a model
 
 
 def test_a_hook_that_the_model_has_not(model_and_text: tuple[str, str], tmp_path: Path) -> None:

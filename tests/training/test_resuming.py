@@ -182,7 +182,7 @@ def test_checkpoints_that_were_asked_for_stay(model: Any, tmp_path: Path) -> Non
 
 
 def test_a_finetuned_sae_is_resumed_only_as_the_one_it_is_of(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         tiny_sae(d_sae=41, seed=seed).save_model(tmp_path / name)
@@ -191,14 +191,18 @@ def test_a_finetuned_sae_is_resumed_only_as_the_one_it_is_of(
         sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=41, step_kernel="sparse")
         cfg = short(tmp_path, sae=sae, **fields)
         return FinetuningRunner(
-            tmp_path / source, cfg, token_rows(), model, checkpoint_every_n_minutes=1e-9
+            f"{tmp_path}/{source}", cfg, token_rows(), model, checkpoint_every_n_minutes=1e-9
         )
 
     with killed_after(20, monkeypatch):
         finetune("a").run()
-    assert finetune("b", resume_from_checkpoint="auto").cfg.resume_from_checkpoint is None
-    resumed = finetune("a", resume_from_checkpoint="auto")
-    assert resumed.cfg.resume_from_checkpoint is not None
+    with caplog.at_level("WARNING"):
+        other = finetune("b", resume_from_checkpoint="auto")
+    assert other.cfg.resume_from_checkpoint is None
+    assert f"has finetuned_from='{tmp_path}/a', and this run '{tmp_path}/b'" in caplog.text
+    for spelled in ("a/", f"../{tmp_path.name}/a"):
+        resumed = finetune(spelled, resume_from_checkpoint="auto")
+        assert resumed.cfg.resume_from_checkpoint is not None
     resumed.run()
     whole = finetune("a", output_path=str(tmp_path / "whole"))
     whole.run()

@@ -65,6 +65,7 @@ def study_latents(
         ValueError: no latent fires in both halves, a latent is out of range, or the SAE has no hook
             name or expects scaled inputs.
     """
+    _require_in_range(latents or (), sae.cfg.d_sae)
     special = list(model.tokenizer.all_special_ids)
     halves = tokens[0::2], tokens[1::2]
     tops = [collect_top_activations(model, sae, half, special_token_ids=special) for half in halves]
@@ -102,10 +103,14 @@ def _without_copies(windows: list[TextWindow], shown: list[TextWindow]) -> list[
     return [window for window in windows if window.text not in texts]
 
 
+def _require_in_range(latents: Sequence[int], d_sae: int) -> None:
+    for latent in latents:
+        if not 0 <= latent < d_sae:
+            raise ValueError(f"latent {latent}: the dictionary has latents 0 to {d_sae - 1}")
+
+
 def _named(latents: Sequence[int], density: Tensor) -> list[SampledLatent]:
     for latent in latents:
-        if not 0 <= latent < len(density):
-            raise ValueError(f"latent {latent}: the dictionary has latents 0 to {len(density) - 1}")
         if density[latent] == 0:
             raise ValueError(
                 f"latent {latent} does not fire in both halves of the text: give more --sequences"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jumprelu_plugin.models.extras import require_extra
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.studies.explain.calls import CallLog
 from jumprelu_plugin.studies.explain.latents import study_latents
@@ -35,15 +36,18 @@ def explain_latent(
     Raises:
         ValueError: the latent does not exist or does not fire in the text, the language model
             stopped, and as `load_study_saes` does.
+        ImportError: scipy, `openai` for an endpoint, or the local model is not installed.
+        OSError: a model cannot be had.
     """
     settings = ExplainSettings(latents=1, sequences=sequences)
+    require_extra("scipy.stats", "studies")
+    roles = load_roles(backend or BackendSettings(), CallLog())
     (sae,) = load_study_saes([folder], options, context_size=context_size)
     _, tokens = sae.saved.sequences(sequences)
     (found,) = study_latents(
         sae.label, str(folder), sae.saved.model, sae.saved.dictionary, tokens, settings,
         latents=[latent],
     )  # fmt: skip
-    roles = load_roles(backend or BackendSettings(), CallLog())
     result = explain_and_score([found], roles, settings)
     if result.unfinished:
         raise ValueError(result.unfinished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMOLLM2 = "smollm2-135m"
+SEEDS = range(2**32)  # numpy takes none below 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class ExplainSettings:
                 f"contexts is {self.contexts}, scored_contexts {self.scored_contexts} and "
                 f"sequences {self.sequences}; give at least 2, 3 and 2"
             )
+        if self.latents < 1 or self.strata < 1:
+            raise ValueError(
+                f"latents is {self.latents} and strata {self.strata}; give at least 1 and 1"
+            )
+        if self.seed not in SEEDS:
+            raise ValueError(f"seed is {self.seed}; give a number from 0 to {SEEDS[-1]}")
 
 
 @dataclass(frozen=True)

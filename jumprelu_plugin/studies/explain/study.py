@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jumprelu_plugin.models.extras import require_extra
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.records import digest, provenance
@@ -28,6 +29,9 @@ from jumprelu_plugin.studies.explain.statistics import (
     threshold_of_nulls,
 )
 from jumprelu_plugin.studies.sampling.saes import load_study_saes
+
+# What the statistics and the report import of the `studies` extra.
+PACKAGES = ("scipy.stats", "statsmodels.stats.multitest", "matplotlib")
 
 
 def run_explanation_study(
@@ -64,6 +68,8 @@ def run_explanation_study(
     """
     settings, backend = settings or ExplainSettings(), backend or BackendSettings()
     output = Path(output)
+    for package in PACKAGES:  # before a language model is asked for hours
+        require_extra(package, "studies")
     if output.exists() and (not output.is_dir() or _is_foreign(output)):
         raise ValueError(f"{output} is there and holds no earlier study: give another folder")
     calls = CallLog(output / CALLS_FILENAME)

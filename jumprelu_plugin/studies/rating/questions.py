@@ -134,6 +134,10 @@ def _checked(settings: RatingStudySettings, output: Path, key_path: Path) -> lis
             f"contexts is {settings.contexts} and sequences {settings.sequences}; give at least 2 "
             "contexts and 1 sequence"
         )
+    if settings.latents < 1 or settings.strata < 1:
+        raise ValueError(
+            f"latents is {settings.latents} and strata {settings.strata}; give at least 1 and 1"
+        )
     if key_path.resolve().is_relative_to(output.resolve()):
         raise ValueError(
             f"the key {key_path} lies in {output}, which raters are given: put it elsewhere"

@@ -13,7 +13,12 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.options import ModelChoice, ModelOptions
+from jumprelu_plugin.models.sequences import DEFAULT_CONTEXT_SIZE
 from jumprelu_plugin.models.trained_on import sae_heads
+
+# What decides the text of a study: by an option for all SAEs, or by metadata alone.
+_BY_OPTION = ("dataset_path", "context_size")
+_BY_METADATA = ("prepend_bos", "sequence_separator_token", "disable_concat_sequences")
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,20 @@ def load_study_saes(
 ) -> list[StudySAE]:
     """Load the SAEs of a study; the language model is loaded once.
 
+    Where the SAEs were trained on text with and without BOS, or with documents joined in different
+    ways, a warning says so, and the first SAE's metadata decides.
+
     Args:
-        folders: of any readable format, each `folder` or `label=folder`. Without a label it is the
-            folder's name, or its path where two folders have one name. Folders that share a label
-            are compared as one group.
-        options: the model and the text; what is left out is as the first SAE's metadata says.
+        folders: of any readable format, each `folder` or `label=folder`; a path that exists is a
+            folder, also with a = in it. Without a label it is the folder's name, or its path where
+            two folders have one name. Folders that share a label are compared as one group.
+        options: the model and the text; what is left out is as the SAEs' metadata says.
         context_size: tokens in a sequence, in place of the metadata's.
 
     Raises:
         ValueError: there is no folder, a folder holds no SAE, the SAEs name different models or
-            other ways to load one, or an SAE's width is not that of the model at its hook.
+            other ways to load one, another text or context size, or an SAE's width is not that of
+            the model at its hook.
         OSError: the model cannot be had.
     """
     options = options or ModelOptions()
@@ -67,7 +76,8 @@ def load_study_saes(
         for difference in choice.differences:
             logger.warning(f"{folder}: {difference}, with which the dictionary was trained")
     if context_size is not None:
-        choices[0] = replace(choices[0], context_size=context_size)
+        choices = [replace(choice, context_size=context_size) for choice in choices]
+    _require_same_text([folder for _, folder in named], choices)
     model = choices[0].load()
     found = []
     for sae, (label, folder) in zip(saes, named, strict=True):
@@ -88,7 +98,10 @@ def load_study_saes(
 def _labels(folders: Sequence[str]) -> list[tuple[str, Path]]:
     if not folders:
         raise ValueError("no SAE was given: give the folders of one or several")
-    pairs = [folder.partition("=")[::2] if "=" in folder else ("", folder) for folder in folders]
+    pairs = [
+        folder.partition("=")[::2] if "=" in folder and not Path(folder).exists() else ("", folder)
+        for folder in folders
+    ]
     names = [Path(folder).name for label, folder in pairs if not label]
     return [
         (label or (folder if names.count(Path(folder).name) > 1 else Path(folder).name),
@@ -109,3 +122,41 @@ def _require_same_model(
                 f"{wanted!r}: a study compares SAEs of one model. Leave one out, or say it for all "
                 f"with --{option}"
             )
+
+
+def _require_same_text(folders: Sequence[Path], choices: Sequence[ModelChoice]) -> None:
+    """Refuse what the study's options can decide, and warn of what they cannot."""
+    where = "the SAEs were trained on text of different kinds: "
+    different = _differences(_BY_OPTION, folders, choices)
+    if different:
+        flags = " and ".join(f"--{name}" for name in different)
+        raise ValueError(
+            f"{where}{'; '.join(different.values())}. A study reads one text with all of them: "
+            f"leave some out, or say for all with {flags}"
+        )
+    # How documents are joined matters in a dataset; those of the demo extra are joined in one way.
+    names = _BY_METADATA if choices[0].dataset_path else _BY_METADATA[:1]
+    different = _differences(names, folders, choices)
+    if different:
+        logger.warning(f"{where}{'; '.join(different.values())}. All are read as {folders[0]} was")
+
+
+def _differences(
+    names: Sequence[str], folders: Sequence[Path], choices: Sequence[ModelChoice]
+) -> dict[str, str]:
+    """What is not the same for all: by name, a phrase with each value and the folders that it has.
+
+    An SAE that records no context size is read at the default one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        by_value: dict[str, list[str]] = {}
+        for folder, choice in zip(folders, choices, strict=True):
+            value = getattr(choice, name)
+            if name == "context_size":
+                value = value or DEFAULT_CONTEXT_SIZE
+            by_value.setdefault(repr(value), []).append(str(folder))
+        if len(by_value) > 1:
+            phrases = [f"{value} for {', '.join(own)}" for value, own in by_value.items()]
+            found[name] = f"{name} is {' and '.join(phrases)}"
+    return found

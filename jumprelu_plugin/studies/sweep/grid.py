@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL
+from jumprelu_plugin.studies.sweep import values
 from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES, PLUGIN
 from jumprelu_plugin.training.activations.cache.coding import DTYPES
+from jumprelu_plugin.training.activations.cache.manifest import CacheManifest
 
 # TransformerLens' names of the paper's three sites; on Gemma 2, hook_mlp_out is after the norm.
 SITES = {
@@ -28,10 +30,42 @@ _VARIED = ("architectures", "l0", "seeds", "sites", "layers", "hook_names")
 _AT_LEAST_ONE = (
     "training_tokens",
     "train_batch_size_tokens",
+    "cached_tokens",
     "context_size",
     "held_out",
     "train_together",
 )
+# How each field is read; a field whose default is None may also be None.
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("architectures", "sites", "hook_names"), values.texts),
+    **dict.fromkeys(("seeds", "layers"), values.whole_numbers),
+    **dict.fromkeys((*_AT_LEAST_ONE, "d_sae"), values.whole_number),
+    **dict.fromkeys(
+        (
+            "model_name",
+            "model_class_name",
+            "dataset_path",
+            "device",
+            "dtype",
+            "cache_dtype",
+            "activations",
+        ),
+        values.text,
+    ),
+    "l0": values.numbers,
+    "lr": values.rates,
+    "model_from_pretrained_kwargs": values.names_and_values,
+}
+# The values of fields that neither the user nor an activation cache gives.
+_DEFAULTS = {
+    "model_name": EMBEDDED_MODEL,
+    "model_class_name": "HookedSAETransformer",
+    "dataset_path": "",
+    "context_size": 128,
+    "cache_dtype": "float32",
+}
+# The default of these fields. Settings that are made hold the cache's value or that of `_DEFAULTS`.
+_OF_THE_CACHE: Any = None
 # These may change between two calls for one folder.
 _OF_A_CALL = ("lr", "activations", "device", "cache_dtype", "train_together")
 
@@ -82,13 +116,20 @@ class SweepSettings:
             belongs to the width of the activations (`control.standardization`), and the others
             3e-3.
         model_name, model_class_name, model_from_pretrained_kwargs, dataset_path, device, dtype: as
-            in `CacheSettings`.
+            in `CacheSettings`. Default: tiny-gemma-2 as a HookedSAETransformer, and the text of the
+            `demo` extra.
         cached_tokens: tokens of text whose activations are written. Default: training_tokens.
-        context_size: tokens in a sequence.
-        cache_dtype: of the stored activations: float32, bfloat16 or int8.
+        context_size: tokens in a sequence. Default: 128.
+        cache_dtype: of the stored activations: float32 (default), bfloat16 or int8.
         held_out: held-out sequences that every SAE is evaluated on.
-        activations: folder of an activation cache to read instead of writing one.
+        activations: folder of an activation cache to read instead of writing one. The defaults of
+            model_name, model_class_name, dataset_path, context_size and cache_dtype are then the
+            cache's.
         train_together: SAEs of this package at one hook that are trained at one time, at most.
+
+    Raises:
+        ValueError: a field has another type or a value that cannot be, `activations` is no
+            activation cache, or the cache is of another model or text than the fields name.
     """
 
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
@@ -101,26 +142,29 @@ class SweepSettings:
     training_tokens: int = 1_000_000
     train_batch_size_tokens: int = 1024
     lr: float | Mapping[str, float] | None = None
-    model_name: str = EMBEDDED_MODEL
-    model_class_name: str = "HookedSAETransformer"
+    model_name: str = _OF_THE_CACHE
+    model_class_name: str = _OF_THE_CACHE
     model_from_pretrained_kwargs: Mapping[str, Any] | None = None
-    dataset_path: str = ""
+    dataset_path: str = _OF_THE_CACHE
     device: str = "cpu"
     dtype: str = "float32"
     cached_tokens: int | None = None
-    context_size: int = 128
-    cache_dtype: str = "float32"
+    context_size: int = _OF_THE_CACHE
+    cache_dtype: str = _OF_THE_CACHE
     held_out: int = 128
     activations: str | None = None
     train_together: int = 8
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if given is not None or field.default is not None:
+                self._set(field.name, _READERS[field.name](field.name, given))
+        if self.sites is None:
+            self._set("sites", () if self.hook_names else ("residual",))
         for name in _VARIED:
-            given = getattr(self, name)
-            if given is None:  # sites
-                given = () if self.hook_names else ("residual",)
-            given = [given] if isinstance(given, str | int | float) else given
-            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+            self._set(name, tuple(dict.fromkeys(getattr(self, name))))
+        self._take_from_cache()
         _require_known("architecture", self.architectures, ARCHITECTURES)
         _require_known("site", self.sites or (), SITES)
         _require_known("cache_dtype", [self.cache_dtype], DTYPES)
@@ -130,16 +174,40 @@ class SweepSettings:
         if not self.hooks:
             raise ValueError("the sweep has no hooks: give sites and layers, or hook_names")
         for value in self.l0:
-            if isinstance(value, bool) or not 0 < value < self.d_sae:
+            if not 0 < value < self.d_sae:
                 raise ValueError(f"l0 has {value!r}; expected more than 0 and less than d_sae")
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds has {min(self.seeds)}; expected 0 or more")
         if isinstance(self.lr, Mapping):
             _require_known("architecture in lr", self.lr, {**ARCHITECTURES, "default": None})
         rates = [self.lr_of(name) for name in self.architectures]
         if not all(rate is None or rate > 0 for rate in rates):
             raise ValueError(f"lr is {self.lr}; expected more than 0")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _take_from_cache(self) -> None:
+        """Fill in the fields that a cache decides; refuse those that were given otherwise."""
+        there = _DEFAULTS if self.activations is None else _of_cache(self.activations)
+        different: list[str] = []
+        for name, value in there.items():
+            given = getattr(self, name)
+            if given is None:
+                self._set(name, value)
+            # Whether another class is another model, the digest of its weights says.
+            elif given != value and name != "model_class_name":
+                different.append(f"{name} is {value!r} in the cache and {given!r} in the sweep")
+        if different and self.activations is not None:
+            raise ValueError(
+                f"the activation cache {self.activations} is not of this sweep: "
+                f"{'; '.join(different)}. Leave these out, to take the cache's values, or write "
+                "another cache"
+            )
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -175,9 +243,9 @@ class SweepSettings:
 
     def fixed(self) -> dict[str, Any]:
         """The fields that are the same for all SAEs of a sweep's folder."""
-        values = dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
         return {
-            name: value for name, value in values.items() if name not in (*_VARIED, *_OF_A_CALL)
+            name: value for name, value in fields.items() if name not in (*_VARIED, *_OF_A_CALL)
         }
 
 
@@ -188,7 +256,7 @@ def read_grid(path: str | Path | None, changes: Mapping[str, Any]) -> SweepSetti
         ValueError: the file is no mapping, or has an unknown key or a value that cannot be.
         OSError: the file cannot be read.
     """
-    values: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if path is not None:
         try:
             read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -196,14 +264,22 @@ def read_grid(path: str | Path | None, changes: Mapping[str, Any]) -> SweepSetti
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(read, Mapping):
             raise ValueError(f"{path} holds no grid: give fields such as architectures and l0")
-        values.update(read)
-    values.update(changes)
-    fields = {field.name for field in dataclasses.fields(SweepSettings)}
-    _require_known("field", values, fields)
-    try:
-        return SweepSettings(**values)
-    except TypeError as error:
-        raise ValueError(f"{path or 'the grid'}: a field has the wrong type ({error})") from error
+        fields.update(read)
+    fields.update(changes)
+    _require_known("field", fields, [field.name for field in dataclasses.fields(SweepSettings)])
+    return SweepSettings(**fields)
+
+
+def _of_cache(folder: str) -> dict[str, Any]:
+    """The fields that an activation cache decides, as its manifest says."""
+    manifest = CacheManifest.load(Path(folder))
+    return {
+        "model_name": manifest.model_name,
+        "model_class_name": manifest.model_class_name,
+        "dataset_path": manifest.dataset_path,
+        "context_size": manifest.context_size,
+        "cache_dtype": manifest.dtype,
+    }
 
 
 def _require_known(kind: str, given: Iterable[Any], known: Iterable[str]) -> None:

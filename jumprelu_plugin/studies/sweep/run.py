@@ -186,10 +186,10 @@ def _key_of(cell: Cell) -> tuple[Any, ...]:
 
 
 def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Material:
-    if settings.activations is not None:
-        cache = ActivationCache(settings.activations)
+    given = None if settings.activations is None else ActivationCache(settings.activations)
+    if given is not None:
         for hook in settings.hooks:
-            cache.width(hook)
+            given.width(hook)
     model = named_model(settings)
     for hook in settings.hooks:
         hook_point(model, hook)
@@ -199,9 +199,10 @@ def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Materi
         settings.dataset_path,
         context_size=settings.context_size,
         held_out=settings.held_out,
-        train=-(-tokens // settings.context_size),
+        train=-(-tokens // settings.context_size) if given is None else 0,
+        prepend_bos=given is None or given.manifest.prepend_bos,
     )
-    if settings.activations is None:
+    if given is None:
         write_activation_cache(
             folder / "activations",
             model,
@@ -213,10 +214,9 @@ def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Materi
             dtype=settings.cache_dtype,
             log=lambda message: console.print(message, highlight=False),
         )
-        cache = ActivationCache(folder / "activations")
     else:
-        cache = ActivationCache(settings.activations)
-        require_same_model(cache, model)
+        require_same_model(given, model)
+    cache = given or ActivationCache(folder / "activations")
     digests = {"model_digest": model_digest(model), "data_digest": digest(held_out)}
     return _Material(model, cache, held_out, digests)
 

@@ -166,6 +166,10 @@ class PairStore(CheckedText):
         self.require_tokens(len(next(iter(found.values()))))
         return found
 
+    def next_text(self) -> dict[str, Float[Tensor, "tokens width"]]:
+        """Every hook's activations of the next batch of text, in the text's order."""
+        return self._get_filtered_multi_hook_llm_batch()
+
     def _skip(self, sequences: int) -> None:
         for _ in range(sequences):
             try:

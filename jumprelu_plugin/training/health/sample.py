@@ -35,7 +35,7 @@ def _read(store: ActivationsStore, cfg: Any, tokens: int) -> Tensor:
         apart = PairStore.like(store, store.pairs, store._hook_d_ins, store.seed)
         (pair,) = store.pairs.values()
         while sum(map(len, pieces)) < tokens:
-            found = apart._get_filtered_multi_hook_llm_batch()
+            found = apart.next_text()
             pieces.append(torch.cat([found[pair.hook_in], found[pair.hook_out]], 1))
     else:
         for activations in resumable(store, cfg)._iterate_filtered_activations():

@@ -8,6 +8,7 @@ of a position is the generator's hidden vector lets the whole pipeline run on th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class KnownModel(HookedRootModule):
 
     def __init__(self, hidden: torch.Tensor, tokenizer: Any) -> None:
         super().__init__()
+        self.cfg = SimpleNamespace(device=hidden.device)
         self.hidden = nn.Parameter(hidden, requires_grad=False)
         self.hook_hidden = HookPoint()
         self.tokenizer = tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.studies.explain import latents
 from tests.studies.explain.chat_server import chat_server
 from tests.studies.rating.studies import save_sae
 
@@ -79,3 +81,48 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     done = run("study", "explain", "x", "--output_path", str(tmp_path / "n"), "--contexts", "1")
     assert done.exit_code == 2 and "contexts is 1" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--latents", "0", "latents is 0 and strata 4; give at least 1 and 1"),
+        ("--strata", "0", "latents is 100 and strata 0; give at least 1 and 1"),
+        ("--seed", "-1", "seed is -1; give a number from 0"),
+    ],
+)
+def test_wrong_settings_are_refused_first(
+    flag: str, value: str, message: str, tmp_path: Path
+) -> None:
+    output = ["--output_path", str(tmp_path / "out"), "--base_url", "http://x/v1"]
+    done = run("study", "explain", "no-such-folder", *output, flag, value)
+    assert done.exit_code == 2 and message in said(done)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["scipy.stats", "statsmodels.stats.multitest", "matplotlib"])
+def test_a_missing_package_is_named_first(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the statistics, after all latents are scored."""
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    commands = [["study", "explain", "no-such-folder", "--output_path", str(tmp_path / "out")]]
+    if package == "scipy.stats":
+        commands.append(["explain", "no-such-folder", "--latent", "3"])
+    for command in commands:
+        done = run(*command)
+        name = package.partition(".")[0]
+        assert done.exit_code == 2, done.output
+        assert f"{name} is not installed: pip install 'jumprelu-plugin[studies]'" in said(done)
+
+
+def test_one_latent_is_refused_before_the_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_sae(tmp_path / "sae", 1)
+    monkeypatch.setattr(latents, "collect_top_activations", lambda *_, **__: pytest.fail("read"))
+    arguments = ["explain", str(folder), *FEW, "--latent"]
+    done = run(*arguments, "43", "--base_url", "http://x/v1")
+    assert done.exit_code == 2 and "the dictionary has latents 0 to 42" in said(done)
+    done = run(*arguments, "3", "--llm_dtype", "float99")
+    assert done.exit_code == 2 and "llm_dtype is 'float99'" in said(done)

@@ -76,6 +76,8 @@ def test_raters_share_the_overlap_and_divide_the_rest(made: tuple[Path, Path]) -
         (["--raters", "0"], "raters is '0'"),
         (["--overlap", "1.5"], "overlap is 1.5"),
         (["--contexts", "1"], "contexts is 1"),
+        (["--latents", "0"], "latents is 0 and strata 4; give at least 1 and 1"),
+        (["--strata", "0"], "latents is 20 and strata 0; give at least 1 and 1"),
         (["--key_path", "set/key.json"], "which raters are given"),
     ],
 )
@@ -108,11 +110,63 @@ def test_foreign_saes_are_refused(tmp_path: Path) -> None:
 
 def test_saes_of_a_model_loaded_in_two_ways_are_refused(tmp_path: Path) -> None:
     good, other = save_sae(tmp_path / "good", 1), save_sae(tmp_path / "other", 1)
-    config = json.loads((other / "cfg.json").read_text())
-    config["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
-    (other / "cfg.json").write_text(json.dumps(config))
+    with_metadata(other, model_from_pretrained_kwargs={"center_writing_weights": True})
     with pytest.raises(ValueError, match=r"model_from_pretrained_kwargs \{'center_writing_we"):
         load_study_saes([good, other])
+
+
+def test_saes_of_different_text_are_refused_unless_the_options_say_which(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("one", "two", "three")
+    first, second, third = (save_sae(tmp_path / name, 1) for name in names)
+    with_metadata(first, context_size=64, dataset_path="texts")
+    with_metadata(second, context_size=64, dataset_path="texts")
+    with_metadata(third, context_size=512, prepend_bos=False, sequence_separator_token="eos")
+    with pytest.raises(ValueError, match="text of different kinds") as refused:
+        load_study_saes([first, second, f"b={third}"])
+    message = str(refused.value)
+    assert f"context_size is 64 for {first}, {second} and 512 for {third}" in message
+    assert f"dataset_path is 'texts' for {first}, {second} and '' for {third}" in message
+    assert "with --dataset_path and --context_size" in message
+    options = ModelOptions(dataset_path="")
+    with pytest.raises(ValueError, match="for all with --context_size$"):
+        load_study_saes([first, third], options)
+    with pytest.raises(ValueError, match="for all with --dataset_path$"):
+        load_study_saes([first, third], context_size=32)
+    assert "prepend_bos" not in caplog.text
+    for sae in load_study_saes([first, third], options, context_size=32):
+        assert sae.saved.choice.context_size == 32 and sae.saved.choice.prepend_bos
+    (warning,) = [each for each in caplog.messages if "different kinds" in each]
+    assert f"prepend_bos is True for {first} and False for {third}" in warning
+    assert f"All are read as {first} was" in warning and "separator" not in warning
+    load_study_saes([third, first], ModelOptions(dataset_path="texts"), context_size=32)
+    assert "sequence_separator_token is 'eos' for" in caplog.messages[-1]
+
+
+def test_an_unrecorded_context_size_is_the_default_one(tmp_path: Path) -> None:
+    silent, other = save_sae(tmp_path / "silent", 1), save_sae(tmp_path / "other", 2)
+    with_metadata(other, context_size=128)
+    assert len(load_study_saes([silent, other])) == 2
+    with_metadata(other, context_size=127)
+    with pytest.raises(ValueError, match="context_size is 128 for .*silent and 127 for .*other"):
+        load_study_saes([silent, other])
+
+
+def test_a_folder_with_an_equals_sign_in_its_path(tmp_path: Path) -> None:
+    folder = save_sae(tmp_path / "lr=0.01" / "sae", 1)
+    other = save_sae(tmp_path / "lr=0.02" / "sae", 2)
+    (alone,) = load_study_saes([folder])
+    assert (alone.label, alone.saved.folder) == ("sae", folder)
+    found = load_study_saes([f"a={folder}", str(other)])
+    assert [(sae.label, sae.saved.folder) for sae in found] == [("a", folder), ("sae", other)]
+
+
+def with_metadata(folder: Path, **values: Any) -> None:
+    """Change what an SAE's folder says of its training."""
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"].update(values)
+    (folder / "cfg.json").write_text(json.dumps(config))
 
 
 def test_the_hook_that_is_given_is_read(tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ def gaussian_sae(**fields: Any) -> JumpReLUTrainingSAE:
 
 def test_windows_and_l0_are_the_gaussians() -> None:
     theta, width, lr_total = 1.3, 0.21, 0.17
-    sae = gaussian_sae(jumprelu_init_threshold=theta, jumprelu_bandwidth=width, target_l0=23.0)
+    sae = gaussian_sae(
+        jumprelu_init_threshold=theta,
+        jumprelu_bandwidth=width,
+        target_l0=23.0,
+        jumprelu_sparsity_loss_mode="quadratic",
+    )
     found = first_step(sae, gaussian(), lr_total, steps=100)
 
     def active(t: float) -> float:

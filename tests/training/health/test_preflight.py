@@ -81,7 +81,8 @@ def test_a_run_that_works_is_shown_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = files(folders, tmp_path)
-    result = CliRunner().invoke(app, ["check", *flags(folders, tmp_path)])
+    of_train = ["--no_save_buffer", "--checkpoint_every_n_minutes", "5"]
+    result = CliRunner().invoke(app, ["check", *of_train, *flags(folders, tmp_path)])
     assert result.exit_code == 0, result.output
     for word in (
         "peak memory",

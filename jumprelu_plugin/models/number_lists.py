@@ -1,0 +1,42 @@
+"""How lists of numbers (0,1,3 or 0-5) are written, the same on the command line and in a grid."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """The numbers in a list such as 0,1,3 or 0-5,8.
+
+    Raises:
+        ValueError: it is no such list; the message names the flag.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        ends = _RANGE.fullmatch(part.strip())
+        try:
+            numbers = range(int(ends[1]), int(ends[2]) + 1) if ends else [int(part)]
+        except ValueError:
+            numbers = []
+        if not numbers:
+            raise ValueError(f"{flag} is {text!r}; give numbers such as 0,1,3 or 0-5")
+        found += numbers
+    return tuple(found)
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers in a list such as 10,20.5,-3.
+
+    Raises:
+        ValueError: it is no such list; the message names the flag.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40")
+    return found
