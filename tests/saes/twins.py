@@ -20,13 +20,14 @@ StockConfig = sae_lens.JumpReLUTrainingSAEConfig
 
 
 def stock_config(**fields: Any) -> StockConfig:
+    quadratic = fields.get("jumprelu_sparsity_loss_mode") == "quadratic"
     defaults = {
         "d_in": D_IN,
         "d_sae": D_SAE,
         "jumprelu_init_threshold": 0.31,
         "jumprelu_bandwidth": 0.43,
         "l0_coefficient": 0.7,
-        "target_l0": 7.0,
+        "target_l0": 7.0 if quadratic else None,
     }
     return StockConfig(**{**defaults, **fields})
 
