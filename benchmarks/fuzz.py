@@ -33,6 +33,7 @@ import jumprelu_plugin
 from benchmarks.fuzz_inputs import damage, fresh_copy
 from benchmarks.fuzz_readers import READERS, Reader
 from benchmarks.tables import RESULTS, terminal
+from jumprelu_plugin.formats.reading import NoDictionaryError
 from jumprelu_plugin.records import append_jsonl, provenance
 
 # The inputs are files of less than a megabyte.
@@ -110,7 +111,7 @@ def judge(error: Exception, folder: Path) -> str | None:
     """None for a refusal that a user can act on, else what the exception is."""
     shown = f"{type(error).__name__}: {str(error)[:300]}"
     shown += f" ({':'.join(map(str, _place(error)))})"
-    if type(error) is not ValueError and not isinstance(error, OSError):
+    if type(error) not in (ValueError, NoDictionaryError) and not isinstance(error, OSError):
         return shown
     named = error.filename if isinstance(error, OSError) and error.filename else str(error)
     if str(folder) not in str(named):

@@ -107,9 +107,16 @@ PRIVATE = (
     ),
     Private(
         _STORE,
+        "_iterate_raw_dataset",
+        (),
+        "overridden in training/activations/checked_text.py to check rows of tokens",
+    ),
+    Private(
+        _STORE,
         "_iterate_tokenized_sequences",
         (),
-        "overridden in training/activations/store.py to count, called in pairs.py to read apart",
+        "overridden in training/activations/store.py to count and in checked_text.py to refuse what "
+        "gives none, called in pairs.py to read apart",
     ),
     Private(
         _STORE,

@@ -63,7 +63,8 @@ def read_sequences(
         seed: shuffles the demo extra's sequences; None keeps their order.
 
     Raises:
-        ValueError: the text is shorter than one sequence, or the separator is no token.
+        ValueError: the text is shorter than one sequence, the separator is no token, or a row of
+            tokenized text is short or of another model.
         OSError: the dataset does not exist.
     """
     if not dataset_path:
@@ -107,9 +108,33 @@ def text_at(path: str) -> str:
     place = Path(path)
     if place.is_file():
         raise ValueError(
-            f"dataset_path is {path}, a file: give a folder that holds it, and no other text"
+            f"dataset_path is {path}, a file, and a folder is expected: give {place.parent}, where "
+            "it holds no other text"
         )
     return str(place.absolute()) if place.is_dir() else path
+
+
+def require_row(row: Int[Tensor, " positions"], name: str, context_size: int, model: Any) -> None:
+    """Raise ValueError for a row of tokenized text that is too short, or of another model.
+
+    Args:
+        row: its tokens, `context_size` of them at most.
+        name: of the row, for the message.
+        context_size: how many a row has.
+        model: a hooked model.
+    """
+    if len(row) < context_size:
+        raise ValueError(
+            f"{name} has {len(row)} tokens, fewer than context_size {context_size}: drop such "
+            "rows, or tokenize the text with documents joined"
+        )
+    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    least, most = (int(end) for end in row.aminmax())
+    if vocabulary is not None and not 0 <= least <= most < vocabulary:
+        raise ValueError(
+            f"{name} holds tokens {least} to {most}, and the model has {vocabulary} tokens: it was "
+            "tokenized for another model"
+        )
 
 
 class _Splits:
@@ -194,6 +219,9 @@ def _dataset(
         try:
             while len(sequences) < skip + count:
                 sequences.append(store.get_batch_tokens(1, True, False))
+                if store.is_dataset_tokenized:
+                    name = f"row {len(sequences) - 1} of the split {split!r} of {splits.path!r}"
+                    require_row(sequences[-1][0], name, context_size, model)
         except StopIteration:
             pass
     if len(sequences) <= skip:

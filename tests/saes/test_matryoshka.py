@@ -132,7 +132,8 @@ def test_losses_of_matryoshka_prefixes_are_shares_of_a_mean(
     """One loss for each width, summing to the mean error, at the whole dictionary's output, in the
     input's own units."""
     cfg = steered(
-        matryoshka_widths=[23, 97], l0_coefficient=0.1, jumprelu_init_threshold=0.4,
+        matryoshka_widths=[23, 97], target_l0=None, l0_coefficient=0.1,
+        jumprelu_init_threshold=0.4,
         jumprelu_bandwidth=0.3, normalize_activations=normalisation, step_kernel=path,
     )  # fmt: skip
     torch.manual_seed(1)

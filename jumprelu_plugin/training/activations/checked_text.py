@@ -10,6 +10,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
+from jumprelu_plugin.models.sequences import require_row
+
 MAX_EMPTY_BATCHES = 100
 
 
@@ -21,6 +23,7 @@ class CheckedText(ActivationsStore):
             hold no token that is kept, or a row of tokenized text is short or of another model.
     """
 
+    order: str = ""  # how the text's rows have been shuffled, for a message
     _empty_batches = 0
 
     @override
@@ -31,21 +34,10 @@ class CheckedText(ActivationsStore):
         return self._checked(rows)
 
     def _checked(self, rows: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        vocabulary = getattr(getattr(self.model, "cfg", None), "d_vocab", None)
         for number, row in enumerate(rows):
             tokens = torch.as_tensor(row[: self.context_size], dtype=torch.long)
-            if len(tokens) < self.context_size:
-                raise ValueError(
-                    f"row {number} of the tokenized text has {len(tokens)} tokens, fewer than "
-                    f"context_size {self.context_size}: drop such rows, or tokenize the text with "
-                    "documents joined"
-                )
-            least, most = (int(end) for end in tokens.aminmax())
-            if vocabulary is not None and not 0 <= least <= most < vocabulary:
-                raise ValueError(
-                    f"row {number} of the tokenized text holds tokens {least} to {most}, and the "
-                    f"model has {vocabulary} tokens: it was tokenized for another model"
-                )
+            name = f"row {number} of the tokenized text{self.order}"
+            require_row(tokens, name, self.context_size, self.model)
             yield row
 
     @override

@@ -71,9 +71,9 @@ class PairStore(CheckedText):
                 "cached activations hold one hook, and a transcoder reads two: train with "
                 "use_cached_activations=False"
             )
-        dataset = store.dataset
+        dataset, order = store.dataset, ""
         if isinstance(dataset, Dataset):
-            dataset = dataset.shuffle(seed=seed)
+            dataset, order = dataset.shuffle(seed=seed), f", ordered as by shuffle(seed={seed}),"
         hooks = list(
             dict.fromkeys(hook for pair in pairs.values() for hook in (pair.hook_in, pair.hook_out))
         )
@@ -84,7 +84,7 @@ class PairStore(CheckedText):
             if pair.hook_in != pair.hook_out
         }
         made = for_hooks(cls, store, dataset, widths, heads, hooks)
-        made.pairs, made.seed = dict(pairs), seed
+        made.pairs, made.seed, made.order = dict(pairs), seed, order
         made._chunk = made._served = made._sequences_read = 0
         return made
 
