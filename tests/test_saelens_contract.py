@@ -115,8 +115,8 @@ PRIVATE = (
         _STORE,
         "_iterate_tokenized_sequences",
         (),
-        "overridden in training/activations/store.py to count and in checked_text.py to refuse what "
-        "gives none, called in pairs.py to read apart",
+        "overridden in training/activations/store.py to count and in checked_text.py to refuse "
+        "text of none, called in pairs.py to read apart",
     ),
     Private(
         _STORE,

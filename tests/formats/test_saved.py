@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,24 @@ def test_what_save_to_disk_wrote_is_read(model: Any, tmp_path: Path) -> None:
     DatasetDict({"test": whole}).save_to_disk(tmp_path / "no_train")
     with pytest.raises(ValueError, match="holds the splits test, and 'train' is needed"):
         read_sequences(model, str(tmp_path / "no_train"), context_size=CONTEXT, held_out=5, train=4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([2, 5, 7], f"row 3 of the split 'train' .* has 3 tokens, fewer than .* {CONTEXT}: drop"),
+        ([2] * CONTEXT + [-1], None),  # beyond the context
+        ([-1] * CONTEXT, "row 3 of the split 'train' of .* holds tokens -1 to -1, .* another"),
+        ([10**6] * CONTEXT, "row 3 of the split 'train' of .* holds tokens 1000000 to 1000000"),
+    ],
+)
+def test_a_row_of_tokens_that_cannot_be_read_is_named(
+    tokens: list[int], message: str | None, model: Any, tmp_path: Path
+) -> None:
+    rows = [[2] * CONTEXT] * 3 + [tokens] + [[2] * CONTEXT] * 3
+    Dataset.from_dict({"tokens": rows}).save_to_disk(tmp_path)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        read_sequences(model, str(tmp_path), context_size=CONTEXT, held_out=2, train=5)
 
 
 def test_the_beginning_of_a_sequence_is_as_asked(model: Any, tmp_path: Path) -> None:

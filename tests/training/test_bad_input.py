@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a file of text": (
         {"dataset_path": "{root}/short/train.jsonl"},
-        ["short/train.jsonl, a file", "give a folder that holds it"],
+        ["short/train.jsonl, a file", "a folder is expected", "/short, where it holds no other"],
     ),
     "no text": ({"dataset_path": "{root}/none"}, ["no rows", "give another"]),
     "context longer than the model's": (
