@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from jumprelu_plugin.formats.checking import Check, Loader
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.processing import which_weights
 from jumprelu_plugin.formats.saelens import compare_sae
 from jumprelu_plugin.formats.saelens_loaders import hub_files_from, load_with
 from jumprelu_plugin.models.language_models import load_model, local_folder
@@ -150,7 +151,9 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
         raise ValueError(
             "the gain is a parameter of the model, which is not known: give --model_name"
         )
-    model = load_model(dictionary.model_name, _model_class(dictionary))
+    in_folder = local_folder(dictionary.model_name) is not None  # which holds one model's weights
+    weights = {} if in_folder else which_weights(dictionary.metadata)
+    model = load_model(dictionary.model_name, _model_class(dictionary), **weights)
     with torch.no_grad():  # the norm is called, because models differ in how they store its gain
         gain = model.blocks[layer].ln2(torch.full((1, 1, model.cfg.d_model), 100.0)).flatten()
     if not gain.any():

@@ -7,6 +7,7 @@ dictionary of a processed model would read activations that it was not trained o
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ _BORDERS = (
     "ln1.hook_normalized",
     "ln2.hook_normalized",
 )
+# Keyword arguments of transformers' and of TransformerLens' loaders that choose among the weights
+# which one name holds.
+_WHICH_WEIGHTS = ("revision", "subfolder", "checkpoint_index", "checkpoint_value")
 
 
 def refuse_processing(
@@ -57,6 +61,33 @@ def refuse_processing(
                     f"or transcoder at a time: with --to {target}, the tool would give it other "
                     "activations. Export to saelens, or train a dictionary without it"
                 )
+
+
+def warn_of_other_weights(
+    exported: Dictionary | Mapping[int, Dictionary] | CrossLayerTranscoder, target: str
+) -> None:
+    """Warn of weights that a model's name alone does not choose, such as a revision's.
+
+    Args:
+        exported: one dictionary, one for each layer, or a cross-layer transcoder.
+        target: the target's name.
+    """
+    for metadata, _ in _parts(exported):
+        given = which_weights(metadata)
+        if given:
+            warnings.warn(
+                f"the dictionary was trained on a model that was loaded with {json.dumps(given)}, "
+                f"and files for {target} name the model alone: load the same weights where its "
+                "tool loads the model",
+                stacklevel=3,
+            )
+            return
+
+
+def which_weights(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded keyword arguments that choose among the weights which one name holds."""
+    keywords = recorded_keywords(metadata)
+    return {name: keywords[name] for name in _WHICH_WEIGHTS if keywords.get(name) is not None}
 
 
 def _parts(exported: Any) -> Iterator[tuple[Mapping[str, Any], list[str]]]:

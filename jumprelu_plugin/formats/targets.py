@@ -23,7 +23,7 @@ from jumprelu_plugin.formats import (
 from jumprelu_plugin.formats.checking import Check, Loader, is_export, write_record
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.explanations import read_explanations
-from jumprelu_plugin.formats.processing import refuse_processing
+from jumprelu_plugin.formats.processing import refuse_processing, warn_of_other_weights
 from jumprelu_plugin.formats.reading import NoDictionaryError, layer_folders, load_dictionary
 from jumprelu_plugin.models.language_models import local_folder
 from jumprelu_plugin.records import read_json, whole_folder
@@ -102,6 +102,7 @@ def export(
     _refuse_one_head(dictionary, target)
     if target.name != _NAMES_ALL:
         refuse_processing(dictionary, target.name, target.own_keywords)
+        warn_of_other_weights(dictionary, target.name)
     with whole_folder(output, replaces=is_export, kind="export") as folder:
         target.write(dictionary, folder, **write_options)
         check = None

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jumprelu_plugin.models.text import tokenized_dataset
+from jumprelu_plugin.records import digest
 
 HELD_OUT_SPLITS = ("test", "validation")
 DEFAULT_CONTEXT_SIZE = 128
@@ -81,6 +82,52 @@ def read_sequences(
     skip = held_out if held_out_split == "train" else 0
     fit = _dataset(model, splits, "train", context_size, train, how, skip)
     return fit, _dataset(model, splits, held_out_split, context_size, held_out, how)
+
+
+def held_out_beside(
+    model: Any,
+    dataset_path: str,
+    text_digest: str,
+    n_sequences: int,
+    *,
+    context_size: int,
+    held_out: int,
+    prepend_bos: bool = True,
+) -> Int[Tensor, "held_out context"]:
+    """Up to `held_out` sequences for evaluation that are not among those trained on.
+
+    Of a dataset without a split for evaluation, they are the first sequences where the text that
+    was trained on follows them, as `read_sequences` reads it, and those after that text where it
+    is the dataset's beginning, as `jumprelu cache-activations` reads it.
+
+    Args:
+        model, dataset_path, context_size, held_out, prepend_bos: as in `read_sequences`.
+        text_digest: `records.digest` of the sequences trained on.
+        n_sequences: their number.
+
+    Raises:
+        ValueError: the text that was trained on is not found, or nothing follows it.
+        OSError: the dataset does not exist.
+    """
+    how = {"context_size": context_size, "prepend_bos": prepend_bos}
+    if not dataset_path or set(HELD_OUT_SPLITS) & set(_Splits(dataset_path).names):
+        return read_sequences(model, dataset_path, held_out=held_out, **how)[1]
+    count = n_sequences + held_out
+    rows, _ = read_sequences(model, dataset_path, held_out=0, train=count, **how)
+    if digest(rows[held_out:]) == text_digest:
+        return rows[:held_out]
+    if digest(rows[:n_sequences]) != text_digest:
+        raise ValueError(
+            f"{dataset_path!r} has no split named {' or '.join(HELD_OUT_SPLITS)}, and its first "
+            f"{n_sequences:,} sequences are not those that were trained on: what was held out "
+            "cannot be told. Give the dataset such a split"
+        )
+    if len(rows) <= n_sequences:
+        raise ValueError(
+            f"all {len(rows):,} sequences of {dataset_path!r} were trained on, and none is left to "
+            "evaluate on: train on fewer, or give the dataset a split named test"
+        )
+    return rows[n_sequences:]
 
 
 def _require_separator(token: Any) -> None:

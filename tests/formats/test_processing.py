@@ -89,6 +89,36 @@ def test_a_processed_model_is_said_or_refused(target: str, tmp_path: Path) -> No
     exported({"center_writing_weights": False, "fold_ln": True, "dtype": "float32"}, "plain")
 
 
+@pytest.mark.parametrize("target", TAKEN)
+@pytest.mark.parametrize("keywords", [{"revision": "step3000"}, {"checkpoint_index": 0}])
+def test_weights_that_the_name_does_not_choose_are_said(
+    keywords: dict[str, Any], target: str, tmp_path: Path
+) -> None:
+    sae, options = TAKEN[target]
+    folder = trained_on(sae, keywords, tmp_path / "layer_0")
+    source = folder.parent if target == "circuit-tracer" else folder
+    with pytest.warns(UserWarning, match=f"{json.dumps(keywords)}.*{target} name the model alone"):
+        export(source, target, tmp_path / "out", unchecked=True, **options)
+
+
+def test_fold_gain_reads_the_gain_of_the_weights_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def no_hub(name: str, model_class_name: str, **keywords: Any) -> None:
+        asked.append(keywords)
+        raise OSError(f"{name} is not here")
+
+    monkeypatch.setattr("jumprelu_plugin.formats.gemma_scope_2.load_model", no_hub)
+    transcoder = copy.deepcopy(random_transcoder(0))
+    transcoder.cfg.metadata.model_name = "google/gemma-2-2b"
+    folder = trained_on(transcoder, {"revision": "a1", "fold_ln": True}, tmp_path / "t")
+    with pytest.raises(OSError, match="not here"):
+        export(folder, "gemma-scope-2", tmp_path / "out", fold_gain=True, unchecked=True)
+    assert asked == [{"revision": "a1"}]
+
+
 def test_a_cross_layer_transcoder_of_a_processed_model_is_refused(tmp_path: Path) -> None:
     cfg = CLTConfig(
         d_in=13, d_out=13, d_sae=19, layers=(0, 1), hook_in=f"blocks.{{layer}}.{NORMED}",

@@ -341,10 +341,10 @@ def test_what_is_not_given_is_as_in_the_cache_that_is_read(
     assert record["model"] == model_name and record["cache_dtype"] == "bfloat16"
     fixed = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert (fixed["context_size"], fixed["dataset_path"]) == (7, text)
-    _, tokens = read_sequences(
-        load_model(model_name), text, context_size=7, held_out=17, prepend_bos=False
+    tokens, _ = read_sequences(
+        load_model(model_name), text, context_size=7, held_out=0, train=61 + 17, prepend_bos=False
     )
-    assert record["provenance"]["data_digest"] == digest(tokens)
+    assert record["provenance"]["data_digest"] == digest(tokens[61:])  # the cache holds the others
 
 
 def test_what_is_given_and_not_in_the_cache_is_refused(
@@ -363,6 +363,8 @@ def test_what_is_given_and_not_in_the_cache_is_refused(
     assert grid(model_and_text, activations=cache_of_7_tokens, context_size=7).context_size == 7
     with pytest.raises(ValueError, match="is not an activation cache"):
         grid(model_and_text, activations=text)
+    with pytest.raises(ValueError, match="cached_tokens is 600, .* written already"):
+        grid(model_and_text, activations=cache_of_7_tokens, context_size=7, cached_tokens=600)
 
 
 # ---------------------------------------------------------------- refusals, with a model

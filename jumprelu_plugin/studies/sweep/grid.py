@@ -165,6 +165,11 @@ class SweepSettings:
         for name in _VARIED:
             self._set(name, tuple(dict.fromkeys(getattr(self, name))))
         self._take_from_cache()
+        if self.activations is not None and self.cached_tokens is not None:
+            raise ValueError(
+                f"cached_tokens is {self.cached_tokens:,}, and {self.activations} holds activations "
+                "that are written already: leave one of them out"
+            )
         _require_known("architecture", self.architectures, ARCHITECTURES)
         _require_known("site", self.sites or (), SITES)
         _require_known("cache_dtype", [self.cache_dtype], DTYPES)

@@ -40,7 +40,7 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import keywords_to_record, named_model
-from jumprelu_plugin.models.sequences import read_sequences
+from jumprelu_plugin.models.sequences import held_out_beside, read_sequences
 from jumprelu_plugin.records import digest, provenance, whole_folder, write_json
 from jumprelu_plugin.studies.sweep.cells import TrainedCell, learning_rate_of, train_cells
 from jumprelu_plugin.studies.sweep.grid import Cell, SweepSettings
@@ -193,16 +193,15 @@ def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Materi
     model = named_model(settings)
     for hook in settings.hooks:
         hook_point(model, hook)
-    tokens = settings.cached_tokens or settings.training_tokens
-    text, held_out = read_sequences(
-        model,
-        settings.dataset_path,
-        context_size=settings.context_size,
-        held_out=settings.held_out,
-        train=-(-tokens // settings.context_size) if given is None else 0,
-        prepend_bos=given is None or given.manifest.prepend_bos,
-    )
     if given is None:
+        tokens = settings.cached_tokens or settings.training_tokens
+        text, held_out = read_sequences(
+            model,
+            settings.dataset_path,
+            context_size=settings.context_size,
+            held_out=settings.held_out,
+            train=-(-tokens // settings.context_size),
+        )
         write_activation_cache(
             folder / "activations",
             model,
@@ -216,6 +215,15 @@ def _prepare(folder: Path, settings: SweepSettings, console: Console) -> _Materi
         )
     else:
         require_same_model(given, model)
+        held_out = held_out_beside(
+            model,
+            settings.dataset_path,
+            given.manifest.text_digest,
+            given.manifest.n_sequences,
+            context_size=settings.context_size,
+            held_out=settings.held_out,
+            prepend_bos=given.manifest.prepend_bos,
+        )
     cache = given or ActivationCache(folder / "activations")
     digests = {"model_digest": model_digest(model), "data_digest": digest(held_out)}
     return _Material(model, cache, held_out, digests)
