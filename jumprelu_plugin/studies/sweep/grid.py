@@ -167,8 +167,8 @@ class SweepSettings:
         self._take_from_cache()
         if self.activations is not None and self.cached_tokens is not None:
             raise ValueError(
-                f"cached_tokens is {self.cached_tokens:,}, and {self.activations} holds activations "
-                "that are written already: leave one of them out"
+                f"cached_tokens is {self.cached_tokens:,}, and {self.activations} holds "
+                "activations that are written already: leave one of them out"
             )
         _require_known("architecture", self.architectures, ARCHITECTURES)
         _require_known("site", self.sites or (), SITES)
