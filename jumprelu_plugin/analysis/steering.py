@@ -183,7 +183,7 @@ def steering_vector(sae: Any, amounts: Mapping[int, float]) -> Float[Tensor, " d
     """
     plan = [Add(latent, amount) for latent, amount in amounts.items()]
     check_interventions(sae, plan)
-    rows = sae.W_dec.detach()[[each.latent for each in plan]].float()
+    rows = _written_by(sae, [each.latent for each in plan]).detach().float()
     return rows.new_tensor([each.amount for each in plan]) @ rows
 
 
@@ -215,7 +215,7 @@ class _Steering:
         if self.same_hook and self.reads:
             self.read(activation)
         x = flat_heads(activation, self.head_out)
-        rows = self.sae.W_dec[self.latents]
+        rows = _written_by(self.sae, self.latents)
         self._check_width(x, rows.shape[-1], self.hook_out)
         dtype = torch.promote_types(x.dtype, torch.float32)
         change = self._change(x.shape[0], x.shape[1], x.device, dtype)
@@ -326,6 +326,18 @@ def check_interventions(sae: Any, plan: Sequence[Intervention]) -> None:
             " the decoder's output by each token's statistics, so a latent has no fixed steering"
             " vector W_dec[i]."
         )
+
+
+def _written_by(sae: Any, latents: list[int]) -> Float[Tensor, "latent d_out"]:
+    """What each latent writes at an activation of 1.
+
+    That is its decoder row, or in SAELens' TopK SAEs in training the row at unit norm: their
+    activations are multiplied by the rows' norms, and divided again where they are decoded.
+    """
+    rows = sae.W_dec[latents]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        rows = rows / rows.norm(dim=-1, keepdim=True)
+    return rows
 
 
 def _checked_positions(positions: Positions) -> Positions:

@@ -125,6 +125,7 @@ class DictionaryControl:
         self._index, self._of = index, of
         self._batch = 1
         self._l0_slope: Tensor | None = None
+        self._loss_gradient: Tensor | None = None
         self._resampling_batch: tuple[Tensor, Tensor] | None = None
 
     # ---------------------------------------------------------------- the first batch
@@ -225,11 +226,19 @@ class DictionaryControl:
             controller.update_multiplier(total - coefficient * penalty_slope, penalty_slope)
 
         def sum_gradient(gradient: Tensor) -> None:
-            self.processes.after_backward(gradient.sum(), update)
+            total = gradient.sum()
+            if self._loss_gradient is not None:
+                total = total / self._loss_gradient.to(total)
+            self.processes.after_backward(total, update)
 
         self.processes.after_backward(own.l0, take_l0_slope)
         self.processes.after_backward(own.penalty, take_penalty_slope)
         step.threshold.register_hook(sum_gradient)
+
+    def take_loss_gradient(self, gradient: Float[Tensor, ""]) -> None:
+        """Take in the gradient of the loss itself: not 1 where a user scales it before `backward`,
+        as for gradient accumulation or float16."""
+        self._loss_gradient = gradient
 
     def resampling_is_due(self) -> bool:
         """Whether this step's batch is wanted for resampling; see `keep_for_resampling`."""
@@ -270,7 +279,7 @@ class DictionaryControl:
             directions: see `resampling.EncoderDirections`.
             by_kernels: use the kernels of `step.kernels.rows`.
         """
-        if self.settings.unit_norm_decoder:
+        if self.settings.unit_norm_decoder and dictionary.W_dec.requires_grad:
             normalize_rows_(dictionary.W_dec.data, by_kernels)
         if self.l0 is not None and self._l0_slope is not None:
             assert self.bandwidth is not None

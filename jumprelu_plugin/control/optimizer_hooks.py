@@ -2,7 +2,8 @@
 
 The trainer makes a plain `torch.optim.Adam` over the SAE's parameters and never shows it to the
 SAE. PyTorch lets anyone listen to every optimizer's steps; `OptimizerHooks` waits until an
-optimizer that holds the SAE's parameters makes its first step, then listens to that one alone.
+optimizer that holds the SAE's parameters makes its first step, then listens to that one alone. An
+SAE that is trained again gets a new optimizer, and from its first step on that one is listened to.
 
 One listener serves all that wait, and is never taken back: PyTorch walks through the listeners at
 every step of every optimizer, and one that goes meanwhile, in another thread or because the garbage
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 # By the id of the parameter that they wait for.
 _waiting: dict[int, weakref.ref[OptimizerHooks]] = {}
@@ -48,6 +50,7 @@ class OptimizerHooks:
         self._after = _held_weakly(after)
         self._fuse = fuse
         self._transposed: list[nn.Parameter] = []
+        self._handles: list[RemovableHandle] = []
         _waiting[self._owned] = weakref.ref(self)
         # Nobody can step parameters that are gone, and another may get their id.
         weakref.finalize(owned, _waiting.pop, self._owned, None)
@@ -60,18 +63,19 @@ class OptimizerHooks:
             _transpose(self._transposed[-1], self.optimizer)
             self._transposed.pop()
 
-    def close(self) -> None:
-        """Stop waiting for an optimizer."""
-        _waiting.pop(self._owned, None)
-
     def listen_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Run the callbacks around this optimizer's steps, from the one that starts now."""
-        self.close()
+        if optimizer is self.optimizer:
+            return
+        while self._handles:
+            self._handles.pop().remove()
         self.optimizer = optimizer
         fused = _fuse(optimizer) if self._fuse else []
         # An optimizer's own pre-hooks run after those of all, so the new one is called at once.
-        optimizer.register_step_pre_hook(lambda *_: self._before_step(fused))
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step(fused)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
 
     def _before_step(self, fused: list[nn.Parameter]) -> None:
         self._before()

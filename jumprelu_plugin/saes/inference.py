@@ -44,6 +44,7 @@ def sparse_inference(sae: JumpReLUSAE, *, screen: bool = False) -> SparseJumpReL
     twin = copy.copy(sae)
     twin.__class__ = SparseJumpReLUSAE
     assert isinstance(twin, SparseJumpReLUSAE)
+    twin.cfg = copy.deepcopy(sae.cfg)  # `to` and folding write into it
     twin._parameters = {  # type: ignore[assignment]
         name: nn.Parameter(
             parameter.detach().t().contiguous().t()

@@ -214,6 +214,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         control.count_active(feature_acts)
         if self.training and loss.requires_grad:
             paid = coefficient / self.units.loss
+            loss.register_hook(control.take_loss_gradient)
             control.observe(step, self.sparsity, penalty, paid, feature_acts)
             if control.resampling_is_due():
                 residual = (target - x_hat).detach().flatten(1)
@@ -287,10 +288,11 @@ class JumpReLUTrainingSAE(StoredParameters):
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.restore_layout()
         elif self.training:
+            trained = (each for each in (self.W_dec, *self.parameters()) if each.requires_grad)
             self.optimizer_hooks = OptimizerHooks(
-                self.W_dec, before=self._before_update, after=self._after_update
+                next(trained, self.W_dec), before=self._before_update, after=self._after_update
             )
-            if self.resolved.unit_norm_decoder:
+            if self.resolved.unit_norm_decoder and self.W_dec.requires_grad:
                 choice = self.path_choice
                 keep_gradient_tangential(self.W_dec, lambda: choice.current == "triton")
         self.calibrate_if_needed(rows)

@@ -161,24 +161,37 @@ class StoredParameters(StockTrainingSAE):
         return {name: values.astype("float64") for name, values in found.items()}
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """Write what stock SAELens reads: plain parameters, contiguous."""
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """The state dict of a stock SAE: plain parameters, which say all without their units."""
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
         for name in self.parametrized_names():
-            del state_dict[f"parametrizations.{name}.original"]
-            state_dict[name] = getattr(self, name).detach()
+            del found[f"{prefix}parametrizations.{name}.original"]
+            found[prefix + name] = getattr(self, name).detach()
+        return found
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.has_loaded_weights = True
+        for name in self.parametrized_names():
+            how, plain = parametrized(self, name), prefix + name
+            assert how is not None
+            if plain in state_dict:
+                key = f"{prefix}parametrizations.{name}.original"
+                state_dict[key] = how.right_inverse(state_dict.pop(plain))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Write what stock SAELens reads: contiguous."""
         for name, value in state_dict.items():
             state_dict[name] = value.contiguous()
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        self.has_loaded_weights = True
         state_dict["W_enc"] = by_latent(state_dict["W_enc"])
-        for name in self.parametrized_names():
-            how = parametrized(self, name)
-            assert how is not None
-            key = f"parametrizations.{name}.original"
-            state_dict[key] = how.right_inverse(state_dict.pop(name))
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:

@@ -46,6 +46,21 @@ def test_hooks_find_the_right_optimizer_and_bracket_its_steps() -> None:
     assert not for_other.param_groups[0]["fused"]
 
 
+def test_hooks_follow_to_the_optimizer_that_steps_now() -> None:
+    """An SAE that is trained again has another one."""
+    model = two_models()[0]
+    events: list[str] = []
+    seam = OptimizerHooks(
+        model.weight, before=lambda: events.append("before"), after=lambda: events.append("after")
+    )
+    first, second = torch.optim.Adam(model.parameters()), torch.optim.Adam(model.parameters())
+    for optimizer in (first, second, second, first):
+        take_step(model, optimizer)
+        assert seam.optimizer is optimizer
+    assert events == ["before", "after"] * 4
+    assert second.param_groups[0]["fused"] is True
+
+
 def test_hooks_see_the_parameters_before_and_after_the_update() -> None:
     model = two_models()[0]
     seen: list[Tensor] = []

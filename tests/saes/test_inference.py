@@ -118,6 +118,8 @@ def test_it_is_a_copy_and_can_be_changed_as_any_sae() -> None:
     torch.testing.assert_close(fast.encode(x), sae.encode(x), **TIGHT)
     again = sparse_inference(fast)
     torch.testing.assert_close(again.encode(x), sae.encode(x), **TIGHT)
+    again.to(torch.bfloat16)
+    assert (sae.cfg.dtype, again.cfg.dtype) == ("float32", "bfloat16")
 
 
 def test_saved_it_is_a_stock_folder(tmp_path: Path) -> None:

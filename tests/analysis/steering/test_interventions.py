@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
@@ -40,6 +41,30 @@ def test_clamp_and_ablate_move_along_the_decoder_row_by_the_difference(models, t
             torch.testing.assert_close(found, expected)
             never_fires = torch.equal(expected, clean)
             assert never_fires or (expected - clean).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_activations_that_are_decoded_by_unit_rows(models, tokens):
+    """SAELens' TopK SAEs in training multiply activations by the rows' norms."""
+    torch.manual_seed(6)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=41, k=5))
+    sae.W_dec *= torch.rand(41, 1) * 3 + 0.5
+    sae.cfg.metadata.hook_name = RESIDUAL
+    assert sae.cfg.rescale_acts_by_decoder_norm
+
+    def edit(x):
+        acts = sae.encode(x).to_dense()
+        changed = acts.clone()
+        changed[..., 7], changed[..., 11] = 3.0, acts[..., 11] + 1.5
+        return x + sae.decode(changed) - sae.decode(acts)
+
+    expected = edited(models.hooked, tokens, RESIDUAL, edit)
+    found = steered(models.hooked, sae, [Clamp(7, 3.0), Add(11, 1.5)], tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    one = torch.zeros(1, 41)
+    one[0, 7] = 2.0
+    vector = sae.decode(one)[0] - sae.b_dec
+    torch.testing.assert_close(steering_vector(sae, {7: 2.0}), vector)
 
 
 def test_ablating_a_latent_that_does_not_fire_changes_nothing_at_all(models, tokens):
