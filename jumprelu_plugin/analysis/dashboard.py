@@ -20,7 +20,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from torch import Tensor
 
 from jumprelu_plugin.analysis.contexts import LatentContexts, collect_contexts
-from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects
+from jumprelu_plugin.analysis.logit_lens import LogitEffects, all_logit_effects, writes_to_residual
 from jumprelu_plugin.analysis.neighbors import nearest_latents
 from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
@@ -30,8 +30,6 @@ from jumprelu_plugin.records import write_text
 
 DASHBOARD_FILENAME = "features.html"
 _TEMPLATE = "dashboard.html.j2"
-# Hooks whose values are, or are added to, the residual stream, which the unembedding reads.
-_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 _DIGITS = 3
 
 
@@ -71,7 +69,7 @@ def write_dashboard(
     special = list(model.tokenizer.all_special_ids)
     top = collect_top_activations(model, sae, tokens, special_token_ids=special)
     contexts = collect_contexts(model, sae, top, count=examples, special_token_ids=special)
-    effects = all_logit_effects(model, sae) if _writes_to_residual(sae) else None
+    effects = all_logit_effects(model, sae) if writes_to_residual(sae) else None
     words = _Words(model.tokenizer)
     neighbors = nearest_latents(sae.W_dec)
     entries = [_entry(i, sae, top, contexts, effects, neighbors, words) for i in shown]
@@ -109,10 +107,6 @@ def _shown_latents(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     if wrong:
         raise ValueError(f"latents {wrong}: the dictionary has latents 0 to {d_sae - 1}")
     return sorted(set(latents))
-
-
-def _writes_to_residual(sae: Any) -> bool:
-    return sae_sites(sae)[1].rsplit(".", 1)[-1] in _RESIDUAL
 
 
 class _Words:

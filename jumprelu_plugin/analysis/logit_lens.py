@@ -7,6 +7,7 @@ centering, which act alike on every token, and not the division by the token's n
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jumprelu_plugin.models.hooks import sae_sites
+
+# Hooks whose values are, or are added to, the residual stream, which the unembedding reads. A
+# bridge's own names of the stream are the last two.
+_RESIDUAL = re.compile(
+    r"(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_mlp_out|hook_attn_out|hook_embed"
+    r"|blocks\.\d+\.hook_in|blocks\.\d+\.hook_out)$"
+)
 # Latents at a time: 256 rows of Gemma 2's 256,000 logits take 0.26 GB.
 _CHUNK = 256
 
@@ -28,9 +37,9 @@ def logit_effects(
     residual stream, or to a hook whose values are added to it.
 
     Raises:
-        ValueError: the decoder's width is not that of the residual stream.
+        ValueError: it writes elsewhere, to a hook of another width, or its hook is not known.
     """
-    _require_residual_width(model, sae)
+    _require_residual(model, sae)
     top = (_normed(model, sae.W_dec[latent].detach().float()) @ model.W_U.float()).topk(count)
     return top.indices, top.values
 
@@ -55,9 +64,9 @@ def all_logit_effects(model: Any, sae: Any, count: int = 8) -> LogitEffects:
     """`logit_effects` of every latent, raised and lowered, computed in chunks of latents.
 
     Raises:
-        ValueError: the decoder's width is not that of the residual stream.
+        ValueError: as `logit_effects`.
     """
-    _require_residual_width(model, sae)
+    _require_residual(model, sae)
     W_U = model.W_U.float()
     parts: list[tuple[Tensor, ...]] = []
     for rows in sae.W_dec.detach().float().split(_CHUNK):
@@ -86,11 +95,20 @@ def _normed(model: Any, directions: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 
     return directions * gain
 
 
-def _require_residual_width(model: Any, sae: Any) -> None:
+def writes_to_residual(sae: Any) -> bool:
+    """Whether an SAE writes to the residual stream, or to a hook whose values are added to it.
+
+    Raises:
+        ValueError: its hook is not known.
+    """
+    return _RESIDUAL.search(sae_sites(sae)[1]) is not None
+
+
+def _require_residual(model: Any, sae: Any) -> None:
     width, stream = sae.W_dec.shape[1], model.W_U.shape[0]
-    if width != stream:
+    if not writes_to_residual(sae) or width != stream:
         raise ValueError(
-            f"the SAE's decoder writes {width} values, the model's residual stream "
-            f"has {stream}: logit effects need an SAE of the residual stream, "
+            f"the SAE's decoder writes {width} values at {sae_sites(sae)[1]}, the model's residual "
+            f"stream has {stream}: logit effects need an SAE of the residual stream, "
             "of hook_mlp_out or of hook_attn_out"
         )

@@ -71,10 +71,12 @@ class Intervention(ABC):
         """
 
     def __post_init__(self) -> None:
+        (latent,) = _whole_numbers("latent", [self.latent])
+        object.__setattr__(self, "latent", latent)
         object.__setattr__(self, "positions", _checked_positions(self.positions))
-        rows = (self.batch,) if isinstance(self.batch, int) else self.batch
+        rows = self.batch
         if rows is not None:
-            rows = tuple(int(row) for row in rows)
+            rows = _whole_numbers("batch", rows)
             if not rows or min(rows) < 0:
                 raise ValueError(
                     f"batch must name rows, none of them negative; got {self.batch!r}."
@@ -347,17 +349,40 @@ def _checked_positions(positions: Positions) -> Positions:
         raise ValueError(f"positions must be 'last', None, a slice or a list; got {positions!r}.")
     checked: Positions
     if isinstance(positions, slice):
-        numbers = [n for n in (positions.start, positions.stop) if n is not None]
-        checked, step = positions, positions.step is None or positions.step > 0
+        parts = (positions.start, positions.stop, positions.step)
+        given = _whole_numbers("positions", [part for part in parts if part is not None])
+        numbers = given[:-1] if positions.step is not None else given
+        checked, step = positions, positions.step is None or given[-1] > 0
     else:
-        numbers = [positions] if isinstance(positions, int) else [int(n) for n in positions]
-        checked, step = tuple(numbers), bool(numbers)
+        numbers = _whole_numbers("positions", positions)
+        checked, step = numbers, bool(numbers)
     if not step or any(n < 0 for n in numbers):
         raise ValueError(
             f"positions must be at least one position, none of them negative; got {positions!r}."
             " For the end of the sequence use 'last'."
         )
     return checked
+
+
+def _whole_numbers(name: str, given: Any) -> tuple[int, ...]:
+    """One number or several, of Python, NumPy or PyTorch, as Python's.
+
+    Raises:
+        ValueError: one of them is no whole number. A mask's True and False are none.
+    """
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    each = [
+        number.item() if hasattr(number, "item") else number
+        for number in (listed if isinstance(listed, Iterable) else [listed])
+    ]
+    if any(isinstance(number, bool) for number in each):
+        raise ValueError(
+            f"{name} must be whole numbers; got {given!r}. Of a mask, give the places that are True"
+            " (mask.nonzero().flatten())."
+        )
+    if not all(isinstance(number, int) for number in each):
+        raise ValueError(f"{name} must be whole numbers; got {given!r}.")
+    return tuple(each)
 
 
 def _check_finite(name: str, value: float) -> None:

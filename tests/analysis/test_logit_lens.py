@@ -23,6 +23,10 @@ def test_logit_effects_of_all_agree_with_one(tiny) -> None:
         torch.testing.assert_close(effects.lowered_by[latent], -by)
     with pytest.raises(ValueError, match="residual stream"):
         all_logit_effects(tiny.hooked, tiny_sae(HEADS))
+    # In most models the heads together are as wide as the stream.
+    as_wide = tiny_sae(HEADS, d_in=33)
+    with pytest.raises(ValueError, match="33 values at blocks.1.attn.hook_z, .* stream has 33"):
+        logit_effects(tiny.hooked, as_wide, 5)
 
 
 def with_layer_norm() -> HookedTransformer:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
+import torch
 
 from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp, steer, steering_vector
 from tests.analysis.steering.edits import steered, trace
 from tests.tiny import tiny_sae
+
+
+@pytest.mark.parametrize("given", [[False, True], torch.tensor([True, False, True])])
+def test_a_mask_is_not_taken_for_numbers(given):
+    for fields in ({"positions": given}, {"batch": given}):
+        with pytest.raises(ValueError, match="must be whole numbers; .*mask.nonzero"):
+            Add(3, 1.0, **fields)
+
+
+def test_numbers_are_whole():
+    for name, given in (("latent", 3.7), ("positions", [1.7, 2.2]), ("positions", slice(1.5, 4)),
+                        ("batch", [0.9]), ("latent", "3")):  # fmt: skip
+        fields = {"latent": 3, name: given}
+        with pytest.raises(ValueError, match=f"{name} must be whole numbers"):
+            Ablate(**fields)
+    found = Ablate(np.int64(3), positions=torch.tensor([4, 2]), batch=np.array([0, 5]))
+    assert found == Ablate(3, positions=(4, 2), batch=(0, 5))
+    assert Ablate(torch.tensor(3), positions=np.int64(4)) == Ablate(3, positions=[4])
 
 
 def test_bad_input_is_named(models, tokens):
