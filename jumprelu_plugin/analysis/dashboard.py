@@ -25,6 +25,7 @@ from jumprelu_plugin.analysis.neighbors import nearest_latents
 from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.analysis.top_activations import TopActivations, collect_top_activations
 from jumprelu_plugin.models.hooks import sae_sites
+from jumprelu_plugin.models.number_lists import plain_integers
 from jumprelu_plugin.models.token_text import TokenTexts
 from jumprelu_plugin.records import write_text
 
@@ -103,10 +104,11 @@ def _count_silent(top: TopActivations) -> int:
 def _shown_latents(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     if latents is None:
         return list(range(d_sae))
-    wrong = [latent for latent in latents if not 0 <= latent < d_sae]
+    numbers = plain_integers("latents", latents)
+    wrong = [latent for latent in numbers if not 0 <= latent < d_sae]
     if wrong:
         raise ValueError(f"latents {wrong}: the dictionary has latents 0 to {d_sae - 1}")
-    return sorted(set(latents))
+    return sorted(set(numbers))
 
 
 class _Words:

@@ -35,6 +35,7 @@ from jumprelu_plugin.models.hooks import (
     with_heads,
 )
 from jumprelu_plugin.models.kv_cache import cache_length_tracked
+from jumprelu_plugin.models.number_lists import plain_integers
 from jumprelu_plugin.models.trained_on import sae_heads
 
 Positions = int | slice | Sequence[int] | Literal["last"] | None
@@ -71,12 +72,12 @@ class Intervention(ABC):
         """
 
     def __post_init__(self) -> None:
-        (latent,) = _whole_numbers("latent", [self.latent])
+        (latent,) = plain_integers("latent", [self.latent])
         object.__setattr__(self, "latent", latent)
         object.__setattr__(self, "positions", _checked_positions(self.positions))
         rows = self.batch
         if rows is not None:
-            rows = _whole_numbers("batch", rows)
+            rows = plain_integers("batch", rows)
             if not rows or min(rows) < 0:
                 raise ValueError(
                     f"batch must name rows, none of them negative; got {self.batch!r}."
@@ -350,11 +351,11 @@ def _checked_positions(positions: Positions) -> Positions:
     checked: Positions
     if isinstance(positions, slice):
         parts = (positions.start, positions.stop, positions.step)
-        given = _whole_numbers("positions", [part for part in parts if part is not None])
+        given = plain_integers("positions", [part for part in parts if part is not None])
         numbers = given[:-1] if positions.step is not None else given
         checked, step = positions, positions.step is None or given[-1] > 0
     else:
-        numbers = _whole_numbers("positions", positions)
+        numbers = plain_integers("positions", positions)
         checked, step = numbers, bool(numbers)
     if not step or any(n < 0 for n in numbers):
         raise ValueError(
@@ -362,27 +363,6 @@ def _checked_positions(positions: Positions) -> Positions:
             " For the end of the sequence use 'last'."
         )
     return checked
-
-
-def _whole_numbers(name: str, given: Any) -> tuple[int, ...]:
-    """One number or several, of Python, NumPy or PyTorch, as Python's.
-
-    Raises:
-        ValueError: one of them is no whole number. A mask's True and False are none.
-    """
-    listed = given.tolist() if hasattr(given, "tolist") else given
-    each = [
-        number.item() if hasattr(number, "item") else number
-        for number in (listed if isinstance(listed, Iterable) else [listed])
-    ]
-    if any(isinstance(number, bool) for number in each):
-        raise ValueError(
-            f"{name} must be whole numbers; got {given!r}. Of a mask, give the places that are True"
-            " (mask.nonzero().flatten())."
-        )
-    if not all(isinstance(number, int) for number in each):
-        raise ValueError(f"{name} must be whole numbers; got {given!r}.")
-    return tuple(each)
 
 
 def _check_finite(name: str, value: float) -> None:

@@ -9,6 +9,7 @@ Before the first update, the training SAE computes the same function as the pret
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -122,6 +123,7 @@ class FinetuningRunner(JumpReLUTrainingRunner):
     ):
         self.source, self.log = Path(source), log
         dictionary = read_pretrained(source, hook_name=cfg.hook_name, model_name=cfg.model_name)
+        cfg = copy.copy(cfg)  # what is given may be the config of the next run too
         cfg.sae = _for_dictionary(cfg.sae, dictionary)
         _refuse_other_weights(cfg, self.source)
         require_what_a_run_needs(cfg)

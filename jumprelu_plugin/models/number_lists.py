@@ -1,9 +1,12 @@
-"""How lists of numbers (0,1,3 or 0-5) are written, the same on the command line and in a grid."""
+"""How lists of numbers are given: as text (0,1,3 or 0-5), the same on the command line and in a
+grid, or in Python."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -40,3 +43,24 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, found)):
         raise ValueError(f"{flag} is {text!r}; give numbers such as 10,20,40")
     return found
+
+
+def plain_integers(name: str, given: Any) -> tuple[int, ...]:
+    """One number or several, of Python, NumPy or PyTorch, as Python's.
+
+    Raises:
+        ValueError: one of them is no whole number. A mask's True and False are none.
+    """
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    each = [
+        number.item() if hasattr(number, "item") else number
+        for number in (listed if isinstance(listed, Iterable) else [listed])
+    ]
+    if any(isinstance(number, bool) for number in each):
+        raise ValueError(
+            f"{name} must be whole numbers; got {given!r}. Of a mask, give the places that are True"
+            " (mask.nonzero().flatten())."
+        )
+    if not all(isinstance(number, int) for number in each):
+        raise ValueError(f"{name} must be whole numbers; got {given!r}.")
+    return tuple(each)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -106,6 +106,15 @@ def not_negative(field: str, message: str = "it must be a finite number, 0 or mo
     )
 
 
+def whole(field: str, least: int) -> Rule:
+    """The field is a whole number, and not too small."""
+    return Rule(
+        field,
+        lambda cfg: isinstance(getattr(cfg, field), Integral) and getattr(cfg, field) >= least,
+        f"{{field}} is {{value!r}}; it must be a whole number, {least} or more",
+    )
+
+
 def one_of(field: str, allowed: Sequence[str]) -> Rule:
     """The field is one of these words."""
     return Rule(
@@ -195,6 +204,8 @@ _FROM_DATA = (
 )
 
 SAE_RULES = (
+    whole("d_in", 1),
+    whole("d_sae", 1),
     a_target(40),
     Rule(
         "target_l0",
@@ -217,6 +228,10 @@ SAE_RULES = (
         _number("jumprelu_bandwidth", lambda v: v > 0),
         "{field} is {value}; " + _FROM_DATA,
     ),
+    positive("decoder_init_norm", "it must be a finite number greater than 0, or None"),
+    positive("jumprelu_tanh_scale"),
+    not_negative("pre_act_loss_coefficient", "it must be a finite number, 0 or more, or None"),
+    whole("l0_warm_up_steps", 0),
     positive("target_l0_start_ratio"),
     positive("jumprelu_bandwidth_std"),
     positive(
@@ -250,11 +265,7 @@ SAE_RULES = (
         "{field} is 'anthropic' and jumprelu_init_threshold is None: biases are set for a known "
         "threshold; give one (0.1 as published)",
     ),
-    Rule(
-        "target_l0_warm_up_steps",
-        lambda cfg: cfg.target_l0_warm_up_steps >= 0,
-        "{field} is {value}; it must be 0 or more",
-    ),
+    whole("target_l0_warm_up_steps", 0),
     Rule(
         "target_l0",
         lambda cfg: cfg.target_l0 is None or 0 < cfg.target_l0 <= cfg.d_sae,
@@ -266,6 +277,7 @@ SAE_RULES = (
         "{field} is {value}; it must be at least 1, and times target_l0 ({cfg.target_l0}) at most "
         "d_sae ({cfg.d_sae})",
     ),
+    one_of("reshape_activations", ("none", "hook_z")),
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
     one_of("pre_act_loss_latents", ("dead", "all")),
     one_of("initialization", ("saelens", "anthropic")),
@@ -310,6 +322,15 @@ EFFECT_RULES = (
     ),
     unread_bandwidth_std(),
     unread_tanh_scale(),
+    Rule(
+        "decoder_init_norm",
+        lambda cfg: (
+            not cfg.resolve().unit_norm_decoder
+            or cfg.decoder_init_norm in (type(cfg).decoder_init_norm, 1.0, None)
+        ),
+        "{field} is {value}, and decoder rows are held at norm 1: leave it out, or set "
+        "unit_norm_decoder=False",
+    ),
     Rule(
         "pre_act_loss_latents",
         lambda cfg: cfg.pre_act_loss_latents == "dead" or cfg.pre_act_loss_coefficient is not None,

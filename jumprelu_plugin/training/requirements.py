@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import wandb
+from sae_lens import logger
 from sae_lens.registry import get_sae_training_class
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
@@ -88,6 +89,23 @@ def require_what_a_run_needs(cfg: Any) -> None:
     _require_hook_to_reshape(cfg)
     if cfg.logger.log_to_wandb:
         _require_wandb_login()
+
+
+def require_same_sae(cfg: Any, sae: Any) -> None:
+    """Raise ValueError for an `override_sae` of another width than `cfg.sae` names; warn where it
+    is trained otherwise, because SAELens trains it by its own config."""
+    if sae.cfg.d_in != cfg.sae.d_in:
+        raise ValueError(
+            f"override_sae has d_in {sae.cfg.d_in}, and cfg.sae says {cfg.sae.d_in}: give an SAE "
+            f"of the width of {cfg.hook_name}"
+        )
+    for name in ("target_l0", "l0_coefficient"):
+        given, own = getattr(cfg.sae, name, None), getattr(sae.cfg, name, None)
+        if given is not None and given != own:
+            logger.warning(
+                f"override_sae is trained by its own config, with {name} {own}; the {given} of "
+                "cfg.sae is not read"
+            )
 
 
 def require_taken_by_model(cfg: Any, model: Any) -> None:

@@ -67,6 +67,7 @@ from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.metrics_file import keep_before
 from jumprelu_plugin.training.requirements import (
     require_possible_numbers,
+    require_same_sae,
     require_taken_by_model,
     require_what_a_run_needs,
 )
@@ -148,6 +149,8 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         cache = None if activations is None else open_cache_for(activations, cfg)
         if cfg.from_pretrained_path is not None and override_sae is None:
             override_sae = pretrained_sae(cfg.from_pretrained_path, cfg.sae)
+        if override_sae is not None:
+            require_same_sae(cfg, override_sae)
         override_dataset = one_split(override_dataset)
         refuse_empty_text(override_dataset)
         overrides_nothing = override_model is None and override_dataset is None

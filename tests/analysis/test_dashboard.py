@@ -69,7 +69,7 @@ def test_explanations_are_shown_as_text(tiny, tokens, tmp_path: Path) -> None:
 
 def test_chosen_latents(tiny, tokens, tmp_path: Path) -> None:
     path = tmp_path / "p.html"
-    write_dashboard(path, tiny.hooked, tiny_sae(), tokens, latents=[29, 3, 29])
+    write_dashboard(path, tiny.hooked, tiny_sae(), tokens, latents=torch.tensor([29, 3, 29]))
     assert [entry["i"] for entry in Page(path).data["latents"]] == [3, 29]
     with pytest.raises(ValueError, match=r"latents \[41\].*0 to 40"):
         write_dashboard(path, tiny.hooked, tiny_sae(), tokens, latents=[3, 41])

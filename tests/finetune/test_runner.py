@@ -178,6 +178,24 @@ def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     assert len(said) == 1 and f"{l0:.4g}" in said[0]
 
 
+def test_one_config_finetunes_several_dictionaries(
+    tiny: Tiny, text: Dataset, tmp_path: Path
+) -> None:
+    """Each is held at its own L0: what is given is not written into."""
+    given, targets = config(tmp_path / "out"), []
+    for threshold in (0.1, 3.7):
+        sae = pretrained_sae(True)
+        sae.threshold.data.fill_(threshold)
+        sae.save_model(tmp_path / str(threshold))
+        given.output_path = str(tmp_path / "out" / str(threshold))
+        runner = FinetuningRunner(tmp_path / str(threshold), given, text, tiny.hooked)
+        runner.run()
+        assert runner.initial_metrics is not None
+        targets.append(runner.initial_metrics.target_l0)
+        assert given.sae.target_l0 is None
+    assert targets[0] > 1.2 * targets[1]
+
+
 def test_training_lowers_the_error_and_keeps_l0(tiny: Tiny, text: Dataset, tmp_path: Path) -> None:
     _, cache = tiny.hooked.run_with_cache(tiny_tokens(101, CONTEXT, seed=23))
     x = cache[RESIDUAL].flatten(0, 1)

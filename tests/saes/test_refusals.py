@@ -56,6 +56,15 @@ def test_the_good_config_is_good() -> None:
         ("matryoshka_loss_weight", {}),
         ("outlier_norm_ratio", [10]),
         ("l0_warm_up_steps", "100"),
+        ("l0_warm_up_steps", -5),
+        ("target_l0_warm_up_steps", 0.5),
+        ("d_in", 0),
+        ("d_sae", 13.5),
+        ("decoder_init_norm", -1.0),
+        ("decoder_init_norm", 0.5),
+        ("jumprelu_tanh_scale", 0.0),
+        ("pre_act_loss_coefficient", -1.0),
+        ("reshape_activations", "hookz"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
