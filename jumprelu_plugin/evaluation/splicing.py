@@ -64,15 +64,18 @@ class ScoredText:
         Raises ValueError for tokens that are not a two-dimensional integer tensor of ids the model
         knows, and where no prediction counts.
         """
+        positions = list(positions)
         tokens = _checked(model, tokens).to(model.cfg.device)
         evaluated = evaluated_positions(tokens, special_token_ids, positions)
         text = cls(tokens, evaluated, evaluated[:, :-1] & evaluated[:, 1:])
         n_tokens, n_predictions = int(text.evaluated.sum()), text.n_predictions
         if n_predictions < 1:
             raise ValueError(
-                f"Of {tokens.numel()} tokens {n_tokens} are not special and {n_predictions}"
-                " predictions count; at least 2 and 1 are needed. Special ids:"
-                f" {sorted(special_token_ids)}."
+                f"Of {tokens.numel()} tokens {n_tokens} are evaluated and {n_predictions}"
+                " predictions count; at least 2 and 1 are needed. A prediction counts where a token"
+                " and the one after it are not special and inside the positions that the dictionary"
+                f" was trained on. Special ids: {sorted(special_token_ids)}; positions:"
+                f" {[(part.start, part.stop, part.step) for part in positions]}."
             )
         return text
 

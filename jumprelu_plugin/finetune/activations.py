@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def harvest_activations(
     tokens: Int[Tensor, "sequences positions"],
     *,
     special_token_ids: Iterable[int] = (),
-    positions: slice = slice(None),
+    positions: slice | Sequence[int | None] = slice(None),
     head: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -36,7 +36,8 @@ def harvest_activations(
         hook: name of the hook; head axes are flattened, unless `head` names one.
         tokens: the text.
         special_token_ids: tokens to leave out.
-        positions: the positions to keep.
+        positions: the positions to keep, as a slice or as SAELens' `seqpos_slice`: start, stop and
+            step.
         head: the only head to keep; None for all.
         batch_size: sequences in a batch.
         seed: seed of the random order.
@@ -45,6 +46,8 @@ def harvest_activations(
         ValueError: the model has no such hook, the hook does not fire, or all tokens are special.
     """
     require_firing(model, hook)
+    if not isinstance(positions, slice):
+        positions = slice(*positions)
     parts: list[Tensor] = []
     special = sorted(set(special_token_ids))
     for text in tokens.to(model.cfg.device).split(batch_size):

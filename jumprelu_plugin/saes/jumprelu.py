@@ -73,6 +73,14 @@ class JumpReLUTrainingSAE(StoredParameters):
     standardizes_itself: ClassVar[bool] = True
     processes: OneProcess = ONE_PROCESS
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "calculate_aux_loss" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides calculate_aux_loss, which no training step here calls: "
+                "override training_forward_pass, and add to the losses that it returns"
+            )
+
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
         cfg = as_plugin_config(cfg)
         require(cfg, self.rules)
@@ -145,8 +153,17 @@ class JumpReLUTrainingSAE(StoredParameters):
         return b_dec
 
     def normalized_input(self, sae_in: Tensor) -> Tensor:
-        """`process_sae_in` up to the subtraction of b_dec, which belongs to the step."""
+        """`process_sae_in` up to the subtraction of b_dec, which belongs to the step.
+
+        Raises:
+            ValueError: the rows have other axes than [batch, d_in].
+        """
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
+        if x.ndim != 2 or not len(x):
+            raise ValueError(
+                f"a training step got rows of shape {list(sae_in.shape)}; expected [batch, "
+                f"{self.cfg.d_in}] with one row at least: flatten sequences first"
+            )
         return self.run_time_activation_norm_fn_in(x)
 
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:

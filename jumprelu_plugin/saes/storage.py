@@ -42,10 +42,15 @@ _NAMES = ("threshold", "b_enc", "b_dec")
 class StoredParameters(StockTrainingSAE):
     """SAELens' training SAE with parameters that may be stored in other units.
 
+    A parameter that is (`parametrized_names`) is computed when it is read: writing into it, or into
+    its `.data`, changes nothing. Assign to it instead, `sae.b_dec = nn.Parameter(value)`, or load a
+    state dict.
+
     Attributes:
         control: what training keeps beside the parameters.
         calibrated: whether everything that the config leaves to the data is set.
-        has_loaded_weights: whether its weights came from a file, and are not to be initialized.
+        has_loaded_weights: whether its weights came from a file or a state dict, and the first
+            batch is not to initialize them. Set it after assigning weights by hand.
         optimizer_hooks: around the steps of its optimizer; None before the first step.
         units: factors from the config's units to those of the activations.
         standardization: center and spread of the data, where training works in units of them; None

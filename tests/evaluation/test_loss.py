@@ -271,7 +271,7 @@ def test_bad_input_is_named(models, tokens):
         evaluate(models.hooked, sae, tokens, hook_out="blocks.9.hook_resid_post")
     with pytest.raises(TypeError, match="Gemma2ForCausalLM has no hook points"):
         evaluate(models.hf, sae, tokens)
-    with pytest.raises(ValueError, match="0 are not special and 0 predictions"):
+    with pytest.raises(ValueError, match="0 are evaluated and 0 predictions"):
         evaluate(models.hooked, sae, torch.full((2, 5), PAD))
     with pytest.raises(ValueError, match="No prediction can be scored"):
         evaluate(models.hooked, sae, tokens[:, :1])

@@ -112,6 +112,13 @@ def test_harvested_activations_are_the_cache_without_special_tokens(
     torch.testing.assert_close(rows.sort(0).values, wanted.sort(0).values, rtol=1e-4, atol=1e-5)
     distances = torch.cdist(rows.double(), wanted.double())
     assert float(distances.min(1).values.max()) < 1e-4
+    # A slice, and the form of SAELens' seqpos_slice.
+    for positions in (slice(2, -3), (2, -3), (2, 10, None)):
+        inner = harvest_activations(models.hooked, hook, tokens, positions=positions)
+        wanted = cache[hook].flatten(2)[:, 2:-3].flatten(0, 1)
+        torch.testing.assert_close(
+            inner.sort(0).values, wanted.sort(0).values, rtol=1e-4, atol=1e-5
+        )
     with pytest.raises(ValueError, match="no hook"):
         harvest_activations(models.hooked, "blocks.9.hook_resid_post", tokens)
 

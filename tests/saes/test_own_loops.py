@@ -94,6 +94,16 @@ def test_a_scaled_loss_is_the_same_training(scale: float) -> None:
     assert expected[-1] != expected[0]
 
 
+def test_rows_of_sequences_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \[3, 5, 19\]; expected \[batch, 19\]"):
+        loop(controlled(), [torch.randn(3, 5, D_IN)])
+
+
+def test_a_loss_that_no_step_would_call_is_refused() -> None:
+    with pytest.raises(TypeError, match="Own overrides calculate_aux_loss, which no training step"):
+        type("Own", (JumpReLUTrainingSAE,), {"calculate_aux_loss": lambda self, **_: {}})
+
+
 @pytest.mark.parametrize("prefix", ["", "sae."])
 def test_a_state_dict_says_all_of_a_trained_sae(prefix: str) -> None:
     trained = controlled()

@@ -64,7 +64,7 @@ class CacheSettings:
 
 def cache_activations(
     output_path: str | Path,
-    hook_names: Sequence[str],
+    hook_names: Sequence[str] | str,
     settings: CacheSettings,
     *,
     log: Callable[[str], None] = print,
@@ -87,7 +87,7 @@ def cache_activations(
     return write_activation_cache(
         output_path,
         model,
-        [name.strip() for name in hook_names],
+        hook_names if isinstance(hook_names, str) else [name.strip() for name in hook_names],
         tokens,
         model_name=settings.model_name,
         model_class_name=settings.model_class_name,

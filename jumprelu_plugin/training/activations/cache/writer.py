@@ -43,7 +43,7 @@ _UNFINISHED = ".unfinished-"
 def write_activation_cache(
     folder: str | Path,
     model: Any,
-    hook_names: Sequence[str],
+    hook_names: Sequence[str] | str,
     tokens: Int[Tensor, "sequences positions"],
     *,
     model_name: str,
@@ -66,7 +66,7 @@ def write_activation_cache(
     Args:
         folder: to write; new, empty, or a cache of the same model, text and hooks, or more hooks.
         model: a hooked model.
-        hook_names: names of the hooks; head axes are flattened.
+        hook_names: names of the hooks, or one name; head axes are flattened.
         tokens: the text.
         model_name, model_class_name, dataset_path, prepend_bos: what model and text are called, for
             trainings that read the cache.
@@ -85,7 +85,7 @@ def write_activation_cache(
     folder = Path(folder)
     manifest, kept = _plan(
         model,
-        list(dict.fromkeys(hook_names)),
+        [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names)),
         tokens,
         model_name=model_name,
         model_class_name=model_class_name,
