@@ -121,3 +121,15 @@ def test_a_state_dict_says_all_of_a_trained_sae(prefix: str) -> None:
     other.calibrate_if_needed(data()[0])
     for name, value in before.items():
         assert torch.allclose(getattr(other, name), value, atol=1e-5), name
+
+
+@torch.no_grad()
+def test_what_is_assigned_and_said_is_kept() -> None:
+    sae, wanted = controlled(), torch.linspace(-1, 2, D_IN)
+    sae.b_dec = wanted
+    sae.has_loaded_weights = True
+    rows = sae.W_dec.clone()
+    sae.calibrate_if_needed(data()[0])
+    torch.testing.assert_close(sae.b_dec, wanted)
+    torch.testing.assert_close(sae.W_dec, rows)
+    assert sae.bandwidth is not None
