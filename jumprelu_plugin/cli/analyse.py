@@ -10,7 +10,7 @@ import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
-from jumprelu_plugin.cli.values import numbers, whole_numbers
+from jumprelu_plugin.models.number_lists import numbers, whole_numbers
 from jumprelu_plugin.models.options import ModelOptions
 
 app = typer.Typer()

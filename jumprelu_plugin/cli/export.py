@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jumprelu_plugin.cli.console import console
-from jumprelu_plugin.cli.values import numbers, whole_numbers
+from jumprelu_plugin.models.number_lists import numbers, whole_numbers
 
 app = typer.Typer()
 

@@ -14,7 +14,8 @@ import typer
 from rich.markup import escape
 
 from jumprelu_plugin.cli.field_help import field_help
-from jumprelu_plugin.cli.values import names_and_values, whole_numbers
+from jumprelu_plugin.cli.values import names_and_values
+from jumprelu_plugin.models.number_lists import whole_numbers
 
 
 def with_dataclass_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -25,7 +25,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from typing_extensions import override
 
 from jumprelu_plugin.cli.field_help import field_help
-from jumprelu_plugin.cli.values import whole_numbers
+from jumprelu_plugin.models.number_lists import whole_numbers
 from jumprelu_plugin.recipes import get_recipe
 from jumprelu_plugin.training.health.schedule import usual_learning_rate
 from jumprelu_plugin.training.requirements import require_possible_numbers

@@ -9,7 +9,8 @@ import typer
 
 from jumprelu_plugin.cli.console import console
 from jumprelu_plugin.cli.generated import with_dataclass_options
-from jumprelu_plugin.cli.values import names_and_values, numbers, whole_numbers
+from jumprelu_plugin.cli.values import names_and_values
+from jumprelu_plugin.models.number_lists import numbers, whole_numbers
 from jumprelu_plugin.training.activations.cache.settings import CacheSettings
 
 # Written out, because importing the architectures takes seconds that --help need not.

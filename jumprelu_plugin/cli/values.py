@@ -1,12 +1,9 @@
-"""How lists (0,1,3 or 0-5) and dictionaries (JSON) are written, the same in every command."""
+"""How dictionaries (JSON) are written, the same in every command."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
-
-from jumprelu_plugin.models.number_lists import numbers as numbers
-from jumprelu_plugin.models.number_lists import whole_numbers as whole_numbers
 
 
 def names_and_values(flag: str, text: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.cli.field_help import field_help
 from jumprelu_plugin.cli.saelens_flags import Command, parse_flags, run_config
-from jumprelu_plugin.cli.values import numbers, whole_numbers
 from jumprelu_plugin.control.learning_rate import learning_rate
+from jumprelu_plugin.models.number_lists import numbers, whole_numbers
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.recipes.anthropic_2025 import ANTHROPIC_2025
 from jumprelu_plugin.transcoders.settings import CLTSettings, TranscoderSettings

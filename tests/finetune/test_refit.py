@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from jumprelu_plugin.cli.values import numbers
 from jumprelu_plugin.finetune.refit import (
     RefitSettings,
     max_l0,
@@ -17,6 +16,7 @@ from jumprelu_plugin.finetune.refit import (
     refit_to_each,
     shift_thresholds,
 )
+from jumprelu_plugin.models.number_lists import numbers
 from jumprelu_plugin.saes.parameters import Parameters
 from tests.finetune.l0_targets import D_IN, TOKENS, activations, l0_of
 from tests.tiny import tiny_sae

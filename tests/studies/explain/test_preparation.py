@@ -28,8 +28,8 @@ def prepared(sequences: int) -> tuple[list[StudyLatent], int]:
 
 def test_memory_does_not_grow_with_the_text() -> None:
     few, small = prepared(150)
-    many, large = prepared(700)
+    many, large = prepared(1200)
     assert len(few) == len(many) == 300
     assert all(1 < len(each.shown) <= 10 for each in many)
-    # All activations of the longer text are 57 MB.
-    assert large < small + 15e6
+    # All activations of the longer text are 98 MB; beside a busy core this varies by 10 MB.
+    assert large < small + 25e6
