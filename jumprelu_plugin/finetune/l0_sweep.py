@@ -20,6 +20,7 @@ from sae_lens import logger
 from torch import Tensor
 
 from jumprelu_plugin.evaluation import evaluate
+from jumprelu_plugin.evaluation.metrics import Metrics
 from jumprelu_plugin.finetune.activations import evaluate_on_activations
 from jumprelu_plugin.finetune.pretrained import read_pretrained
 from jumprelu_plugin.finetune.refit import RefitSettings, refit_to_each, shift_thresholds
@@ -107,7 +108,10 @@ def run_l0_sweep(
         dictionary.parameters, targets, activations, settings, lambda l0: log(f"L0 {l0:g} …")
     ):
         folder = output / f"l0_{target:g}"
-        _save(dictionary, parameters, folder)
+        fitted = _as_sae(dictionary, parameters)
+        _describe(fitted, target, evaluate_on_activations(fitted, activations), source)
+        with whole_folder(folder) as unfinished:
+            fitted.save_model(unfinished)
         # Evaluates the saved files, loaded by stock SAELens.
         sae = load_inference_sae(folder)
         metrics = evaluate_on_activations(sae, held_out)
@@ -210,7 +214,12 @@ def _as_sae(dictionary: Dictionary, parameters: Parameters) -> Any:
     return dataclasses.replace(dictionary, parameters=parameters).as_sae()
 
 
-def _save(dictionary: Dictionary, parameters: Parameters, folder: Path) -> None:
-    """Write a stock folder, complete or not at all."""
-    with whole_folder(folder) as unfinished:
-        _as_sae(dictionary, parameters).save_model(unfinished)
+def _describe(sae: Any, target: float, metrics: Metrics, source: str | Path) -> None:
+    """Put what is the point's own in place of what the metadata says of the source."""
+    metadata = sae.cfg.metadata
+    metadata.refitted_from = str(source)
+    metadata.l0 = metrics.l0
+    metadata.num_dead_features = round(metrics.dead_share * sae.cfg.d_sae)
+    details = metadata.training_architecture_details
+    if isinstance(details, dict):
+        metadata.training_architecture_details = {**details, "target_l0": target}

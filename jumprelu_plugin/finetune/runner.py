@@ -41,6 +41,7 @@ from jumprelu_plugin.records import is_number, read_json
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, as_plugin_config
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.checkpoints import DEFAULT_MINUTES
+from jumprelu_plugin.training.health.preflight import Preflight
 from jumprelu_plugin.training.requirements import require_what_a_run_needs
 from jumprelu_plugin.training.resuming import AUTO, resolve_auto
 from jumprelu_plugin.training.runner import (
@@ -158,6 +159,13 @@ class FinetuningRunner(JumpReLUTrainingRunner):
         return super().run()
 
     @override
+    def preflight(self) -> Preflight:
+        """Without a word about `lr`: weights that are there want a lower one than new ones."""
+        report = super().preflight()
+        findings = tuple(finding for finding in report.findings if finding.name != "lr")
+        return dataclasses.replace(report, findings=findings)
+
+    @override
     def activation_scaler(self) -> ActivationScaler:
         return self._scaler
 
@@ -249,6 +257,7 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
         "hook_name": dictionary.hook_name,
         "model_name": dictionary.model_name,
     }
+    _refuse_other_shape(source, dictionary, flags)
     for name, value in values.items():
         if value is None and f"--{name}" not in names:
             raise ValueError(f"the files of {source} do not name it: give --{name}")
@@ -271,6 +280,25 @@ def pretrained_flags(source: str | Path, flags: list[str]) -> list[str]:
         for name, value in values.items()
         if value is not None and value != {}
     ]
+
+
+def _refuse_other_shape(source: str | Path, dictionary: Dictionary, flags: list[str]) -> None:
+    """Raise ValueError for a flag that would change what the weights are."""
+    parameters = dictionary.parameters
+    own = {
+        "--d_in": parameters.d_in,
+        "--d_sae": parameters.d_sae,
+        "--apply_b_dec_to_input": parameters.subtracts_b_dec,
+    }
+    for place, flag in enumerate(flags):
+        name, _, text = flag.partition("=")
+        if name in own:
+            given = text or next(iter(flags[place + 1 : place + 2]), "")
+            if given.lower() != str(own[name]).lower():
+                raise ValueError(
+                    f"{name} is {given}, and the dictionary in {source} has {own[name]}: leave it "
+                    "out, or train a new one with jumprelu train"
+                )
 
 
 def _flag_text(value: Any) -> str:

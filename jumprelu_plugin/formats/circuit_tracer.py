@@ -21,6 +21,7 @@ from jumprelu_plugin.formats import saelens
 from jumprelu_plugin.formats.checking import Check, Loader, compare_dictionary
 from jumprelu_plugin.formats.circuit_tracer_folder import CONFIG, require_readable
 from jumprelu_plugin.formats.dictionary import Dictionary
+from jumprelu_plugin.formats.processing import which_weights
 from jumprelu_plugin.formats.reading import layer_folders
 from jumprelu_plugin.saes.parameters import Parameters, dead_parameters
 
@@ -190,6 +191,16 @@ def _tensors(parameters: Parameters, skip: bool) -> dict[str, torch.Tensor]:
         zeros = torch.zeros(parameters.d_out, parameters.d_in)
         tensors["W_skip"] = zeros if parameters.W_skip is None else parameters.W_skip
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def require_one_model(layers: Mapping[int, Dictionary]) -> None:
+    """Raise ValueError for layers that were trained on different models, as far as they say it."""
+    models = {
+        layer: " ".join([each.model_name, *map(str, which_weights(each.metadata).values())])
+        for layer, each in layers.items()
+        if each.model_name
+    }
+    _check_equal(models, "models")
 
 
 def _check_layers(layers: Mapping[int, Dictionary]) -> None:

@@ -21,6 +21,7 @@ from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.formats.processing import which_weights
 from jumprelu_plugin.formats.saelens import compare_sae
 from jumprelu_plugin.formats.saelens_loaders import hub_files_from, load_with
+from jumprelu_plugin.models.decoder_layers import decoder_layers
 from jumprelu_plugin.models.language_models import load_model, local_folder
 from jumprelu_plugin.records import named, read_json, text_field
 from jumprelu_plugin.saes.parameters import Parameters
@@ -103,8 +104,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     """Write params.safetensors and config.json, with b_dec folded into b_enc.
 
     Raises:
-        ValueError: the hook has no name in the transformers model.
+        ValueError: the hook has no name in the transformers model, or the model has no such module.
     """
+    _require_modules(dictionary)
     parameters = dictionary.parameters.fold_b_dec()
     tensors = {key: getattr(parameters, key.replace("w_", "W_")) for key in _KEYS}
     if parameters.W_skip is not None:
@@ -155,11 +157,13 @@ def fold_gain(dictionary: Dictionary) -> Dictionary:
     weights = {} if in_folder else which_weights(dictionary.metadata)
     model = load_model(dictionary.model_name, _model_class(dictionary), **weights)
     with torch.no_grad():  # the norm is called, because models differ in how they store its gain
-        gain = model.blocks[layer].ln2(torch.full((1, 1, model.cfg.d_model), 100.0)).flatten()
-    if not gain.any():
+        same = torch.full((1, 1, model.cfg.d_model), 100.0)
+        gain, opposite = (model.blocks[layer].ln2(x).flatten() for x in (same, -same))
+    # A norm that subtracts the mean gives its bias for either, or 0.
+    if not gain.any() or not torch.equal(gain, -opposite):
         raise ValueError(
-            f"the norm of {dictionary.model_name!r} subtracts the mean, which a transcoder of "
-            "Gemma Scope 2 cannot: --fold_gain is for models such as Gemma"
+            f"the norm of {dictionary.model_name!r} subtracts the mean or adds a bias, which a "
+            "transcoder of Gemma Scope 2 cannot: --fold_gain is for models such as Gemma"
         )
     return replace(
         dictionary,
@@ -235,6 +239,23 @@ def _place(layer: int, hook: str) -> str:
             f"no such name; hooks with one are {', '.join(_PLACES)}"
         )
     return f"model.layers.{layer}.{_PLACES[hook]}"
+
+
+def _require_modules(dictionary: Dictionary) -> None:
+    """Raise ValueError where the model, as far as it is known, lacks the modules that are named."""
+    name = dictionary.model_name
+    hooks = [dictionary.site()[1], dictionary.site_out()[1]]
+    if not name or all(hook == "hook_resid_post" for hook in hooks):
+        return
+    try:
+        family = decoder_layers(name).model_type
+    except (OSError, ValueError):  # of a hub name that is not known here
+        return
+    if family is not None and not family.startswith("gemma"):
+        raise ValueError(
+            f"Gemma Scope 2 names {' and '.join(dict.fromkeys(hooks))} by Gemma's modules, and "
+            f"{name!r} is a {family}: only hook_resid_post can be exported"
+        )
 
 
 def _hook(config: dict[str, Any], field: str, flag: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,16 @@ def load_saved(
     folder, options = Path(folder), options or ModelOptions()
     require_device(options.device)
     if clt and clt_folder.is_here(folder):
+        if options.hook_name or options.hook_name_out:
+            raise ValueError(
+                f"{folder} holds a cross-layer transcoder, which reads and writes hooks of several "
+                "layers: leave out --hook_name and --hook_name_out"
+            )
         dictionary: Any = load_clt(folder, options.device)
         metadata: Mapping[str, Any] = dictionary.cfg.metadata
         hooks = [hook for pair in dictionary.cfg.pairs for hook in (pair.hook_in, pair.hook_out)]
     else:
-        dictionary = load_saved_sae(folder, options)
-        metadata = dictionary.cfg.metadata.to_dict()
+        dictionary, metadata = _as_named(folder, options)
         hooks = list(dict.fromkeys(sae_sites(dictionary)))
     choice = options.resolve(metadata, folder)
     if context_size is not None:
@@ -138,7 +143,12 @@ def load_saved_sae(source: Path, options: ModelOptions) -> Any:
     Raises:
         ValueError: there is no dictionary, or nothing names the hook that it reads.
     """
-    sae = _load_sae(source, options)
+    return _as_named(source, options)[0]
+
+
+def _as_named(source: Path, options: ModelOptions) -> tuple[Any, dict[str, Any]]:
+    """`load_saved_sae`, and the metadata before the options went in."""
+    sae, recorded = _load_sae(source, options)
     metadata = sae.cfg.metadata
     for name in ("hook_name", "hook_name_out"):
         if getattr(options, name) is not None:
@@ -148,17 +158,19 @@ def load_saved_sae(source: Path, options: ModelOptions) -> Any:
             f"the dictionary in {source} does not name the hook that it reads; name it with "
             "--hook_name, for example --hook_name blocks.12.hook_resid_post"
         )
-    return sae
+    return sae, recorded
 
 
-def _load_sae(source: Path, options: ModelOptions) -> Any:
+def _load_sae(source: Path, options: ModelOptions) -> tuple[Any, dict[str, Any]]:
     folder = dictionary_folder(source)
-    if not (folder / "cfg.json").is_file():
-        dictionary = load_dictionary(
-            folder,
-            hook_name=options.hook_name,
-            hook_name_out=options.hook_name_out,
-            model_name=options.model_name,
-        )
-        return dictionary.as_sae().to(options.device)
-    return load_folded_sae(folder, options.device)
+    if (folder / "cfg.json").is_file():
+        sae = load_folded_sae(folder, options.device)
+        return sae, sae.cfg.metadata.to_dict()
+    names = ("hook_name", "hook_name_out", "model_name")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    recorded: dict[str, Any] = {}
+    with suppress(ValueError):  # files that do not name a hook need the options
+        own = load_dictionary(folder)
+        recorded = {name: getattr(own, name) for name in names} | dict(own.metadata)
+    sae = load_dictionary(folder, **given).as_sae().to(options.device)
+    return sae, {**sae.cfg.metadata.to_dict(), **recorded}

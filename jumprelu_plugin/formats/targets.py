@@ -223,6 +223,8 @@ def _read_layers(
             )
         return _read_clt(source, model_name, n_layers, scan)
     layers = circuit_tracer.read_layers(source, fold_scale=fold_scale)
+    if model_name is None:
+        circuit_tracer.require_one_model(layers)
     model_name = model_name or next(iter(layers.values())).model_name
     if not model_name:
         raise ValueError(f"the transcoders in {source} do not name their model; give --model_name")

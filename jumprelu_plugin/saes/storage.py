@@ -178,7 +178,9 @@ class StoredParameters(StockTrainingSAE):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        self.has_loaded_weights = True
+        threshold = state_dict.get(prefix + "threshold")
+        if threshold is not None and (threshold != threshold[0]).any():  # or it was never trained
+            self.has_loaded_weights = True
         for name in self.parametrized_names():
             how, plain = parametrized(self, name), prefix + name
             assert how is not None
@@ -196,6 +198,7 @@ class StoredParameters(StockTrainingSAE):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
+        self.has_loaded_weights = True
         state_dict["W_enc"] = by_latent(state_dict["W_enc"])
 
     @override

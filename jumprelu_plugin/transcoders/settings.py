@@ -138,6 +138,8 @@ _LEAST = {
     "n_batches_for_norm_estimate": 1,
     "n_checkpoints": 0,
     "evaluation_sequences": 0,
+    "outlier_norm_ratio": 0,
+    "seed": 0,
 }
 
 
@@ -145,15 +147,28 @@ def refuse_impossible(settings: LayerRunSettings) -> None:
     """Raise ValueError for a number that no run can work with, or for both a target L0 and a fixed
     coefficient."""
     require_at_least(settings, _LEAST)
-    for name in ("lr", "memory_gb"):
+    for name in ("lr", "memory_gb", "target_l0"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; give a number above 0")
+    density = settings.max_latent_density
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(
+            f"max_latent_density is {density}; give a share of the tokens, above 0 and at most 1"
+        )
     target, coefficient = settings.target_l0, settings.l0_coefficient
     if target is not None and coefficient is not None:
         raise ValueError(
             f"both target_l0={target:g} and l0_coefficient={coefficient:g} are set: a target has "
             "its coefficient measured, so give one of them"
+        )
+
+
+def refuse_target_above(d_sae: int, settings: LayerRunSettings) -> None:
+    """Raise ValueError for a target L0 that so many latents cannot have."""
+    if settings.target_l0 is not None and settings.target_l0 > d_sae:
+        raise ValueError(
+            f"target_l0 is {settings.target_l0}; it must be at most d_sae, which is {d_sae}"
         )
 
 

@@ -28,7 +28,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_sweep_is_stock_folders_and_a_record(tmp_path: Path) -> None:
-    tiny_sae().save_model(tmp_path / "sae")
+    source = tiny_sae()
+    source.cfg.metadata.l0 = 41.5
+    source.cfg.metadata.training_architecture_details = {"target_l0": 40.0, "other": 3}
+    source.save_model(tmp_path / "sae")
     models = tiny_models(tmp_path / "tokenizer")
     tokens = tiny_tokens(301, 17, seed=3)
     rows = harvest_activations(models.hooked, RESIDUAL, tokens, special_token_ids=[BOS])
@@ -53,6 +56,10 @@ def test_a_sweep_is_stock_folders_and_a_record(tmp_path: Path) -> None:
     assert all(line["kind"] == "l0_sweep" and line["settings"]["steps"] == 5 for line in lines)
     for point in points:
         sae = SAE.load_from_disk(tmp_path / "out" / point.folder)
+        metadata = sae.cfg.metadata  # of the point, and not of the source
+        assert metadata.l0 == pytest.approx(l0_of(sae, rows), rel=1e-6)
+        assert metadata.training_architecture_details == {"target_l0": point.target_l0, "other": 3}
+        assert metadata.refitted_from == str(tmp_path / "sae")
         assert sae.cfg.architecture() == "jumprelu" and sae.cfg.metadata.hook_name == RESIDUAL
         assert point.l0 == pytest.approx(l0_of(sae, held_out), rel=1e-6)
         error = (sae(held_out) - held_out).square().sum()

@@ -146,7 +146,7 @@ def test_a_run_that_learns_nothing_gives_the_folder_back(
 
 
 def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
-    tiny: Tiny, text: Dataset, tmp_path: Path
+    tiny: Tiny, text: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sae = pretrained_sae(True)
     sae.save_model(tmp_path / "released")
@@ -176,6 +176,7 @@ def test_l0_at_the_start_is_stock_saelens_and_is_the_target(
     mean_norm = torch.cat(seen[:5]).norm(dim=1).mean()
     assert runner.initial_metrics.scale == pytest.approx(D_MODEL**0.5 / float(mean_norm), rel=1e-5)
     assert len(said) == 1 and f"{l0:.4g}" in said[0]
+    assert "rule for a run of this size" not in caplog.text  # which is for new weights
 
 
 def test_one_config_finetunes_several_dictionaries(
@@ -265,6 +266,13 @@ def test_flags_from_the_folder_and_what_it_does_not_say(tmp_path: Path) -> None:
         f"--hook_name={RESIDUAL}",
         "--model_name=tiny-gemma-2-test",
     ]
+    for flags, message in (
+        (["--d_sae", "64"], f"--d_sae is 64, and the dictionary in .* has {D_SAE}"),
+        ([f"--d_in={D_MODEL}", "--apply_b_dec_to_input=false"], "apply_b_dec_to_input is false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrained_flags(tmp_path / "sae", flags)
+    assert pretrained_flags(tmp_path / "sae", [f"--d_sae={D_SAE}"]) == said
     trained = pretrained_sae(True)
     recorded = {
         "model_class_name": "HookedTransformer",

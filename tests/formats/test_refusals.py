@@ -85,6 +85,11 @@ def test_negative_thresholds_are_refused(tmp_path: Path) -> None:
     ("layers", "options", "message"),
     [
         ([random_transcoder(0), random_transcoder(1, d_sae=71)], {"n_layers": 2}, "different wid"),
+        (
+            [random_transcoder(0), random_transcoder(1, model="google/gemma-2-2b-it")],
+            {"n_layers": 2},
+            "different models .*layer 1: google/gemma-2-2b-it",
+        ),
         ([random_transcoder(0), random_transcoder(2)], {"n_layers": 3}, r"layers \[1\] of 3"),
         ([random_transcoder(0), random_transcoder(1)], {"n_layers": 3}, "--pad_missing"),
         ([random_transcoder(0), random_transcoder(1)], {"n_layers": 1}, r"transcoders of \[1\]"),

@@ -140,6 +140,20 @@ def test_fold_gain_refuses_a_norm_that_centers(tmp_path: Path) -> None:
     transcoder = random_transcoder(1, d_in=D, d_out=D, model=str(folder))
     with pytest.raises(ValueError, match="subtracts the mean"):
         export(saved(transcoder, tmp_path / "t"), "gemma-scope-2", tmp_path / "o", fold_gain=True)
+    # With a bias, as pretrained GPT-2 has, its output is not 0 where all inputs are the same.
+    plain = plain_model("gpt2")
+    with torch.no_grad():
+        plain.transformer.h[1].ln_2.bias.copy_(torch.linspace(-0.3, 0.4, D))
+    plain.save_pretrained(folder)
+    with pytest.raises(ValueError, match="subtracts the mean or adds a bias"):
+        export(saved(transcoder, tmp_path / "u"), "gemma-scope-2", tmp_path / "o", fold_gain=True)
+
+
+def test_gemma_scope_2_names_no_module_that_a_model_lacks(tmp_path: Path) -> None:
+    folder = model_folder("gpt2", tmp_path / "model")
+    made = random_transcoder(1, hook_in="mlp.hook_in", d_in=D, d_out=D, model=str(folder))
+    with pytest.raises(ValueError, match="mlp.hook_in and hook_mlp_out by Gemma's .* is a gpt2"):
+        export(saved(made, tmp_path / "t"), "gemma-scope-2", tmp_path / "out", unchecked=True)
 
 
 def test_dictionary_learning_keeps_the_length_of_sequences(tmp_path: Path) -> None:

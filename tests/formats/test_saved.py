@@ -17,11 +17,15 @@ from typer.testing import CliRunner
 from jumprelu_plugin.analysis.generation import generate, generate_steered, intervention
 from jumprelu_plugin.analysis.steering import Ablate, Add, Clamp
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.formats import export
 from jumprelu_plugin.formats.saved import SavedDictionary, load_saved, load_saved_sae
 from jumprelu_plugin.models.language_models import EMBEDDED_MODEL, load_model
 from jumprelu_plugin.models.options import ModelOptions
 from jumprelu_plugin.models.sequences import read_sequences
 from jumprelu_plugin.training.text_source import local_dataset
+from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder
+from jumprelu_plugin.transcoders.clt.config import CLTConfig
+from jumprelu_plugin.transcoders.clt.folder import save_clt
 from tests.dictionaries import D_OUT, random_sae, random_transcoder
 from tests.tiny import RESIDUAL, tiny_sae
 
@@ -76,6 +80,30 @@ def test_what_is_left_out_is_as_recorded() -> None:
     assert choice.from_pretrained_kwargs == {}  # they were recorded for another model
     assert "dtype float16 in place of the recorded bfloat16" in choice.differences
     assert "model_name other in place of the recorded m" in choice.differences
+
+
+@pytest.mark.parametrize("files", ["saelens", "gemma-scope-2"])
+def test_each_difference_is_said(
+    files: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of formats without SAELens' metadata, whose files name the hook and the model."""
+    folder = saved_sae(tmp_path / "sae")
+    if files != "saelens":
+        export(folder, files, tmp_path / "out", unchecked=True)
+        folder = tmp_path / "out"
+    other = "blocks.3.hook_resid_post"
+    loaded = load_saved(folder, ModelOptions(EMBEDDED_MODEL, hook_name=other, dtype="float32"))
+    assert loaded.dictionary.cfg.metadata.hook_name == other
+    assert f"hook_name {other} in place of the recorded {RESIDUAL}" in caplog.text
+    assert "model_name" not in caplog.text
+
+
+def test_a_cross_layer_transcoder_has_no_one_hook(tmp_path: Path) -> None:
+    cfg = CLTConfig(256, 256, 19, (0, 1), "blocks.{layer}.ln2.hook_normalized",
+                    "blocks.{layer}.hook_mlp_out", EMBEDDED_MODEL)  # fmt: skip
+    save_clt(CrossLayerTranscoder(cfg), tmp_path / "clt")
+    with pytest.raises(ValueError, match="several layers: leave out --hook_name"):
+        load_saved(tmp_path / "clt", ModelOptions(hook_name=RESIDUAL), clt=True)
 
 
 def test_what_nothing_records_has_a_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,38 @@ def test_what_the_run_refuses_first_the_plan_refuses_first(
     settings = of.settings(model_name="there is none", **changes)
     with pytest.raises(ValueError, match=wrong):
         plan_of(tmp_path / "planned", settings)
+
+
+@pytest.mark.parametrize("plan_of, of", [(plan_clt, clt), (plan_transcoders, per_layer)])
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"d_sae": 32, "target_l0": 64.0}, "target_l0 is 64.0; it must be at most d_sae"),
+        ({"target_l0": 0.0}, "target_l0 is 0.0"),
+        ({"target_l0": math.nan}, "target_l0 is nan"),
+        ({"max_latent_density": 0.0}, "max_latent_density is 0.0"),
+        ({"outlier_norm_ratio": -1.0}, "outlier_norm_ratio is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"dataset_path": "/there/is/none"}, "no such folder"),
+    ],
+)
+def test_what_the_run_refuses_the_plan_refuses(
+    plan_of: Any, of: Any, changes: dict[str, Any], wrong: str, model: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        plan_of(tmp_path / "planned", of.settings(**changes), model=model)
+
+
+@pytest.mark.parametrize(
+    ("train", "of"), [(train_clt, clt), (train_transcoders, per_layer)], ids=["clt", "transcoders"]
+)
+def test_a_limit_that_is_not_held_is_said(
+    train: Any, of: Any, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = of.settings(d_sae=60, target_l0=5.0, max_latent_density=0.09, training_tokens=500)
+    train(tmp_path / "run", settings, model=model, dataset=of.text(), log=lambda _: None)
+    assert "max_latent_density is 0.09, too near the mean density 0.0833" in caplog.text
+    assert "give 0.167 or more" in caplog.text
 
 
 def test_shards_divide_what_is_held_and_say_what_they_exchange(model: Any, tmp_path: Path) -> None:

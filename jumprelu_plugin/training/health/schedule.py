@@ -14,6 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from jumprelu_plugin.control.learning_rate import HIGHEST_OF_TRANSCODERS, learning_rate
 from jumprelu_plugin.control.resampling import patience
+from jumprelu_plugin.saes.resolved import ROOM_FOR_DENSITY
 from jumprelu_plugin.training.health.findings import Finding
 
 # Share of a run that warm-up and decay are shortened to where they do not fit into it.
@@ -131,6 +132,28 @@ def schedule_findings(cfg: Any) -> list[Finding]:
     return (
         findings + _lr_findings(cfg) + _lr_end_findings(cfg) + _length_findings(sae, steps, batch)
     )
+
+
+def density_findings(given: Any, resolved: Any) -> list[Finding]:
+    """Where the limit of densities that is held is not the one given.
+
+    Args:
+        given, resolved: a training config, and what its optional fields mean.
+    """
+    asked, held = given.max_latent_density, resolved.max_latent_density
+    if asked is None or asked == held:
+        return []
+    mean = given.target_l0 / resolved.d_sae
+    limit = "no latent is limited" if held == 1 else f"{held:.3g} is held"
+    return [
+        Finding(
+            "warning",
+            "max_latent_density",
+            f"max_latent_density is {asked:g}, too near the mean density {mean:.3g} (target_l0 "
+            f"over d_sae): {limit}",
+            f"give {ROOM_FOR_DENSITY * mean:.3g} or more, or None",
+        )
+    ]
 
 
 def _lr_end_findings(cfg: Any) -> list[Finding]:

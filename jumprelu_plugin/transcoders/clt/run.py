@@ -25,7 +25,11 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import PairStore
 from jumprelu_plugin.training.checkpoints import explained_at_the_end, refuse_negative_minutes
 from jumprelu_plugin.training.health.findings import log_findings
-from jumprelu_plugin.training.health.schedule import fitting_l0_warm_up, total_steps
+from jumprelu_plugin.training.health.schedule import (
+    density_findings,
+    fitting_l0_warm_up,
+    total_steps,
+)
 from jumprelu_plugin.training.text_source import without_false_alarms
 from jumprelu_plugin.transcoders.clt import folder as folders
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
@@ -47,6 +51,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_TARGET_L0,
     CLTSettings,
     refuse_impossible,
+    refuse_target_above,
 )
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
@@ -150,6 +155,8 @@ def fitting_config(training: CLTTrainingConfig, settings: CLTSettings) -> CLTTra
     """With a warm-up of a fixed penalty that fits into the run; what is shortened is logged."""
     warm_up, repairs = fitting_l0_warm_up(training.l0_warm_up_steps, total_steps(settings))
     log_findings(repairs)
+    if settings.d_sae is not None:
+        log_findings(density_findings(training, training.resolve(settings.d_sae)))
     return replace(training, l0_warm_up_steps=warm_up)
 
 
@@ -157,7 +164,8 @@ def config_of(model: Any, settings: CLTSettings) -> CLTConfig:
     """What is trained: its sizes, read at the model's hooks.
 
     Raises:
-        ValueError: layers or hooks that the model does not have, or that have unequal widths.
+        ValueError: layers or hooks that the model does not have, or that have unequal widths; or a
+            target L0 above the number of latents.
     """
     n_layers = model.cfg.n_layers
     layers = tuple(range(n_layers)) if settings.layers is None else settings.layers
@@ -177,6 +185,7 @@ def config_of(model: Any, settings: CLTSettings) -> CLTConfig:
     keywords = keywords_to_record(settings)
     dtype = keywords.pop("dtype", "float32")
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
+    refuse_target_above(d_sae, settings)
     return replace(
         named,
         d_in=d_in,

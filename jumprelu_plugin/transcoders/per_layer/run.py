@@ -28,7 +28,11 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.health.findings import log_findings
-from jumprelu_plugin.training.health.schedule import fitting_lr_schedule, with_fitting_l0_warm_up
+from jumprelu_plugin.training.health.schedule import (
+    density_findings,
+    fitting_lr_schedule,
+    with_fitting_l0_warm_up,
+)
 from jumprelu_plugin.training.runner import quiet
 from jumprelu_plugin.transcoders.memory import (
     MemoryEstimate,
@@ -50,6 +54,7 @@ from jumprelu_plugin.transcoders.settings import (
     DEFAULT_TARGET_L0,
     TranscoderSettings,
     refuse_impossible,
+    refuse_target_above,
 )
 from jumprelu_plugin.transcoders.sources import model_of, texts_of
 
@@ -94,6 +99,8 @@ def train_transcoders(
     pairs = pairs_of(model, settings)
     widths = pair_widths(model, pairs.values())
     configs = {name: config_of(pair, widths, settings) for name, pair in pairs.items()}
+    first = next(iter(configs.values()))
+    log_findings(density_findings(first, first.resolve()))
     settings_now, estimate = within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     dataset, held_out = texts_of(model, settings, dataset)
@@ -159,7 +166,11 @@ def pairs_of(model: Any, settings: TranscoderSettings) -> dict[str, HookPair]:
 def config_of(
     pair: HookPair, widths: dict[str, int], settings: TranscoderSettings
 ) -> JumpReLUTrainingTranscoderConfig:
-    """The config of one transcoder, from the recipe and the settings."""
+    """The config of one transcoder, from the recipe and the settings.
+
+    Raises:
+        ValueError: the target L0 is above the number of latents.
+    """
     recipe = get_transcoder_recipe(settings.recipe)
     given: dict[str, Any] = {}
     target = settings.target_l0
@@ -170,9 +181,11 @@ def config_of(
         given["l0_coefficient"] = None
         target = DEFAULT_TARGET_L0 if target is None else target
     d_in = widths[pair.hook_in]
+    d_sae = settings.d_sae or DEFAULT_EXPANSION * d_in
+    refuse_target_above(d_sae, settings)
     return recipe.sae_config(
         d_in,
-        settings.d_sae or DEFAULT_EXPANSION * d_in,
+        d_sae,
         skip=settings.skip,
         d_out=widths[pair.hook_out],
         hook_name_out=pair.hook_out,
