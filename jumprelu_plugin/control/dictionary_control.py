@@ -125,7 +125,6 @@ class DictionaryControl:
         self._index, self._of = index, of
         self._batch = 1
         self._l0_slope: Tensor | None = None
-        self._loss_gradient: Tensor | None = None
         self._resampling_batch: tuple[Tensor, Tensor] | None = None
 
     # ---------------------------------------------------------------- the first batch
@@ -184,6 +183,7 @@ class DictionaryControl:
         penalty: Float[Tensor, ""],
         coefficient: float | Tensor,
         feature_acts: Float[Tensor, "batch d_sae"],
+        loss: Float[Tensor, ""] | None = None,
     ) -> None:
         """Measure what the controls need of a step that will be followed by a backward pass.
 
@@ -191,10 +191,11 @@ class DictionaryControl:
             sparsity, penalty: the sparsity term, and its value at `step`.
             coefficient: what the penalty is multiplied by in the loss.
             feature_acts: as `count_active` took them.
+            loss: what `backward` is called on, where a user may scale it before.
         """
         self._l0_slope = None
         if self.l0 is not None and step.threshold.requires_grad:
-            self._measure_slopes(self.l0, step, sparsity, penalty, coefficient)
+            self._measure_slopes(self.l0, step, sparsity, penalty, coefficient, loss)
         firings = self.batch_firings = self.processes.firings_of_batch(feature_acts)
         if self.density is not None and firings is None:
             self.density.update(feature_acts)
@@ -211,10 +212,14 @@ class DictionaryControl:
         sparsity: Term,
         penalty: Tensor,
         coefficient: float | Tensor,
+        loss: Tensor | None,
     ) -> None:
         """The slopes of L0 and penalty now, the loss's when the thresholds' gradient arrives."""
         own = threshold_slopes(sparsity, step, penalty)
         penalty_slope = torch.zeros_like(own.penalty)
+        scale: list[Tensor] = []  # the loss's own gradient: not 1 where a user scales the loss
+        if loss is not None:
+            loss.register_hook(scale.append)
 
         def take_l0_slope(total: Tensor) -> None:
             self._l0_slope = total
@@ -226,19 +231,12 @@ class DictionaryControl:
             controller.update_multiplier(total - coefficient * penalty_slope, penalty_slope)
 
         def sum_gradient(gradient: Tensor) -> None:
-            total = gradient.sum()
-            if self._loss_gradient is not None:
-                total = total / self._loss_gradient.to(total)
+            total = gradient.sum() / (scale[-1].to(gradient) if scale else 1.0)
             self.processes.after_backward(total, update)
 
         self.processes.after_backward(own.l0, take_l0_slope)
         self.processes.after_backward(own.penalty, take_penalty_slope)
         step.threshold.register_hook(sum_gradient)
-
-    def take_loss_gradient(self, gradient: Float[Tensor, ""]) -> None:
-        """Take in the gradient of the loss itself: not 1 where a user scales it before `backward`,
-        as for gradient accumulation or float16."""
-        self._loss_gradient = gradient
 
     def resampling_is_due(self) -> bool:
         """Whether this step's batch is wanted for resampling; see `keep_for_resampling`."""

@@ -33,6 +33,11 @@ from jumprelu_plugin.saes.losses import (
     sparsity_of,
     token_weights,
 )
+from jumprelu_plugin.saes.own_loops import (
+    refuse_uncalled_overrides,
+    require_rows,
+    trained_parameter,
+)
 from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
@@ -43,7 +48,11 @@ from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
 
-_INPUT_REMEDY = "run the model in float32 or bfloat16, or exclude the tokens that overflow"
+# Of a step that is not finite.
+_REMEDIES = {
+    "input_remedy": "run the model in float32 or bfloat16, or exclude the tokens that overflow",
+    "remedy": "lower lr (or l0_coefficient)",
+}
 
 
 class JumpReLUTrainingSAE(StoredParameters):
@@ -73,15 +82,8 @@ class JumpReLUTrainingSAE(StoredParameters):
     standardizes_itself: ClassVar[bool] = True
     processes: OneProcess = ONE_PROCESS
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "calculate_aux_loss" in vars(cls):
-            raise TypeError(
-                f"{cls.__name__} overrides calculate_aux_loss, which no training step here calls: "
-                "override training_forward_pass, and add to the losses that it returns"
-            )
-
     def __init__(self, cfg: StockConfig, use_error_term: bool = False):
+        refuse_uncalled_overrides(type(self))
         cfg = as_plugin_config(cfg)
         require(cfg, self.rules)
         if not cfg.is_stock:
@@ -153,17 +155,9 @@ class JumpReLUTrainingSAE(StoredParameters):
         return b_dec
 
     def normalized_input(self, sae_in: Tensor) -> Tensor:
-        """`process_sae_in` up to the subtraction of b_dec, which belongs to the step.
-
-        Raises:
-            ValueError: the rows have other axes than [batch, d_in].
-        """
+        """`process_sae_in` up to the subtraction of b_dec, which belongs to the step."""
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
-        if x.ndim != 2 or not len(x):
-            raise ValueError(
-                f"a training step got rows of shape {list(sae_in.shape)}; expected [batch, "
-                f"{self.cfg.d_in}] with one row at least: flatten sequences first"
-            )
+        require_rows(x, sae_in, self.cfg.d_in)
         return self.run_time_activation_norm_fn_in(x)
 
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -231,8 +225,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         control.count_active(feature_acts)
         if self.training and loss.requires_grad:
             paid = coefficient / self.units.loss
-            loss.register_hook(control.take_loss_gradient)
-            control.observe(step, self.sparsity, penalty, paid, feature_acts)
+            control.observe(step, self.sparsity, penalty, paid, feature_acts, loss)
             if control.resampling_is_due():
                 residual = (target - x_hat).detach().flatten(1)
                 if weights is not None:
@@ -283,14 +276,7 @@ class JumpReLUTrainingSAE(StoredParameters):
     def _require_finite(self, loss: Tensor, rows: Tensor, step: int) -> None:
         """Refuse a step that is not finite: at once, or on a GPU before it updates anything."""
         hook = self.cfg.metadata.hook_name or "the activation source"
-        check = FiniteCheck(
-            loss,
-            [self],
-            {hook: rows},
-            step,
-            input_remedy=_INPUT_REMEDY,
-            remedy="lower lr (or l0_coefficient)",
-        )
+        check = FiniteCheck(loss, [self], {hook: rows}, step, **_REMEDIES)
         self.finite_check.begin(check, later=loss.is_cuda and self.training and loss.requires_grad)
 
     @override
@@ -305,10 +291,8 @@ class JumpReLUTrainingSAE(StoredParameters):
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.restore_layout()
         elif self.training:
-            trained = (each for each in (self.W_dec, *self.parameters()) if each.requires_grad)
-            self.optimizer_hooks = OptimizerHooks(
-                next(trained, self.W_dec), before=self._before_update, after=self._after_update
-            )
+            owned = trained_parameter(self, self.W_dec)
+            self.optimizer_hooks = OptimizerHooks(owned, self._before_update, self._after_update)
             if self.resolved.unit_norm_decoder and self.W_dec.requires_grad:
                 choice = self.path_choice
                 keep_gradient_tangential(self.W_dec, lambda: choice.current == "triton")

@@ -101,7 +101,8 @@ def test_rows_of_sequences_are_refused() -> None:
 
 def test_a_loss_that_no_step_would_call_is_refused() -> None:
     with pytest.raises(TypeError, match="Own overrides calculate_aux_loss, which no training step"):
-        type("Own", (JumpReLUTrainingSAE,), {"calculate_aux_loss": lambda self, **_: {}})
+        own = type("Own", (JumpReLUTrainingSAE,), {"calculate_aux_loss": lambda self, **_: {}})
+        own(JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, target_l0=TARGET))
 
 
 @pytest.mark.parametrize("prefix", ["", "sae."])
