@@ -211,7 +211,7 @@ def test_layers_can_be_chosen(model: Any, tmp_path: Path) -> None:
         ({"memory_gb": 1e-4}, "more than memory_gb=0.0001"),
         ({"training_tokens": 40}, "less than a batch"),
         ({"target_l0": 60.0}, "at most d_sae, which is 59"),
-        ({"outlier_norm_ratio": -1.0}, "outlier_norm_ratio is -1.*greater than 0"),
+        ({"outlier_norm_ratio": -1.0}, "outlier_norm_ratio is -1.*give at least 0"),
         ({"target_l0": 7.0, "l0_coefficient": 0.1}, "both target_l0=7 and l0_coefficient=0.1"),
         ({"context_size": 65}, "context_size is 65.*at most 64"),
         ({"target_l0": 7.0, "l0_warm_up_steps": 9}, "l0_warm_up_steps is 9.*no fixed penalty"),
