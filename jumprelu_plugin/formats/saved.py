@@ -168,9 +168,10 @@ def _load_sae(source: Path, options: ModelOptions) -> tuple[Any, dict[str, Any]]
         return sae, sae.cfg.metadata.to_dict()
     names = ("hook_name", "hook_name_out", "model_name")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    recorded: dict[str, Any] = {}
-    with suppress(ValueError):  # files that do not name a hook need the options
+    own = None
+    with suppress(ValueError):  # files that do not name a hook may need the options
         own = load_dictionary(folder)
-        recorded = {name: getattr(own, name) for name in names} | dict(own.metadata)
-    sae = load_dictionary(folder, **given).as_sae().to(options.device)
+    dictionary = load_dictionary(folder, **given) if given or own is None else own
+    sae = dictionary.as_sae().to(options.device)
+    recorded = {} if own is None else {name: getattr(own, name) for name in names}
     return sae, {**sae.cfg.metadata.to_dict(), **recorded}
