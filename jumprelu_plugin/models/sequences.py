@@ -78,10 +78,9 @@ def read_sequences(
         "sequence_separator_token": sequence_separator_token,
         "disable_concat_sequences": disable_concat_sequences,
     }
-    held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits.names), "train")
-    skip = held_out if held_out_split == "train" else 0
+    skip = held_out if splits.held_out is None else 0
     fit = _dataset(model, splits, "train", context_size, train, how, skip)
-    return fit, _dataset(model, splits, held_out_split, context_size, held_out, how)
+    return fit, _dataset(model, splits, splits.held_out or "train", context_size, held_out, how)
 
 
 def held_out_beside(
@@ -109,11 +108,12 @@ def held_out_beside(
         ValueError: the text that was trained on is not found, or nothing follows it.
         OSError: the dataset does not exist.
     """
-    how = {"context_size": context_size, "prepend_bos": prepend_bos}
-    if not dataset_path or set(HELD_OUT_SPLITS) & set(_Splits(dataset_path).names):
-        return read_sequences(model, dataset_path, held_out=held_out, **how)[1]
-    count = n_sequences + held_out
-    rows, _ = read_sequences(model, dataset_path, held_out=0, train=count, **how)
+    if not dataset_path:
+        return _demo_text(model, "test", context_size, held_out, prepend_bos, None)
+    splits, how = _Splits(dataset_path), {"prepend_bos": prepend_bos}
+    if (split := splits.held_out) is not None:
+        return _dataset(model, splits, split, context_size, held_out, how)
+    rows = _dataset(model, splits, "train", context_size, n_sequences + held_out, how)
     if digest(rows[held_out:]) == text_digest:
         return rows[:held_out]
     if digest(rows[:n_sequences]) != text_digest:
@@ -197,6 +197,11 @@ class _Splits:
             self.names = [str(name) for name in self._loaded]
         else:
             self.names = datasets.get_dataset_split_names(self.path)
+
+    @property
+    def held_out(self) -> str | None:
+        """The split for evaluation, if there is one."""
+        return next((split for split in HELD_OUT_SPLITS if split in self.names), None)
 
     def read(self, split: str) -> Any:
         """The dataset of one split.

@@ -43,8 +43,7 @@ class StoredParameters(StockTrainingSAE):
     """SAELens' training SAE with parameters that may be stored in other units.
 
     A parameter that is (`parametrized_names`) is computed when it is read: writing into it, or into
-    its `.data`, changes nothing. Assign to it instead, `sae.b_dec = value`, or load a
-    state dict.
+    its `.data`, changes nothing. Assign to it instead, `sae.b_dec = value`, or load a state dict.
 
     Attributes:
         control: what training keeps beside the parameters.

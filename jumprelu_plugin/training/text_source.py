@@ -23,9 +23,15 @@ def local_dataset(path: str, *, streaming: bool) -> Any:
     None where `path` is no folder: SAELens then reads it from the hub.
 
     Raises:
-        ValueError: the folder holds no dataset, or no training split; or `path` is a file.
+        ValueError: the folder holds no dataset, or no training split; or `path` is a file, or the
+            whole path of a folder that does not exist.
     """
     place, folder = text_at(path), Path(path)
+    if not folder.is_dir() and folder.is_absolute():
+        raise ValueError(
+            f"dataset_path is {path}, and there is no such folder: give a folder with text or "
+            "tokens, or a hub name"
+        )
     if not folder.is_dir():
         return None
     if written_by_save_to_disk(folder):

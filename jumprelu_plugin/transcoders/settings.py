@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jumprelu_plugin.saes.validation import require_at_least
+from jumprelu_plugin.saes.validation import a_density, require_at_least
 
 DEFAULT_TARGET_L0 = 24.0
 DEFAULT_EXPANSION = 8
@@ -142,6 +142,8 @@ _LEAST = {
     "seed": 0,
 }
 
+_DENSITY = a_density("max_latent_density")
+
 
 def refuse_impossible(settings: LayerRunSettings) -> None:
     """Raise ValueError for a number that no run can work with, or for both a target L0 and a fixed
@@ -151,11 +153,8 @@ def refuse_impossible(settings: LayerRunSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; give a number above 0")
-    density = settings.max_latent_density
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(
-            f"max_latent_density is {density}; give a share of the tokens, above 0 and at most 1"
-        )
+    if not _DENSITY.holds(settings):
+        raise ValueError(_DENSITY.text(settings))
     target, coefficient = settings.target_l0, settings.l0_coefficient
     if target is not None and coefficient is not None:
         raise ValueError(
@@ -164,12 +163,10 @@ def refuse_impossible(settings: LayerRunSettings) -> None:
         )
 
 
-def refuse_target_above(d_sae: int, settings: LayerRunSettings) -> None:
+def refuse_target_above(d_sae: int, target_l0: float | None) -> None:
     """Raise ValueError for a target L0 that so many latents cannot have."""
-    if settings.target_l0 is not None and settings.target_l0 > d_sae:
-        raise ValueError(
-            f"target_l0 is {settings.target_l0}; it must be at most d_sae, which is {d_sae}"
-        )
+    if target_l0 is not None and target_l0 > d_sae:
+        raise ValueError(f"target_l0 is {target_l0}; it must be at most d_sae, which is {d_sae}")
 
 
 def refuse_memory_limit(settings: LayerRunSettings) -> None:

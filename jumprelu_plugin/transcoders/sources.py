@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
@@ -42,11 +41,6 @@ def texts_of(
         return dataset, None
     if settings.dataset_path:
         dataset = local_dataset(settings.dataset_path, streaming=True)
-        if dataset is None and Path(settings.dataset_path).is_absolute():
-            raise ValueError(
-                f"dataset_path is {settings.dataset_path}, and there is no such folder: give a "
-                "folder with text or tokens, or a hub name"
-            )
         refuse_empty_text(dataset)
         return dataset, None
     dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")

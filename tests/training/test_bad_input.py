@@ -83,6 +83,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataset_path": "{root}/short/train.jsonl"},
         ["short/train.jsonl, a file", "a folder is expected", "/short, where it holds no other"],
     ),
+    "no folder of text": ({"dataset_path": "{root}/absent"}, ["no such folder", "hub name"]),
     "no text": ({"dataset_path": "{root}/none"}, ["no rows", "give another"]),
     "context longer than the model's": (
         {"context_size": CONTEXT + 1},

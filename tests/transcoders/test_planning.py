@@ -97,6 +97,11 @@ def test_a_limit_that_is_not_held_is_said(
     train(tmp_path / "run", settings, model=model, dataset=of.text(), log=lambda _: None)
     assert "max_latent_density is 0.09, too near the mean density 0.0833" in caplog.text
     assert "give 0.167 or more" in caplog.text
+    assert caplog.text.count("max_latent_density is 0.09") == 1
+    caplog.clear()
+    settings = of.settings(d_sae=None, target_l0=30.0, max_latent_density=0.1, training_tokens=500)
+    train(tmp_path / "wide", settings, model=model, dataset=of.text(), log=lambda _: None)
+    assert caplog.text.count("max_latent_density is 0.1, too near") == 1
 
 
 def test_shards_divide_what_is_held_and_say_what_they_exchange(model: Any, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from jumprelu_plugin.training.distributed.launch import Launch, joined, without_
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.runner import digest_of_text
 from jumprelu_plugin.training.distributed.shares import require_even_batch
+from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.memory import size
+from jumprelu_plugin.training.health.schedule import density_findings
 from jumprelu_plugin.transcoders.clt.config import CLTConfig, CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.forecast import clt_traffic
 from jumprelu_plugin.transcoders.clt.run import (
@@ -106,6 +108,8 @@ def _train(
     model = launch.agree(lambda: model_of(here, model))
     cfg = launch.agree(lambda: config_of(model, here))
     launch.agree(lambda: LatentLayout(cfg.d_sae, shards))
+    if launch.rank == 0:
+        log_findings(density_findings(training, training.resolve(cfg.d_sae)))
     chunk, estimate = launch.agree(lambda: within_memory(model, cfg, here, replicas, shards))
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))

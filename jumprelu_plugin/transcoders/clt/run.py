@@ -98,6 +98,7 @@ def train_clt(
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
     cfg = config_of(model, settings)
+    log_findings(density_findings(training, training.resolve(cfg.d_sae)))
     chunk, estimate = within_memory(model, cfg, settings)
     schedule = schedule_of(settings)
     dataset, held_out = texts_of(model, settings, dataset)
@@ -155,8 +156,6 @@ def fitting_config(training: CLTTrainingConfig, settings: CLTSettings) -> CLTTra
     """With a warm-up of a fixed penalty that fits into the run; what is shortened is logged."""
     warm_up, repairs = fitting_l0_warm_up(training.l0_warm_up_steps, total_steps(settings))
     log_findings(repairs)
-    if settings.d_sae is not None:
-        log_findings(density_findings(training, training.resolve(settings.d_sae)))
     return replace(training, l0_warm_up_steps=warm_up)
 
 
@@ -185,7 +184,7 @@ def config_of(model: Any, settings: CLTSettings) -> CLTConfig:
     keywords = keywords_to_record(settings)
     dtype = keywords.pop("dtype", "float32")
     d_sae = DEFAULT_EXPANSION * d_in if settings.d_sae is None else settings.d_sae
-    refuse_target_above(d_sae, settings)
+    refuse_target_above(d_sae, settings.target_l0)
     return replace(
         named,
         d_in=d_in,

@@ -35,6 +35,7 @@ from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 from jumprelu_plugin.transcoders.clt.forward import forward
 from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
+from jumprelu_plugin.transcoders.settings import refuse_target_above
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,7 @@ class CLTTrainingStep:
         processes: OneProcess = ONE_PROCESS,
     ):
         shape, self.processes = model.cfg, processes
-        if cfg.target_l0 is not None and cfg.target_l0 > shape.d_sae:
-            raise ValueError(
-                f"target_l0 is {cfg.target_l0}; it must be at most d_sae, which is {shape.d_sae}"
-            )
+        refuse_target_above(shape.d_sae, cfg.target_l0)
         self.model, self.cfg, self.steps = model, cfg, 0
         settings = cfg.resolve(shape.d_sae)
         self.sparsity = sparsity_term(

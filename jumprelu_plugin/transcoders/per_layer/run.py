@@ -99,8 +99,6 @@ def train_transcoders(
     pairs = pairs_of(model, settings)
     widths = pair_widths(model, pairs.values())
     configs = {name: config_of(pair, widths, settings) for name, pair in pairs.items()}
-    first = next(iter(configs.values()))
-    log_findings(density_findings(first, first.resolve()))
     settings_now, estimate = within_memory(model, configs, widths, settings)
     log(f"memory: {estimate}, beside Python and PyTorch themselves")
     dataset, held_out = texts_of(model, settings, dataset)
@@ -182,7 +180,7 @@ def config_of(
         target = DEFAULT_TARGET_L0 if target is None else target
     d_in = widths[pair.hook_in]
     d_sae = settings.d_sae or DEFAULT_EXPANSION * d_in
-    refuse_target_above(d_sae, settings)
+    refuse_target_above(d_sae, settings.target_l0)
     return recipe.sae_config(
         d_in,
         d_sae,
@@ -259,7 +257,8 @@ def runner_config(
     )
     fitting = {name: with_fitting_l0_warm_up(sae, steps) for name, sae in configs.items()}
     # What was changed is the same for all.
-    log_findings([*repairs, *next(iter(fitting.values()))[1]])
+    first, its_repairs = next(iter(fitting.values()))
+    log_findings([*repairs, *its_repairs, *density_findings(first, first.resolve())])
     cfg = MultiSAETrainingRunnerConfig(
         saes={name: sae for name, (sae, _) in fitting.items()},
         hook_names={name: pair.hook_in for name, pair in pairs.items()},
