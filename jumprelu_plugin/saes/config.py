@@ -35,6 +35,8 @@ class JumpReLUTrainingSAEConfig(StockConfig):
         jumprelu_bandwidth: ε. None takes it from the spread of the pre-activations.
         jumprelu_init_threshold: θ₀, for every latent. None takes it from pre-activation quantiles.
         jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoder.
+        jumprelu_ste_input_share: how much of it does, from 0 to 1. None means half where
+            L0-controlled (docs/ablations.md), and all of it otherwise.
         normalize_activations: as in SAELens; scaled to E‖x‖ = √d_in by default.
         density_penalty_scale: ω₀. The sparsity term, whatever its mode, gains Σ_i f_i²/ω₀, f_i the
             latent density: the share of the batch's tokens on which latent i fires. Published with
@@ -97,6 +99,7 @@ class JumpReLUTrainingSAEConfig(StockConfig):
     jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
     l0_coefficient: float | None = None  # type: ignore[assignment]
     jumprelu_ste_to_input: bool = True
+    jumprelu_ste_input_share: float | None = None
     density_penalty_scale: float | None = None
     max_latent_density: float | None = None
     matryoshka_widths: list[int] | None = None

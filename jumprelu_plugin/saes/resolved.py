@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
 from jumprelu_plugin.control.standardization import OUTLIER_NORM_RATIO
@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+class _StraightThrough(Protocol):
+    """The part of a training config that says where the estimators' gradient goes."""
+
+    @property
+    def jumprelu_ste_to_input(self) -> bool: ...
+
+    @property
+    def jumprelu_ste_input_share(self) -> float | None: ...
+
+    @property
+    def controls_l0(self) -> bool: ...
+
+
+# Of the estimators' gradient, to the encoder: all of it lets latents die on data of few dimensions
+# and on data that drift, and none finds fewer features on text (docs/ablations.md).
+CONTROLLED_INPUT_SHARE = 0.5
 # The prefixes are these parts of the latents. Longer ones cost more and find less.
 PREFIX_PARTS = (32, 16, 8)
 # Times the mean density. A limit below the first is raised to it, since it costs the more the
@@ -51,6 +68,7 @@ class ResolvedConfig(ControlSettings):
     there means that the first batch gives them.
 
     Attributes:
+        jumprelu_ste_input_share: of the estimators' gradient, what the encoder receives.
         l0_coefficient: the fixed λ; 1 where it is measured, which the measured λ multiplies.
         quadratic_target: where the `quadratic` penalty has its minimum; 0 where there is no target.
         density_penalty_scale: ω₀; infinity: no penalty.
@@ -62,6 +80,7 @@ class ResolvedConfig(ControlSettings):
         pre_act_loss_coefficient, aux_loss_coefficient: 0: no such loss.
     """
 
+    jumprelu_ste_input_share: float
     l0_coefficient: float
     quadratic_target: float
     density_penalty_scale: float
@@ -98,6 +117,7 @@ def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
         ),
         resample_dead_latents=_or(cfg.resample_dead_latents, controlled),
         unit_norm_decoder=_or(cfg.unit_norm_decoder, controlled),
+        jumprelu_ste_input_share=ste_input_share(cfg),
         # The controller is the schedule: 1 is what it multiplies.
         l0_coefficient=1.0 if cfg.l0_coefficient is None else cfg.l0_coefficient,
         # An L0-controlled training is held at its target, where the penalty would be flat and have
@@ -111,6 +131,13 @@ def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
         pre_act_loss_coefficient=_or(cfg.pre_act_loss_coefficient, 0.0),
         aux_loss_coefficient=_or(cfg.aux_loss_coefficient, 0.0),
     )
+
+
+def ste_input_share(cfg: _StraightThrough) -> float:
+    """How much of the estimators' gradient the encoder receives, from 0 to 1."""
+    if not cfg.jumprelu_ste_to_input:
+        return 0.0
+    return _or(cfg.jumprelu_ste_input_share, CONTROLLED_INPUT_SHARE if cfg.controls_l0 else 1.0)
 
 
 def density_limit(given: float | None, mean_density: float, *, controls_l0: bool) -> float:

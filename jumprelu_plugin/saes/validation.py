@@ -134,6 +134,21 @@ def a_density(field: str) -> Rule:
     )
 
 
+def a_share_with_input() -> Rule:
+    """A share of the estimators' gradient is one, and reaches the encoder."""
+    field = "jumprelu_ste_input_share"
+    return Rule(
+        field,
+        lambda cfg: (
+            getattr(cfg, field) is None
+            or (cfg.jumprelu_ste_to_input and 0 < getattr(cfg, field) <= 1)
+        ),
+        "{field} is {value} and jumprelu_ste_to_input is {cfg.jumprelu_ste_to_input}; a share is "
+        "greater than 0 and at most 1, and belongs to jumprelu_ste_to_input=True. For the paper's "
+        "estimators, which do not reach the encoder, set jumprelu_ste_to_input=False alone",
+    )
+
+
 def a_target(example: float) -> Rule:
     """There is a target L0 or a coefficient."""
     return Rule(
@@ -240,6 +255,7 @@ SAE_RULES = (
         "penalty",
     ),
     a_density("max_latent_density"),
+    a_share_with_input(),
     not_negative("matryoshka_loss_weight", "it must be a finite number, 0 or more, or None"),
     not_negative("outlier_norm_ratio", "it must be a finite number, 0 or more, or None"),
     Rule(

@@ -36,13 +36,13 @@ class Entries(ABC):
         """Expand one value per latent to a tensor that broadcasts against `z`."""
 
     def activations(
-        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: float
     ) -> Float[Tensor, "*entries"]:
         """JumpReLU(z) with its estimator; see `estimators.jumprelu`."""
         return jumprelu(self.z, self.per_latent(threshold), bandwidth, to_input)
 
     def gates(
-        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: float
     ) -> Float[Tensor, "*entries"]:
         """H(z - θ) with its estimator; see `estimators.heaviside`."""
         return heaviside(self.z, self.per_latent(threshold), bandwidth, to_input)

@@ -6,8 +6,9 @@ threshold, ε the bandwidth, H the Heaviside step and K the rectangle kernel, 1 
     jumprelu(z) = z H(z - θ)        ∂/∂θ := -(θ/ε) K((z - θ)/ε)        (eq. 11)
     heaviside(z) = H(z - θ)         ∂/∂θ := -(1/ε) K((z - θ)/ε)        (eq. 12)
 
-In the paper no estimator gradient reaches z. With `to_input=True` z receives it with the opposite
-sign, as in Anthropic's January 2025 recipe: both functions depend on the sign of z - θ.
+In the paper no estimator gradient reaches z. With `to_input` above 0 z receives that share of it
+with the opposite sign: both functions depend on the sign of z - θ. In Anthropic's January 2025
+recipe it is 1.
 
 Both functions broadcast θ against z. They take a dense batch of pre-activations [batch, d_sae] with
 θ [d_sae], and selected entries [nnz] with θ gathered to [nnz].
@@ -33,7 +34,9 @@ def in_window(
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: float
+    ) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return z * (z > threshold)
@@ -46,13 +49,15 @@ class _JumpReLU(torch.autograd.Function):
         jump = (threshold / ctx.bandwidth) * inside * grad
         to_z = (z > threshold) * grad
         if ctx.to_input:
-            to_z = to_z + jump
+            to_z = to_z + ctx.to_input * jump
         return to_z, (-jump).sum_to_size(threshold.shape), None, None
 
 
 class _Heaviside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: float
+    ) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return (z > threshold).to(z.dtype)
@@ -66,7 +71,7 @@ class _Heaviside(torch.autograd.Function):
         inside = in_window(z, threshold, ctx.bandwidth).to(grad.dtype)
         jump = (1.0 / ctx.bandwidth) * inside * grad
         return (
-            jump if ctx.to_input else None,
+            ctx.to_input * jump if ctx.to_input else None,
             (-jump).sum_to_size(threshold.shape),
             None,
             None,
@@ -77,7 +82,7 @@ def jumprelu(
     z: Float[Tensor, "*entries"],
     threshold: Float[Tensor, "..."],
     bandwidth: float,
-    to_input: bool = False,
+    to_input: float = 0.0,
 ) -> Float[Tensor, "*entries"]:
     """z where z > θ, else 0, with the estimator of eq. 11 in the backward pass."""
     return _JumpReLU.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]
@@ -87,7 +92,7 @@ def heaviside(
     z: Float[Tensor, "*entries"],
     threshold: Float[Tensor, "..."],
     bandwidth: float,
-    to_input: bool = False,
+    to_input: float = 0.0,
 ) -> Float[Tensor, "*entries"]:
     """1 where z > θ, else 0, with the estimator of eq. 12 in the backward pass."""
     return _Heaviside.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]

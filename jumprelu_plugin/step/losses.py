@@ -30,7 +30,7 @@ class Step:
         activations: JumpReLU(z) at the same pairs.
         threshold: θ, [d_sae].
         bandwidth: ε, in the units of the pre-activations.
-        to_input: whether the estimators also pass gradient to the pre-activations.
+        to_input: the share of the estimators' gradient that pre-activations receive.
         W_dec: [d_sae, d_out].
         dead: mask of the latents that have not fired within the trainer's window, [d_sae]; None if
             dead latents are not tracked.
@@ -44,7 +44,7 @@ class Step:
     activations: Float[Tensor, "*entries"]
     threshold: Float[Tensor, " d_sae"]
     bandwidth: float
-    to_input: bool
+    to_input: float
     W_dec: Float[Tensor, "d_sae d_out"]
     dead: Bool[Tensor, " d_sae"] | None = None
     density_multipliers: Float[Tensor, " d_sae"] | None = None

@@ -51,6 +51,10 @@ def test_the_good_config_is_good() -> None:
         ("l0_coefficient", "3"),
         ("jumprelu_bandwidth", True),
         ("jumprelu_ste_to_input", "no"),
+        ("jumprelu_ste_input_share", 0.0),
+        ("jumprelu_ste_input_share", 1.7),
+        ("jumprelu_ste_input_share", math.nan),
+        ("jumprelu_ste_input_share", "half"),
         ("max_latent_density", "6 %"),
         ("matryoshka_widths", 5),
         ("matryoshka_loss_weight", {}),
@@ -75,6 +79,8 @@ def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
 
 
 def test_fields_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="jumprelu_ste_input_share is 0.5.*to_input is False"):
+        JumpReLUTrainingSAE(good_config(jumprelu_ste_to_input=False, jumprelu_ste_input_share=0.5))
     with pytest.raises(ValueError, match="aux_loss_coefficient.*layer_norm"):
         JumpReLUTrainingSAE(
             good_config(aux_loss_coefficient=0.1, normalize_activations="layer_norm")

@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.saes.transcoders import BATCH, D_IN, D_OUT, D_SAE, batches, make
 
 
-def closed_form(sae: Any, x: Tensor, y: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
+def closed_form(
+    sae: Any, x: Tensor, y: Tensor, lam: float, to_input: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of ‖ŷ - y‖² + λL0 with the paper's estimators, written out, in float64."""
     W_enc, b_enc, W_dec, b_dec, theta = (
         getattr(sae, name).detach().double()
@@ -29,7 +31,7 @@ def closed_form(sae: Any, x: Tensor, y: Tensor, lam: float) -> tuple[Tensor, dic
     e = 2 * (y_hat - y) / n
     to_a = e @ W_dec.T
     jump = window * (theta * to_a + lam / n) / eps
-    to_z = gate * to_a + (jump if sae.cfg.jumprelu_ste_to_input else 0)
+    to_z = gate * to_a + to_input * jump
     gradients = {
         "W_enc": x.T @ to_z,
         "b_enc": to_z.sum(0),
@@ -42,15 +44,16 @@ def closed_form(sae: Any, x: Tensor, y: Tensor, lam: float) -> tuple[Tensor, dic
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("to_input", [0.0, 0.61, 1.0])
 @pytest.mark.parametrize("path", ["dense", "sparse", "screened"])
-def test_gradients_are_the_closed_form(skip: bool, to_input: bool, path: str) -> None:
+def test_gradients_are_the_closed_form(skip: bool, to_input: float, path: str) -> None:
     sae = make(
         skip,
         l0_coefficient=0.37,
         jumprelu_bandwidth=0.83,
         jumprelu_init_threshold=0.6,
-        jumprelu_ste_to_input=to_input,
+        jumprelu_ste_to_input=to_input > 0,
+        jumprelu_ste_input_share=to_input or None,
         step_kernel=path,
         unit_norm_decoder=False,
     )
@@ -62,7 +65,7 @@ def test_gradients_are_the_closed_form(skip: bool, to_input: bool, path: str) ->
         TrainStepInput(rows, {"l0": 0.37}, None, n_training_steps=0, is_logging_step=False)
     )
     output.loss.backward()
-    loss, gradients = closed_form(sae, rows[:, :D_IN], rows[:, D_IN:], 0.37)
+    loss, gradients = closed_form(sae, rows[:, :D_IN], rows[:, D_IN:], 0.37, to_input)
     torch.testing.assert_close(output.loss.detach().double(), loss, rtol=1e-5, atol=0)
     named = dict(sae.named_parameters())
     assert ("W_skip" in named) == skip

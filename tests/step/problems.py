@@ -36,7 +36,7 @@ class Problem:
     bandwidth: float
     target: Tensor
     dead: Tensor
-    to_input: bool = True
+    to_input: float = 0.63
 
     def to(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Problem:
         """Every tensor on `device`, numbers in `dtype`."""
@@ -83,7 +83,7 @@ def problem(kind: str = "ordinary", dtype: torch.dtype = torch.float64) -> Probl
     elif kind == "no b_pre":
         made.b_pre = None
     elif kind == "estimator to θ only":
-        made.to_input = False
+        made.to_input = 0.0
     else:
         assert kind == "ordinary"
     return made.to(dtype)

@@ -28,7 +28,7 @@ BANDWIDTH = 0.375  # with dyadic thresholds, window edges are exact in floating 
 
 
 def closed_form(
-    kind: str, z: np.ndarray, theta: np.ndarray, eps: float, upstream: np.ndarray, to_input: bool
+    kind: str, z: np.ndarray, theta: np.ndarray, eps: float, upstream: np.ndarray, to_input: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Output, ∂/∂z and ∂/∂θ for z [batch, d_sae], θ [d_sae], one entry at a time."""
     out, to_z, to_theta = np.zeros_like(z), np.zeros_like(z), np.zeros_like(theta)
@@ -44,7 +44,7 @@ def closed_form(
                 out[b, i] = active
                 slope, jump = 0.0, kernel / eps
             to_theta[i] -= jump * upstream[b, i]
-            to_z[b, i] = (slope + (jump if to_input else 0.0)) * upstream[b, i]
+            to_z[b, i] = (slope + to_input * jump) * upstream[b, i]
     return out, to_z, to_theta
 
 
@@ -57,7 +57,7 @@ def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return z, theta, rng.normal(size=(BATCH, D_SAE))
 
 
-def check(kind: str, estimator: Estimator, to_input: bool) -> None:
+def check(kind: str, estimator: Estimator, to_input: float) -> None:
     """Raise AssertionError unless `estimator` is eq. 11 ("jumprelu") or eq. 12 ("heaviside")."""
     z, theta, upstream = problem()
     expected = closed_form(kind, z, theta, BANDWIDTH, upstream, to_input)
@@ -76,9 +76,9 @@ def check(kind: str, estimator: Estimator, to_input: bool) -> None:
 ESTIMATORS: dict[str, Estimator] = {"jumprelu": jumprelu, "heaviside": heaviside}
 
 
-@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("to_input", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("kind", ESTIMATORS)
-def test_gradients_are_the_papers(kind: str, to_input: bool) -> None:
+def test_gradients_are_the_papers(kind: str, to_input: float) -> None:
     check(kind, ESTIMATORS[kind], to_input)
 
 
@@ -162,15 +162,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("to_input", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("kind", RIGHT)
-def test_the_checker_accepts_another_correct_implementation(kind: str, to_input: bool) -> None:
+def test_the_checker_accepts_another_correct_implementation(kind: str, to_input: float) -> None:
     check(kind, estimator_with(kind, RIGHT[kind]), to_input)
 
 
-@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("to_input", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize(("kind", "fault"), BROKEN)
-def test_the_checker_notices_a_broken_estimator(kind: str, fault: str, to_input: bool) -> None:
+def test_the_checker_notices_a_broken_estimator(kind: str, fault: str, to_input: float) -> None:
     with pytest.raises(AssertionError):
         check(kind, estimator_with(kind, BROKEN[kind, fault]), to_input)
 

@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn) -> Problem:
         bandwidth=bandwidth,
         target=torch.randn(batch, d_out, generator=g),
         dead=torch.rand(d_sae, generator=g) < draw(st.sampled_from([0.0, 0.3, 1.0])),
-        to_input=draw(st.booleans()),
+        to_input=draw(st.sampled_from([0.0, 0.41, 1.0])),
     )
     # A latent that fires on most tokens is not dead: what the step sums for it would cancel.
     p.dead &= (pre_activations(p) > p.threshold).double().mean(0) < 0.5

@@ -53,18 +53,18 @@ class BufferedEntries(SparseEntries):
 
     @override
     def activations(
-        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: float
     ) -> Float[Tensor, " capacity"]:
         return self._at_pairs(threshold, bandwidth, to_input, jump=True)
 
     @override
     def gates(
-        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: bool
+        self, threshold: Float[Tensor, " d_sae"], bandwidth: float, to_input: float
     ) -> Float[Tensor, " capacity"]:
         return self._at_pairs(threshold, bandwidth, to_input, jump=False)
 
     def _at_pairs(
-        self, threshold: Tensor, bandwidth: float, to_input: bool, *, jump: bool
+        self, threshold: Tensor, bandwidth: float, to_input: float, *, jump: bool
     ) -> Float[Tensor, " capacity"]:
         if torch.are_deterministic_algorithms_enabled():
             base = super()

@@ -33,7 +33,7 @@ def _forward_kernel(z, cols, threshold, out, capacity, JUMP: tl.constexpr, BLOCK
 
 @jit
 def _backward_kernel(
-    z, cols, threshold, grad, to_z, to_threshold, capacity, bandwidth,
+    z, cols, threshold, grad, to_z, to_threshold, capacity, bandwidth, share,
     JUMP: tl.constexpr, TO_INPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -52,7 +52,7 @@ def _backward_kernel(
         jump = tl.where(in_window, g / bandwidth, 0.0)
         through = tl.zeros([BLOCK], tl.float32)
     if TO_INPUT:
-        through += jump
+        through += share * jump
     if JUMP or TO_INPUT:
         tl.store(to_z + at, through, mask=inside)
     tl.atomic_add(to_threshold + col, -jump, mask=in_window)
@@ -71,7 +71,7 @@ class AtPairs(torch.autograd.Function):
         threshold: Float[Tensor, " d_sae"],
         cols: Int[Tensor, " capacity"],
         bandwidth: float,
-        to_input: bool,
+        to_input: float,
         jump: bool,
     ) -> Float[Tensor, " capacity"]:
         z, threshold = z.contiguous(), threshold.contiguous()
@@ -92,6 +92,6 @@ class AtPairs(torch.autograd.Function):
         to_z = torch.empty_like(z) if ctx.jump or ctx.to_input else None
         _backward_kernel[(triton.cdiv(len(z), BLOCK),)](
             z, cols, threshold, grad, z if to_z is None else to_z, to_threshold, len(z),
-            ctx.bandwidth, JUMP=ctx.jump, TO_INPUT=ctx.to_input, BLOCK=BLOCK,
+            ctx.bandwidth, ctx.to_input, JUMP=ctx.jump, TO_INPUT=ctx.to_input > 0, BLOCK=BLOCK,
         )  # fmt: skip
         return to_z, to_threshold, None, None, None, None

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
-from jumprelu_plugin.saes.resolved import density_limit
+from jumprelu_plugin.saes.resolved import density_limit, ste_input_share
 from jumprelu_plugin.saes.validation import (
     a_density,
+    a_share_with_input,
     a_target,
     no_fixed_penalty_to_warm_up,
     not_negative,
@@ -126,7 +127,8 @@ class CLTTrainingConfig:
         jumprelu_tanh_scale: c.
         jumprelu_bandwidth: ε; None takes it from the spread of each layer's pre-activations.
         jumprelu_init_threshold: θ₀; None takes it from their quantiles.
-        jumprelu_ste_to_input: whether the estimators' gradient also reaches the encoders.
+        jumprelu_ste_to_input, jumprelu_ste_input_share: whether the estimators' gradient also
+            reaches the encoders, and how much of it. None: as for an SAE.
         unit_norm_decoder: hold ‖d_i‖ = 1, or leave the rows free. None: True where L0-controlled.
         resample_dead_latents: as for an SAE (`control.resampling`). None: True where L0-controlled.
         step_kernel: how encoding and decoding are computed (`step.choose`).
@@ -150,6 +152,7 @@ class CLTTrainingConfig:
     jumprelu_bandwidth: float | None = None
     jumprelu_init_threshold: float | None = None
     jumprelu_ste_to_input: bool = True
+    jumprelu_ste_input_share: float | None = None
     unit_norm_decoder: bool | None = None
     resample_dead_latents: bool | None = None
     step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
@@ -164,6 +167,11 @@ class CLTTrainingConfig:
     def controls_l0(self) -> bool:
         """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
+
+    @property
+    def ste_input_share(self) -> float:
+        """How much of the estimators' gradient the encoders receive, from 0 to 1."""
+        return ste_input_share(self)
 
     def resolve(self, d_sae: int) -> ControlSettings:
         """The control of each layer of `d_sae` latents, with no field None."""
@@ -202,6 +210,7 @@ CLT_RULES = (
     not_negative("l0_coefficient", "it must be 0 or more"),
     not_negative("l0_warm_up_steps", "it must be 0 or more"),
     a_density("max_latent_density"),
+    a_share_with_input(),
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
     one_of("step_kernel", PLAIN_STEP_PATHS),
     no_fixed_penalty_to_warm_up("Give an l0_coefficient in place of target_l0, or leave it out"),

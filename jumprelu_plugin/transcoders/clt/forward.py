@@ -45,7 +45,7 @@ def forward(
     bandwidths: Sequence[float],
     *,
     path: str = "sparse",
-    to_input: bool = True,
+    to_input: float = 1.0,
     multipliers: Sequence[Float[Tensor, " d_sae"] | None] | None = None,
     processes: OneProcess = ONE_PROCESS,
 ) -> tuple[list[Step], Float[Tensor, "batch layers*d_out"]]:
@@ -55,7 +55,7 @@ def forward(
         inputs: x of each layer.
         bandwidths: ε of each layer.
         path: `sparse`, `screened` or `dense`; all give the same numbers.
-        to_input: whether the estimators' gradient also reaches the encoders.
+        to_input: the share of the estimators' gradient that the encoders receive.
         multipliers: of each layer's density limit; None where no layer has one.
         processes: that hold the latents and split the batch. What is returned of a layer is of this
             one's latents; ŷ is of all latents, for this one's tokens.

@@ -161,7 +161,7 @@ class CLTTrainingStep:
             inputs,
             [control.bandwidth or 0.0 for control in self.controls],
             path=path,
-            to_input=self.cfg.jumprelu_ste_to_input,
+            to_input=self.cfg.ste_input_share,
             multipliers=[control.density_multipliers(target.device) for control in self.controls],
             processes=self.processes,
         )

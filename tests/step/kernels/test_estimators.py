@@ -18,9 +18,9 @@ def both_gradients(value: Tensor, grad: Tensor, *leaves: Tensor) -> list[Tensor]
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
-@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("to_input", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("jump", [False, True], ids=["step", "jumprelu"])
-def test_values_and_gradients(jump: bool, to_input: bool) -> None:
+def test_values_and_gradients(jump: bool, to_input: float) -> None:
     z, grad = normal(PAIRS, seed=3), normal(PAIRS, seed=5)
     theta = 0.2 + normal(D_SAE, seed=7).abs()
     cols = torch.arange(PAIRS, device=DEVICE) * 17 % D_SAE
