@@ -9,7 +9,6 @@ It does not decide what a result contains, and it draws nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import shutil
 import stat
 import subprocess
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
@@ -39,7 +38,6 @@ _DISTRIBUTIONS = (
     "transformers",
     "numpy",
 )
-_DIGEST_CHARACTERS = 16
 
 
 def provenance(
@@ -78,8 +76,15 @@ def write_json(path: str | Path, obj: Any) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` to `path` in UTF-8, in one atomic step; parents are created."""
-    path = Path(path)
+    """Write `text` to `path` in UTF-8, in one atomic step; parents are created.
+
+    Of a link, what it points to is replaced. A device or a pipe takes the text as it comes.
+    """
+    given = Path(path)
+    if given.is_relative_to("/dev") or (given.exists() and not given.is_file()):
+        given.write_text(text, encoding="utf-8")
+        return given
+    path = given.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -90,7 +95,7 @@ def write_text(path: str | Path, text: str) -> Path:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    return path
+    return given
 
 
 def append_jsonl(path: str | Path, obj: Any) -> Path:
@@ -210,7 +215,8 @@ def whole_folder(
 
     After an exception `path` is as it was. Either way nothing is left beside it; a process that is
     killed leaves a folder whose name begins with a dot. Parents are created. What was written is on
-    the disk before it has its name.
+    the disk before it has its name. Of a link, what it points to is replaced. The working directory
+    and a mounted disk cannot give way: where empty, they are filled as by `whole_files`.
 
     Args:
         replaces: whether a folder already at `path` gives way: True, False, or a function that
@@ -220,8 +226,19 @@ def whole_folder(
     Raises:
         ValueError: at once, if `path` is a file or a folder that does not give way.
     """
+    _refuse_foreign(Path(path), replaces, kind)
     path = Path(path)
-    _refuse_foreign(path, replaces, kind)
+    if path.is_symlink() or path.name in ("", ".."):
+        path = path.resolve()
+    if path.is_dir() and (path.samefile(Path.cwd()) or path.is_mount()):
+        if any(path.iterdir()):
+            raise ValueError(
+                f"{path} is not empty, and neither a working directory nor a mounted disk can be "
+                "replaced: empty it, or give a folder in it"
+            )
+        with whole_files(path) as fresh:
+            yield fresh
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(
         prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True
@@ -281,43 +298,6 @@ def _refuse_foreign(path: Path, replaces: bool | Callable[[Path], bool], kind: s
             )
     elif path.exists():
         raise ValueError(f"{path} is a file: give a folder to write into")
-
-
-def digest(*items: Tensor | bytes | str | Mapping[str, Tensor] | Iterable[Any]) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 over tensors, bytes, text or nests of them.
-
-    A tensor counts with its dtype, shape and exact bits; a mapping in the order of its keys. The
-    device a tensor is on does not matter. Raises TypeError for anything else.
-    """
-    state = hashlib.sha256()
-    for item in items:
-        _feed(state, item)
-    return state.hexdigest()[:_DIGEST_CHARACTERS]
-
-
-def _feed(state: Any, item: Any) -> None:
-    if isinstance(item, Tensor):
-        plain = item.detach().cpu().contiguous()
-        state.update(f"tensor {plain.dtype} {tuple(plain.shape)}:".encode())
-        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(item, str | bytes):
-        raw = item.encode("utf-8") if isinstance(item, str) else item
-        state.update(f"{type(item).__name__} {len(raw)}:".encode())
-        state.update(raw)
-    elif isinstance(item, Mapping):
-        state.update(f"mapping {len(item)}:".encode())
-        for key in sorted(item):
-            _feed(state, key)
-            _feed(state, item[key])
-    elif isinstance(item, list | tuple):
-        state.update(f"sequence {len(item)}:".encode())
-        for part in item:
-            _feed(state, part)
-    else:
-        raise TypeError(
-            f"digest takes tensors, bytes, text, and mappings or sequences of them;"
-            f" got {type(item).__name__}."
-        )
 
 
 def _strict_json(obj: Any, indent: int | None = None) -> str:

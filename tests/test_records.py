@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from jumprelu_plugin import records
 from jumprelu_plugin.records import (
     append_jsonl,
-    digest,
     provenance,
     whole_files,
     whole_folder,
@@ -136,33 +135,6 @@ def test_git_commit_is_of_the_repository_that_tracks_the_file(tmp_path):
     assert records._git(stranger) is None
 
 
-def test_digest_is_sha256_and_tells_apart_what_differs():
-    assert digest(b"abc") == hashlib.sha256(b"bytes 3:abc").hexdigest()[:16]
-    tensor = torch.arange(6, dtype=torch.float32)
-    same = [tensor, tensor.clone(), torch.arange(12.0)[::2] / 2]  # the last is not contiguous
-    assert len({digest(t) for t in same}) == 1
-    different = [
-        tensor,
-        tensor.reshape(2, 3),
-        tensor.reshape(3, 2),
-        tensor.double(),
-        tensor.bfloat16(),
-        -tensor,
-        b"abc",
-        "abc",
-        ["ab", "c"],
-        {"a": tensor},
-        {"b": tensor},
-        torch.tensor(0.0),
-        torch.zeros(0),
-    ]
-    assert len({digest(item) for item in different}) == len(different)
-    assert digest({"a": tensor, "b": -tensor}) == digest({"b": -tensor, "a": tensor})
-    assert digest(tensor, b"x") != digest(b"x", tensor)
-    with pytest.raises(TypeError, match="got int"):
-        digest(3)  # pyright: ignore[reportArgumentType]
-
-
 def _entries(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones too, and what it holds."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -216,6 +188,43 @@ def test_a_whole_folder_never_replaces_a_foreign_one(tmp_path, replaces):
     with whole_folder(tmp_path / "empty", replaces=replaces):
         pass
     assert sorted(os.listdir(tmp_path)) == ["empty", "mine"]
+
+
+def test_a_whole_folder_in_place_of_a_link_fills_what_it_points_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "link") as folder:
+        (folder / "x.txt").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "x.txt").read_text() == "x"
+
+
+def test_the_working_directory_is_filled_where_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (Path(), tmp_path):
+        with whole_folder(given) as folder:
+            (folder / "x.txt").write_text("x")
+        assert os.listdir() == ["x.txt"]  # the directory that the process is in, not another
+        with (
+            pytest.raises(ValueError, match="neither a working directory"),
+            whole_folder(given, replaces=True),
+        ):
+            raise AssertionError("the block was entered")
+        (tmp_path / "x.txt").unlink()
+
+
+def test_text_goes_through_links_and_into_pipes(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    records.write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        records.write_text(tmp_path / "pipe", "through")
+        assert read.result() == "through"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_whole_files_join_what_is_there_and_the_last_one_tells_that_all_are(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,12 +91,14 @@ class Loader:
         Raises:
             ImportError: it is not; the message says how to install it.
         """
-        if not self.installed:
+        try:
+            import_module(self.module)
+        except ImportError as error:  # the tool itself, or what it needs and does not declare
             raise ImportError(
-                f"{self.distribution} is not installed, so the export cannot be read back with "
-                f"{self.name} and compared. Install it with: {self.install}\n"
+                f"{self.distribution} cannot be imported ({error}), so the export cannot be read "
+                f"back with {self.name} and compared. Install it with: {self.install}\n"
                 "Or write without the comparison: --unchecked"
-            )
+            ) from error
 
 
 def is_export(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from jumprelu_plugin.formats import dictionary_learning, gemma_scope, gemma_scope_2, saelens
 from jumprelu_plugin.formats.dictionary import Dictionary
 from jumprelu_plugin.transcoders.clt import folder as clt_folder
+
+logger = logging.getLogger(__name__)
 
 # The files of the readable formats, by which a dictionary may be named too.
 _FILES = (
@@ -78,9 +81,12 @@ def load_dictionary(
             f"{dictionary_learning.FILENAME} (dictionary_learning){_what_is_there(folder)}"
         )
     names = {"hook_name": hook_name, "hook_name_out": hook_name_out, "model_name": model_name}
-    return replace(
-        dictionary, **{name: value for name, value in names.items() if value is not None}
-    )
+    given = {name: value for name, value in names.items() if value is not None}
+    for name, value in given.items():
+        recorded = getattr(dictionary, name)
+        if recorded and recorded != value:
+            logger.warning(f"{folder} records {name} {recorded}; {value} takes its place")
+    return replace(dictionary, **given)
 
 
 def layer_folders(folder: Path) -> dict[int, Path]:

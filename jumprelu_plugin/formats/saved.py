@@ -17,12 +17,13 @@ from jumprelu_plugin.evaluation import Evaluation, SplicedSet, evaluate
 from jumprelu_plugin.formats.reading import dictionary_folder, load_dictionary
 from jumprelu_plugin.formats.saelens import load_folded_sae
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.firing import require_firing
 from jumprelu_plugin.models.hooks import sae_sites
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelChoice, ModelOptions
 from jumprelu_plugin.models.sequences import fitting_context, read_sequences
-from jumprelu_plugin.records import digest, provenance
+from jumprelu_plugin.records import provenance
 from jumprelu_plugin.transcoders.clt import CrossLayerTranscoder, evaluate_clt, load_clt
 from jumprelu_plugin.transcoders.clt import folder as clt_folder
 

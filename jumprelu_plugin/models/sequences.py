@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.text import tokenized_dataset
-from jumprelu_plugin.records import digest
 
 HELD_OUT_SPLITS = ("test", "validation")
 DEFAULT_CONTEXT_SIZE = 128
@@ -101,7 +101,7 @@ def held_out_beside(
 
     Args:
         model, dataset_path, context_size, held_out, prepend_bos: as in `read_sequences`.
-        text_digest: `records.digest` of the sequences trained on.
+        text_digest: `models.digest` of the sequences trained on.
         n_sequences: their number.
 
     Raises:

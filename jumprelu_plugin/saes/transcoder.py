@@ -25,7 +25,6 @@ from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.units import set_value
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.parameters import PairScale, fold_scales_
-from jumprelu_plugin.saes.storage import by_latent
 from jumprelu_plugin.saes.transcoder_config import (
     JumpReLUTrainingSkipTranscoderConfig,
     JumpReLUTrainingTranscoderConfig,
@@ -59,7 +58,8 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         """
         d_in, d_sae, d_out = self.cfg.d_in, self.cfg.d_sae, self.cfg.width_out
         where: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae, **where))
+        # Stored by latent before it is drawn: shards of it draw latent by latent.
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **where).t())
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, **where))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **where))
         self.b_dec = nn.Parameter(torch.zeros(d_out, **where))
@@ -70,7 +70,6 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         elif self.cfg.decoder_init_norm is not None:
             normalize_rows_(self.W_dec.data)
             self.W_dec.data *= self.cfg.decoder_init_norm
-        self.W_enc.data = by_latent(self.W_enc.data)
 
     # ---------------------------------------------------------------- one step
 

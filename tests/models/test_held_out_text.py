@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.sequences import held_out_beside, read_sequences
-from jumprelu_plugin.records import digest
 from tests.tiny import VOCABULARY, tiny_models
 
 CONTEXT, ROWS, HELD_OUT, TRAINED_ON = 7, 43, 11, 19

@@ -19,10 +19,10 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.hooks import flat_heads
 from jumprelu_plugin.models.language_models import load_model
 from jumprelu_plugin.models.sequences import read_sequences
-from jumprelu_plugin.records import digest
 from jumprelu_plugin.studies.sweep import cells as cells_module
 from jumprelu_plugin.studies.sweep import run as run_module
 from jumprelu_plugin.studies.sweep.architectures import ARCHITECTURES

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jumprelu_plugin.records import append_jsonl, digest
+from jumprelu_plugin.models.digest import digest
+from jumprelu_plugin.records import append_jsonl
 
 CALLS_FILENAME = "calls.jsonl"
 

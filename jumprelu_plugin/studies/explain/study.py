@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.extras import require_extra
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelOptions
-from jumprelu_plugin.records import digest, provenance
+from jumprelu_plugin.records import provenance
 from jumprelu_plugin.studies.explain.calls import CALLS_FILENAME, CallLog
 from jumprelu_plugin.studies.explain.cost import Estimate, estimate
 from jumprelu_plugin.studies.explain.endpoint import StudyStopped, endpoint_roles

@@ -16,9 +16,10 @@ from typing import Any
 
 from jumprelu_plugin.analysis.top_activations import collect_top_activations
 from jumprelu_plugin.analysis.windows import WindowCounts, WindowKind, collect_windows
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import ModelOptions
-from jumprelu_plugin.records import digest, provenance, whole_folder, write_json
+from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.studies.rating.settings import RatingStudySettings
 from jumprelu_plugin.studies.sampling.latents import SampledLatent, stratified_latents
 from jumprelu_plugin.studies.sampling.saes import StudySAE, load_study_saes

@@ -37,11 +37,12 @@ from torch import Tensor
 from jumprelu_plugin.evaluation import evaluate
 from jumprelu_plugin.evaluation.splicing import special_token_ids_of
 from jumprelu_plugin.models.devices import require_device
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.hooks import hook_point
 from jumprelu_plugin.models.language_models import model_digest
 from jumprelu_plugin.models.options import keywords_to_record, named_model
 from jumprelu_plugin.models.sequences import held_out_beside, read_sequences
-from jumprelu_plugin.records import digest, provenance, whole_folder, write_json
+from jumprelu_plugin.records import provenance, whole_folder, write_json
 from jumprelu_plugin.studies.sweep.cells import TrainedCell, learning_rate_of, train_cells
 from jumprelu_plugin.studies.sweep.grid import Cell, SweepSettings
 from jumprelu_plugin.studies.sweep.groups import group_cells, largest_group

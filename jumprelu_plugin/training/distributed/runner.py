@@ -71,6 +71,8 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         launch.agree(
             lambda: super(ShardedTrainingRunner, self).__init__(cfg, override_sae=shard, **options)
         )
+        # `auto` looks at this process's disk: one that alone found a checkpoint would wait forever.
+        launch.agree_on("checkpoint to resume from", str(self.cfg.resume_from_checkpoint))
         torch.set_rng_state(drawn)  # as after the draws of one process's dictionary
         launch.agree_on("text", digest_of_text(self.activations_store.dataset))
         # A thread that draws in advance could not say when the others are to.

@@ -204,3 +204,22 @@ def test_sizes_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.Monke
     if not torch.distributed.is_nccl_available():
         with pytest.raises(ValueError, match="this PyTorch has no NCCL"):
             require_sizes(3, 1, "cuda")
+
+
+def on_its_own_disk(model: Any, folder: Path, resume: str | None) -> str | None:
+    """As on machines without a shared file system: each process has a working directory."""
+    import os
+
+    own = folder / os.environ["RANK"]
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+    fields = {"checkpoint_path": "checkpoints", "output_path": None}
+    return on_many(model, Path(), (1, 2), {**fields, "resume_from_checkpoint": resume})
+
+
+def test_a_checkpoint_that_one_process_alone_finds_is_refused(model: Any, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    assert not any(run_on(2, on_its_own_disk, results, model, tmp_path, None))
+    first, second = run_on(2, on_its_own_disk, results, model, tmp_path, "auto")
+    assert "process 1 has another checkpoint to resume from than process 0" in first
+    assert second == "SystemExit 2"

@@ -21,10 +21,11 @@ from jumprelu_plugin.evaluation.splicing import (
     evaluation_mode,
     special_token_ids_of,
 )
+from jumprelu_plugin.models.digest import digest
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.hooks import flat_heads, hook_point
 from jumprelu_plugin.models.language_models import model_digest
-from jumprelu_plugin.records import digest, provenance
+from jumprelu_plugin.records import provenance
 from jumprelu_plugin.saes.tensor_files import read_safetensors
 from jumprelu_plugin.step import spinning
 from jumprelu_plugin.training.activations.cache.coding import (
