@@ -81,7 +81,8 @@ def write_text(path: str | Path, text: str) -> Path:
     Of a link, what it points to is replaced. A device or a pipe takes the text as it comes.
     """
     given = Path(path)
-    if given.is_relative_to("/dev") or (given.exists() and not given.is_file()):
+    stream = given.is_relative_to("/dev") and not given.is_relative_to("/dev/shm")
+    if stream or (given.exists() and not given.is_file()):
         given.write_text(text, encoding="utf-8")
         return given
     path = given.resolve()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.records import read_json
 from jumprelu_plugin.studies.explain import record as explanation_record
 from jumprelu_plugin.studies.explain.report import explanation_sections
@@ -57,10 +58,12 @@ def plot_sweep(
     Raises:
         ValueError: no records, records of something else, a broken line before the last, or two
             studies of one kind.
+            Or report.html there is another's.
         FileNotFoundError: a source does not exist.
         ImportError: matplotlib, or for a study the `studies` extra, is not installed.
     """
     require_matplotlib()
+    require_place_for_file(Path(output_path, REPORT_FILENAME), REPORT_FILENAME)
     paths = [_file(Path(source)) for source in sources]
     records = [r for path in paths if path.suffix != ".json" for r in _sweep_records(path, log)]
     studies = _study_sections([path for path in paths if path.suffix == ".json"])

@@ -142,7 +142,21 @@ def _why_fresh(
 def _recorded(checkpoint: Path) -> dict[str, Any] | None:
     """The config of a checkpoint's run; None if it cannot be read."""
     saved = _read(checkpoint / RUNNER_CFG_FILENAME)
-    return None if saved is None else _identity(saved)
+    if saved is None:
+        return None
+    output = saved.get("output_path")
+    if isinstance(output, str):
+        saved["output_path"] = os.path.join(_working_directory(checkpoint, saved), output)
+    return _identity(saved)
+
+
+def _working_directory(checkpoint: Path, saved: dict[str, Any]) -> str:
+    """The directory that a run's relative paths started from: this one, where nothing tells."""
+    given, place = saved.get("checkpoint_path"), os.path.abspath(checkpoint.parent)
+    if not isinstance(given, str) or os.path.isabs(given):
+        return os.curdir
+    below = os.path.normpath(given)
+    return place.removesuffix(below) if place.endswith(os.sep + below) else os.curdir
 
 
 def _finetuned_from(checkpoint: Path) -> str | None:

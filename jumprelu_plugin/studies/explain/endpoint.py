@@ -88,7 +88,7 @@ class Endpoint:
             max_retries=settings.retries,
             timeout=settings.timeout_s,
         )
-        self._failures = 0
+        self._failures, self._reached = 0, False
         self._stop: StudyStopped | None = None
         self._lock = threading.Lock()
 
@@ -96,7 +96,8 @@ class Endpoint:
         """The replies to messages, each with its most tokens; None for a request that failed.
 
         Raises:
-            StudyStopped: the budget is used up, the endpoint refuses the key or the model, or
+            StudyStopped: the budget is used up, nothing answers at the address, the endpoint
+                refuses the key or the model, or
                 `MOST_FAILURES` requests in a row failed.
         """
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
@@ -147,7 +148,7 @@ class Endpoint:
         finally:
             self.budget.settle(reserved, used)
         with self._lock:
-            self._failures = 0
+            self._failures, self._reached = 0, True
         self._log.add(request, text, tokens=tokens)
         return text
 
@@ -161,6 +162,9 @@ class Endpoint:
         )
         if isinstance(error, refusals):
             raise StudyStopped(f"the endpoint {where} refuses: {_short(error)}") from error
+        unreachable = isinstance(error, openai.APIConnectionError)
+        if unreachable and not isinstance(error, openai.APITimeoutError) and not self._reached:
+            raise StudyStopped(f"the endpoint {where} is not there: {_short(error)}") from error
         with self._lock:
             self._failures += 1
             failures = self._failures

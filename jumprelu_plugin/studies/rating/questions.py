@@ -67,7 +67,10 @@ def make_rating_study(
         key: dict[str, Any] = {}
         for number, sae in enumerate(saes):
             log(f"{sae.label}: {sae.saved.folder} ({number + 1} of {len(saes)})")
-            for drawn, windows in _contexts(sae, tokens, settings):
+            contexts = _contexts(sae, tokens, settings)
+            if len(contexts) < settings.latents:
+                log(f"{sae.label}: {len(contexts)} latents of {settings.latents}, all that fire")
+            for drawn, windows in contexts:
                 name = secrets.token_hex(8)
                 items[name] = {"contexts": [_shown(window) for window in with_shares(windows)]}
                 key[name] = {

@@ -21,7 +21,12 @@ from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingTranscoder,
 )
 from jumprelu_plugin.training.distributed.processes import ManyProcesses
-from jumprelu_plugin.training.distributed.sharded_sae import LATENT_AXIS, ShardOfSAE, plain_name
+from jumprelu_plugin.training.distributed.sharded_sae import (
+    LATENT_AXIS,
+    ShardOfSAE,
+    Undrawn,
+    plain_name,
+)
 
 _WHOLE: dict[str, type[JumpReLUTrainingSAE]] = {
     "jumprelu": JumpReLUTrainingSAE,
@@ -109,7 +114,7 @@ def whole_like(shard: ShardOfSAE) -> JumpReLUTrainingSAE:
     """A dictionary of the whole's config on the host; its weights mean nothing yet."""
     cfg = copy.copy(shard.whole_cfg)
     device, cfg.device = cfg.device, "cpu"
-    with torch.random.fork_rng(devices=[]):
+    with Undrawn():
         made = _WHOLE[cfg.architecture()](cfg)
     made.cfg.device = device
     return made

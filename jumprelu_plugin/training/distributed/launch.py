@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +28,11 @@ from jumprelu_plugin.training.distributed.shares import require_positive
 
 T = TypeVar("T")
 
+# How long the others wait for what the first process does alone. A process that dies is noticed at
+# once; gloo's half hour would end a run whose checkpoint of a terabyte takes longer.
+_PATIENCE = timedelta(days=1)
+# Of errors that another process's end causes, in PyTorch's words.
+_OF_EXCHANGES = ("gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe", "Timed out")
 _FAILURE = "jumprelu_failure"
 _SAID = "jumprelu_said"
 
@@ -160,6 +167,11 @@ def require_sizes(
             "tensors: install a CUDA build of PyTorch, or give --device cpu"
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    if here > 1 and torch.device(device).index is not None:
+        raise ValueError(
+            f"device is {device}, one GPU for {here} processes: give cuda, and each process takes "
+            "the GPU of its own number"
+        )
     if here > torch.cuda.device_count():
         raise ValueError(
             f"{here} processes were started on this machine, which has "
@@ -195,8 +207,17 @@ def joined(
     if cuda:
         torch.cuda.set_device(local_rank)
     store, rank, size = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-    objects = dist.new_group(backend="gloo") if cuda else None
+    # Keys of an attempt that torchrun restarted are not this one's.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"jumprelu/{attempt}", store)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=None if cuda else _PATIENCE,  # NCCL's own: nothing waits for a disk in its group
+    )
+    objects = dist.new_group(backend="gloo", timeout=_PATIENCE) if cuda else None
     mesh = Mesh(data_parallel_size, model_parallel_size)
     launch = Launch(rank, size, local_rank, objects, store, mesh, again)
     try:
@@ -231,8 +252,10 @@ def without_sigterm() -> Iterator[None]:
 def _end(launch: Launch, error: Exception) -> None:
     """Leave after an error: what all ran into is raised; where another process died, say that."""
     mine = f"{type(error).__name__}: {error}"
-    if not isinstance(error, RuntimeError | dist.DistError):
+    if not _is_of_an_exchange(error):
         if launch.rank:
+            if os.environ.get("JUMPRELU_TRACEBACK"):
+                traceback.print_exception(error, file=sys.__stderr__)
             launch.store.set(_FAILURE, f"process {launch.rank}: {mine}")
             raise SystemExit(2 if isinstance(error, ValueError | OSError) else 1)
         raise error
@@ -246,11 +269,18 @@ def _end(launch: Launch, error: Exception) -> None:
         pass  # torchrun itself is gone
     if speaks:
         print(
-            f"a process of this run ended, and with it the run ({why}). Its last checkpoint is "
-            f"whole: {launch.again} goes on from it",
+            f"a process of this run ended, and with it the run ({why}). Its last checkpoint, if it "
+            f"has one, is whole: {launch.again} goes on from it",
             file=sys.__stderr__,
         )
     raise SystemExit(1) from error
+
+
+def _is_of_an_exchange(error: Exception) -> bool:
+    """Whether another process's end may have caused an error."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_EXCHANGES)
 
 
 def _be_silent() -> None:

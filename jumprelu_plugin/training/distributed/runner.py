@@ -32,10 +32,12 @@ from jumprelu_plugin.training.distributed.shares import (
 )
 from jumprelu_plugin.training.distributed.trainer import AgreedCheckpoints, ShardTrainer
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
+from jumprelu_plugin.training.resuming import resolve_auto
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 
 # What may differ between the processes of one run, or is made to agree.
 _OWN_FIELDS = ("checkpoint_path", "device", "llm_device", "act_store_device", "logger")
+_PLAIN = bool | float | str
 # Rows of the text whose digests are compared before the run.
 _COMPARED_ROWS = 16
 
@@ -59,6 +61,8 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
 
     def __init__(self, launch: Launch, cfg: Any, **options: Any):
         self.launch = launch
+        plain = {name: value for name, value in options.items() if isinstance(value, _PLAIN)}
+        launch.agree_on("set of options", repr(sorted(plain.items())))
         cfg = self._own_config(cfg)
         for name in ("override_sae", "activations"):
             if options.get(name) is not None:
@@ -71,8 +75,6 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         launch.agree(
             lambda: super(ShardedTrainingRunner, self).__init__(cfg, override_sae=shard, **options)
         )
-        # `auto` looks at this process's disk: one that alone found a checkpoint would wait forever.
-        launch.agree_on("checkpoint to resume from", str(self.cfg.resume_from_checkpoint))
         torch.set_rng_state(drawn)  # as after the draws of one process's dictionary
         launch.agree_on("text", digest_of_text(self.activations_store.dataset))
         # A thread that draws in advance could not say when the others are to.
@@ -84,8 +86,11 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         """The config with this process's GPU, and with the first's folder of checkpoints."""
         own = {name: value for name, value in cfg.to_dict().items() if name not in _OWN_FIELDS}
         self.launch.agree_on("config", json.dumps(own, sort_keys=True, default=str))
+        # What `auto` finds is the first's to say: one that found another would wait forever.
+        first = self.launch.from_the_first(lambda: resolve_auto(cfg))
         cfg = copy.copy(cfg)
-        cfg.checkpoint_path = self.launch.all_objects(cfg.checkpoint_path)[0]
+        cfg.checkpoint_path = first.checkpoint_path
+        cfg.resume_from_checkpoint = first.resume_from_checkpoint
         if self.launch.rank:
             cfg.logger = dataclasses.replace(cfg.logger, log_to_wandb=False)
         for field in ("device", "llm_device", "act_store_device"):

@@ -161,6 +161,9 @@ def shard_of(cfg: Any, mesh: Mesh) -> ShardOfSAE:
     return _SHARDS[name](cfg, mesh)
 
 
+_DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.uniform_)
+
+
 class OwnRows(TorchFunctionMode):
     """Inside, what is drawn for a shard's decoder rows is what one process draws for them.
 
@@ -168,8 +171,6 @@ class OwnRows(TorchFunctionMode):
     and the shard's are kept. On a GPU, whose generator works otherwise, every shard still draws the
     same dictionary.
     """
-
-    _DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.uniform_)
 
     def __init__(self, layout: LatentLayout, shard: int):
         self._layout, self._shard = layout, shard
@@ -182,11 +183,10 @@ class OwnRows(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in self._DRAWS:
+        if func not in _DRAWS:
             return func(*args, **kwargs)
         named = dict(kwargs)
-        # `nn.init` hands its tensor on by name.
-        target: Tensor = args[0] if args else named.pop("tensor")
+        target = _drawn(args, named)
         if len(target) != self._layout.held:
             return func(*args, **kwargs)
         draw_rows(
@@ -196,6 +196,28 @@ class OwnRows(TorchFunctionMode):
             lambda rows: func(rows, *args[1:], **named),
         )
         return target
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, nothing is drawn for weights that will be replaced.
+
+    At 2,304 × 32,768, drawing takes 2.2 of the 2.7 seconds in which a dictionary is made.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return _drawn(args, dict(kwargs)).zero_() if func in _DRAWS else func(*args, **kwargs)
+
+
+def _drawn(args: Sequence[Any], named: dict[str, Any]) -> Tensor:
+    """What a call draws for; `nn.init` hands its tensor on by name."""
+    return args[0] if args else named.pop("tensor")
 
 
 @torch.no_grad()

@@ -194,9 +194,12 @@ class ShardTrainer(JumpReLUTrainer):
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Load this shard's part of a checkpoint, and its SAE's; one process after the other."""
-        for turn in range(self.launch.size):
-            if turn == self.launch.rank:
+        """Load this shard's part of a checkpoint, and its SAE's.
+
+        On each machine one process after the other: each has the whole on the host for a while.
+        """
+        for turn in range(1 + max(self.launch.all_objects(self.launch.local_rank))):
+            if turn == self.launch.local_rank:
                 self._load(Path(checkpoint_path))
             self.launch.wait()
 

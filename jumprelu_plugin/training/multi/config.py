@@ -125,6 +125,11 @@ def _refuse_name(name: str) -> None:
             f"a dictionary's name is {name!r}; it becomes a folder, so give letters, digits, "
             "_, - and ."
         )
+    if name.endswith((".json", ".jsonl", ".safetensors", ".pt")):
+        raise ValueError(
+            f"a dictionary's name is {name!r}; it becomes a folder beside the run's own files, "
+            "which have such names: leave out the ending"
+        )
 
 
 def _refuse_different_heads(configs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> None:

@@ -24,6 +24,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -65,7 +66,8 @@ class MultiTrainer(MultiSAETrainer):
             configs: by name, all with this trainer's batch and number of samples.
         """
         for name, cfg in configs.items():
-            self.trainers[name] = SAETrainer(
+            self.trainers[name] = _NamedTrainer(
+                name,
                 cfg=replace(
                     cfg, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False
                 ),
@@ -220,6 +222,21 @@ class MultiTrainer(MultiSAETrainer):
             for threshold in self.checkpoint_thresholds
             if threshold > self.n_training_samples
         ]
+
+
+class _NamedTrainer(SAETrainer[Any, Any]):
+    """SAELens' trainer of one dictionary, which an error in its step names."""
+
+    def __init__(self, name: str, **parts: Any):
+        super().__init__(**parts)
+        self._name = name
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        try:
+            return super().step(batch)
+        except ValueError as error:
+            raise ValueError(f"{self._name}: {error}") from error
 
 
 def fit_until_stopped(trainer: MultiTrainer, batches: InterruptibleIterator) -> dict[str, Any]:

@@ -190,6 +190,21 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path) -> None:
     assert "process 1 has another config than process 0" in first and second == "2"
 
 
+def different_options(folder: Path) -> str:
+    import os
+
+    try:
+        train_sharded(small(folder), data_parallel_size=2, check_first=os.environ["RANK"] == "0")
+    except (ValueError, SystemExit) as error:
+        return str(error)
+    return ""
+
+
+def test_processes_with_different_options_are_refused(tmp_path: Path) -> None:
+    first, second = run_on(2, different_options, tmp_path / "results", tmp_path)
+    assert "process 1 has another set of options than process 0" in first and second == "2"
+
+
 def test_sizes_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="data_parallel_size is 0; expected"):
         require_sizes(0, 1, "cpu")
@@ -221,5 +236,5 @@ def test_a_checkpoint_that_one_process_alone_finds_is_refused(model: Any, tmp_pa
     results = tmp_path / "results"
     assert not any(run_on(2, on_its_own_disk, results, model, tmp_path, None))
     first, second = run_on(2, on_its_own_disk, results, model, tmp_path, "auto")
-    assert "process 1 has another checkpoint to resume from than process 0" in first
+    assert "process 1: checkpoints/" in first and "is not a checkpoint of this run" in first
     assert second == "SystemExit 2"
