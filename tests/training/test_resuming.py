@@ -89,6 +89,22 @@ def test_auto_goes_on_from_the_newest_and_ends_as_the_uninterrupted_run(
     assert not killed.exists()
 
 
+def test_auto_finds_a_run_that_was_started_in_another_directory(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    cfg = short(Path())
+    with killed_after(30, monkeypatch):
+        train(model, cfg)
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    found = resolve_auto(short(Path("../a"), resume_from_checkpoint="auto"))
+    assert Path(found.resume_from_checkpoint).name == str(29 * BATCH)
+    other = resolve_auto(short(Path(), checkpoint_path="../a/x", resume_from_checkpoint="auto"))
+    assert other.resume_from_checkpoint is None  # its output is another folder
+
+
 def test_auto_takes_the_one_before_a_damaged_one(
     model: Any, whole: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -242,21 +242,13 @@ class Monitor:
             step,
             f"{dead:.0%} of the latents have not fired for {wait:,} steps"
             + (", and most that were to replace them would add to the error" if useless else ""),
-            self._too_many_latents()
+            "lower d_sae: these activations have no use for so many latents at this L0"
             if useless
             else "lower lr"
             if self._controls_l0
             else "lower lr or l0_coefficient, or give target_l0 in place of l0_coefficient, which "
             "also resamples dead latents",
         )
-
-    def _too_many_latents(self) -> str:
-        remedy = "lower d_sae: these activations have no use for so many latents at this L0"
-        cfg = getattr(self._dictionary, "cfg", None)
-        if getattr(cfg, "jumprelu_ste_to_input", False):
-            # 3 to 6 % less FVU on made data of few dimensions (docs/ablations.md).
-            remedy += "; or try jumprelu_ste_to_input=False"
-        return remedy
 
     def _gain(self) -> float:
         """Mean over the probed latents of ‖encoder‖ · ‖decoder‖: 1 where z is a fair guess."""

@@ -146,6 +146,9 @@ def test_an_endpoint_that_is_down_stops_the_study_and_keeps_what_is_there(tmp_pa
     nobody = BackendSettings(llm_name="m", base_url="http://127.0.0.1:9/v1", retries=0)
     result = explain_and_score(latents(9), endpoint_roles(nobody, CallLog()), SETTINGS)
     assert result.latents == [] and "Connection error" in str(result.unfinished)
+    # Fewer requests than may fail in a row: nothing that was there at first came to an end.
+    result = explain_and_score(latents(1), endpoint_roles(nobody, CallLog()), SETTINGS)
+    assert "127.0.0.1:9/v1 (m) is not there: " in str(result.unfinished)
 
 
 def test_a_slow_endpoint_is_a_failure() -> None:

@@ -69,6 +69,17 @@ def test_raters_share_the_overlap_and_divide_the_rest(made: tuple[Path, Path]) -
                 for items in deal.values()}) > 1  # fmt: skip
 
 
+def test_fewer_latents_than_were_asked_for_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    saved = save_sae(tmp_path / "sae", 1)
+    settings = RatingStudySettings(latents=10_000, contexts=2, sequences=5, raters="anna")
+    made = make_rating_study(
+        [f"a={saved}"], tmp_path / "set", settings=settings, context_size=32, log=said.append
+    )
+    count = len(read_study(made[0])["items"])
+    assert f"a: {count} latents of 10000, all that fire" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -340,6 +340,20 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "output").exists()
 
 
+def test_the_dictionary_that_diverges_is_named(model: Any, tmp_path: Path) -> None:
+    configs = dictionaries(tmp_path)
+    configs["high"].lr = 1e30
+    with pytest.raises(ValueError, match="^high: the loss became .*the training diverged"):
+        train(model, configs)
+
+
+def test_relative_folders(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(model, dictionaries(Path(), n_checkpoints=1))
+    assert (tmp_path / "output" / "mlp" / "cfg.json").is_file()
+    assert list((tmp_path / "checkpoints").glob("*/*/checkpoint_manifest.json"))
+
+
 def test_an_argument_that_the_model_does_not_take_is_refused(model: Any, tmp_path: Path) -> None:
     configs = dictionaries(tmp_path)
     for cfg in configs.values():
@@ -365,6 +379,8 @@ def test_names_and_folders_are_refused(model: Any, whole: Path, tmp_path: Path) 
         train(model, {})
     with pytest.raises(ValueError, match="name is '../x'"):
         train(model, {"../x": of(tmp_path)})
+    with pytest.raises(ValueError, match="name is 'metrics.jsonl'.*beside the run's own files"):
+        train(model, {"metrics.jsonl": of(tmp_path)})
     with pytest.raises(ValueError, match="already holds dictionaries.json"):
         train(model, {"a": of(tmp_path, output_path=str(whole))})
     heads = {"a": of(tmp_path, HEADS), "b": of(tmp_path, HEADS, hook_head_index=2)}
