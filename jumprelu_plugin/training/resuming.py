@@ -98,7 +98,7 @@ def resolve_auto(cfg: Any, finetuned_from: str | None = None) -> Any:
         if recorded is None:
             return None
         if finetuned_from is not None and cfg.sae.target_l0 is None:
-            recorded["sae.target_l0"] = None  # the L0 that the dictionary was found to have
+            recorded.pop("sae.target_l0", None)  # the L0 that the dictionary was found to have
         return {**recorded, "finetuned_from": _absolute(_finetuned_from(path))}
 
     def is_same(path: Path) -> bool:
@@ -189,11 +189,12 @@ def _absolute(path: Any) -> Any:
 
 
 def _without_free(prefix: str, sae: Any) -> dict[str, Any]:
-    """An SAE's fields that tell runs apart."""
+    """An SAE's fields that tell runs apart. None says nothing, as in a field of a later version."""
     if not isinstance(sae, dict):
         return {}
     free = (*_FREE, "metadata")
-    return {f"{prefix}.{name}": value for name, value in sae.items() if name not in free}
+    said = {name: value for name, value in sae.items() if value is not None}
+    return {f"{prefix}.{name}": value for name, value in said.items() if name not in free}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

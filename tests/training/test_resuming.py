@@ -12,7 +12,7 @@ import pytest
 
 from jumprelu_plugin import FinetuningRunner, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.training.checkpoints import numbered
-from jumprelu_plugin.training.resuming import resolve_auto
+from jumprelu_plugin.training.resuming import _identity, resolve_auto
 from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
 from jumprelu_plugin.training.trainer import JumpReLUTrainer
 from tests.tiny import D_MODEL, tiny_sae
@@ -135,6 +135,14 @@ def test_a_config_that_was_changed_in_a_checkpoint_is_damage_not_another_run(
         chosen = resolve_auto(short(tmp_path, resume_from_checkpoint="auto"))
     assert f"{newest} is damaged (runner_cfg.json does not hold" in caplog.text
     assert chosen.resume_from_checkpoint == str(before)
+
+
+def test_a_field_that_the_run_s_version_did_not_have_tells_no_runs_apart() -> None:
+    newer = short(Path("a")).to_dict()
+    older = {**newer, "sae": {k: v for k, v in newer["sae"].items() if v is not None}}
+    assert older != newer and _identity(older) == _identity(newer)
+    changed = {**older, "sae": {**older["sae"], "jumprelu_ste_input_share": 0.3}}
+    assert _identity(changed) != _identity(newer)
 
 
 def test_how_a_schedule_is_written_and_an_end_that_it_does_not_read_tell_no_runs_apart(
