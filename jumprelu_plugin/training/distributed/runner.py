@@ -87,10 +87,10 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         own = {name: value for name, value in cfg.to_dict().items() if name not in _OWN_FIELDS}
         self.launch.agree_on("config", json.dumps(own, sort_keys=True, default=str))
         # What `auto` finds is the first's to say: one that found another would wait forever.
-        first = self.launch.from_the_first(lambda: resolve_auto(cfg))
+        # The two fields alone: the command line's config is of a class that cannot be pickled.
+        found = self.launch.from_the_first(lambda: _checkpoints_of(resolve_auto(cfg)))
         cfg = copy.copy(cfg)
-        cfg.checkpoint_path = first.checkpoint_path
-        cfg.resume_from_checkpoint = first.resume_from_checkpoint
+        cfg.checkpoint_path, cfg.resume_from_checkpoint = found
         if self.launch.rank:
             cfg.logger = dataclasses.replace(cfg.logger, log_to_wandb=False)
         for field in ("device", "llm_device", "act_store_device"):
@@ -178,6 +178,11 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             self.launch.from_the_first(save)
         finally:
             self.trainer = own
+
+
+def _checkpoints_of(cfg: Any) -> tuple[str | None, str | None]:
+    """Where a run saves its checkpoints, and which it resumes from."""
+    return cfg.checkpoint_path, cfg.resume_from_checkpoint
 
 
 def digest_of_text(dataset: Any) -> str:
