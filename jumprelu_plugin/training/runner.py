@@ -61,7 +61,9 @@ from jumprelu_plugin.training.checkpoints import (
     refuse_negative_minutes,
     refuse_unwritable,
 )
+from jumprelu_plugin.training.distributed.division import Division
 from jumprelu_plugin.training.health.findings import log_findings
+from jumprelu_plugin.training.health.memory import ALONE
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.metrics_file import keep_before
@@ -116,10 +118,10 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         OSError: the model cannot be loaded, or there is no such checkpoint.
 
     Attributes:
-        replicas: over how many processes each batch will be split; `preflight` looks at one.
+        division: over which processes the run will be; `preflight` looks at one.
     """
 
-    replicas: int = 1
+    division: Division = ALONE
     _hidden: Mapping[str, Any] = MappingProxyType({})  # the config's, while SAELens runs
 
     @without_false_alarms()
@@ -206,7 +208,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             self.activations_store,
             scaler=scaler,
             repairs=self._repairs,
-            replicas=self.replicas,
+            division=self.division,
         )
 
     @override
