@@ -61,9 +61,8 @@ from jumprelu_plugin.training.checkpoints import (
     refuse_negative_minutes,
     refuse_unwritable,
 )
-from jumprelu_plugin.training.distributed.division import Division
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.findings import log_findings
-from jumprelu_plugin.training.health.memory import ALONE
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
 from jumprelu_plugin.training.metrics_file import keep_before
@@ -113,8 +112,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
             checkpoint to resume is of another SAE or the end of a run, or the cache is of another
-            model, text or hook; on `run`, if the check finds
-            that it cannot work.
+            model, text or hook; on `run`, if the check finds that it cannot work.
         OSError: the model cannot be loaded, or there is no such checkpoint.
 
     Attributes:

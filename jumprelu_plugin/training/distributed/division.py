@@ -31,6 +31,9 @@ class Division:
         return prompts if alone else share_of_pass(prompts, self.processes)
 
 
+ALONE = Division()
+
+
 def share_of_pass(prompts: int, processes: int) -> int:
     """Of a pass of so many sequences, those of one process: whole ones, so the last repeats."""
     return -(-prompts // processes)

@@ -20,7 +20,7 @@ import torch
 
 from jumprelu_plugin.models.devices import same_device
 from jumprelu_plugin.training.activations.read_ahead import passes_ahead
-from jumprelu_plugin.training.distributed.division import Division
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.machine import available, taken
 
 FLOAT32 = 4
@@ -50,7 +50,6 @@ TILE_BYTES_ELSEWHERE = 2**29
 ROW_COPIES = 4
 # Copies of the mixing buffer while it is filled: what waited, the new rows, joined, shuffled.
 BUFFER_COPIES = 3.5
-ALONE = Division()
 
 
 @dataclass(frozen=True)

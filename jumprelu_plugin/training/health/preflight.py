@@ -20,7 +20,7 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.resolved import ResolvedConfig
-from jumprelu_plugin.training.distributed.division import Division
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.findings import (
     Finding,
     first_step_findings,
@@ -34,7 +34,6 @@ from jumprelu_plugin.training.health.first_step import (
     threshold_reach,
 )
 from jumprelu_plugin.training.health.memory import (
-    ALONE,
     MemoryForecast,
     forecast,
     size,
