@@ -39,6 +39,7 @@ class TrainingSizes:
         entries: pairs a token in the window or above it.
         prefixes: Matryoshka prefixes.
         limits_outliers: whether outlier tokens are limited.
+        limits_density: whether the densities of latents are.
         reads_b_dec: whether the encoder subtracts b_dec.
         model_parameters: of the language model, through which a token goes before the hook.
         model_in_bfloat16: or in float32.
@@ -56,6 +57,7 @@ class TrainingSizes:
     entries: float
     prefixes: int = 0
     limits_outliers: bool = True
+    limits_density: bool = True
     reads_b_dec: bool = False
     model_parameters: float = 0.0
     model_in_bfloat16: bool = True
@@ -121,7 +123,7 @@ def traffic(sizes: TrainingSizes, replicas: int, shards: int) -> Traffic:
     tokens, latents = sizes.batch // replicas, sizes.d_sae // shards
     row = column = every = harvest = 0
     if shards > 1:
-        row = FLOAT32 * (tokens * sizes.d_out * (1 + sizes.prefixes) + 3)
+        row = FLOAT32 * (tokens * sizes.d_out * (1 + sizes.prefixes) + 2 + sizes.limits_density)
         row += FLOAT32 * sizes.d_out * sizes.reads_b_dec
     if replicas > 1:
         column = FLOAT32 * (sizes.parameters(shards) + latents + 2 + sizes.prefixes)

@@ -169,6 +169,7 @@ def _sizes(
         entries=entries,
         prefixes=len(resolved.matryoshka_widths),
         limits_outliers=resolved.outlier_norm_ratio < float("inf"),
+        limits_density=resolved.max_latent_density < 1,
         reads_b_dec=given.apply_b_dec_to_input,
         model_parameters=max(parameters_before(runner.model, hook) for hook in hooks),
         model_in_bfloat16=element_size == 2,

@@ -307,7 +307,8 @@ def one_transcoder(sizes: tuple[int, int], skip: bool) -> tuple[Counter[str], in
     """Bytes of a step of a transcoder by group, after two others, and of its parameters."""
     torch.manual_seed(0)
     kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
-    cfg = kind(d_in=D_IN, d_out=D_OUT, d_sae=D_SAE, target_l0=5, step_kernel="sparse")
+    fields = {"target_l0": 5, "max_latent_density": 0.1, "step_kernel": "sparse"}
+    cfg = kind(d_in=D_IN, d_out=D_OUT, d_sae=D_SAE, **fields)
     shard = shard_of(cfg, Mesh(*sizes))
     source = (torch.cat([rows, rows[:, :D_OUT].abs()], 1) for rows in batches(shard.W_enc.dtype))
     train(shard, 2, source)
