@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks import tables
+from jumprelu_plugin.training.distributed.division import Division
 from jumprelu_plugin.training.distributed.forecast import (
+    BFLOAT16,
     StepTimes,
     TrainingSizes,
     step_times,
@@ -38,7 +40,9 @@ GPU = HARDWARE["h100"]
 GPUS = (1, 8, 64)
 GPU_TYPE = "cuda"
 WIDTHS = {"16k": 2**14, "131k": 2**17, "1M": 2**20}
-BATCH, TARGET_L0, CONTEXT, SEQUENCES, BUFFERED_SEQUENCES = 4096, 70, 1024, 8, 64
+BATCH, TARGET_L0, CONTEXT, BUFFERED_SEQUENCES = 4096, 70, 1024, 64
+# In a pass of the model, or one for each GPU where there are more.
+SEQUENCES = 8
 CLT_BATCH, CLT_BUFFERED_SEQUENCES = 2048, 8
 # Of a GPU's memory, for what fragments.
 USABLE = 0.9
@@ -112,7 +116,8 @@ def best_mesh(model: LanguageModel, d_sae: int, gpus: int) -> Row | None:
 
 def mesh(model: LanguageModel, d_sae: int, replicas: int, shards: int) -> Row:
     """An SAE in the middle of a model, at the default recipe's sizes."""
-    d_in = model.cfg.d_model
+    d_in, division = model.cfg.d_model, Division(replicas, shards)
+    prompts = max(SEQUENCES, division.processes)
     sizes = TrainingSizes(
         d_in=d_in,
         d_out=d_in,
@@ -120,6 +125,7 @@ def mesh(model: LanguageModel, d_sae: int, replicas: int, shards: int) -> Row:
         batch=BATCH,
         entries=3.0 * TARGET_L0,
         model_parameters=model.blocks / 2,
+        prompts=prompts,
     )
     weights = FLOAT32 * sizes.parameters(shards)
     buffer = FLOAT32 * BUFFERED_SEQUENCES * CONTEXT * d_in
@@ -134,8 +140,8 @@ def mesh(model: LanguageModel, d_sae: int, replicas: int, shards: int) -> Row:
         device_type=GPU_TYPE,
         weights=weights,
         buffer=buffer,
-        drawing=forward_bytes(model, d_in, CONTEXT, SEQUENCES),
-        one_pass=FLOAT32 * SEQUENCES * CONTEXT * d_in,
+        drawing=forward_bytes(model, d_in, CONTEXT, division.sequences(prompts, alone=False)),
+        one_pass=FLOAT32 * prompts * CONTEXT * d_in,
         calibrates=True,
         saves=True,
     )
@@ -206,7 +212,9 @@ def clt_table() -> str:
                 device=GPU_TYPE,
                 shards=gpus,
             ).total
-            sent = clt_traffic(cfg, CLT_BATCH, 1, gpus)
+            sent = clt_traffic(
+                cfg, CLT_BATCH, 1, gpus, prompts=SEQUENCES, activation_bytes=BFLOAT16
+            )
             times = clt_step_times(
                 cfg,
                 CLT_BATCH,
@@ -216,6 +224,7 @@ def clt_table() -> str:
                 entries=usual_entries(CLT_BATCH, d_sae, TARGET_L0),
                 sent=sent,
                 model_parameters=model.blocks,
+                prompts=SEQUENCES,
             )
             fits = "yes" if memory <= USABLE * GPU.memory else "no"
             rows.append(

@@ -61,6 +61,7 @@ from jumprelu_plugin.training.checkpoints import (
     refuse_negative_minutes,
     refuse_unwritable,
 )
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.preflight import Preflight, run_preflight
 from jumprelu_plugin.training.health.schedule import repaired
@@ -111,15 +112,14 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         ValueError: the hook does not exist, its width is not the SAE's d_in, the context is longer
             than the model's, the output folder already holds an SAE, there is no text, or the
             checkpoint to resume is of another SAE or the end of a run, or the cache is of another
-            model, text or hook; on `run`, if the check finds
-            that it cannot work.
+            model, text or hook; on `run`, if the check finds that it cannot work.
         OSError: the model cannot be loaded, or there is no such checkpoint.
 
     Attributes:
-        replicas: over how many processes each batch will be split; `preflight` looks at one.
+        division: over which processes the run will be; `preflight` looks at one.
     """
 
-    replicas: int = 1
+    division: Division = ALONE
     _hidden: Mapping[str, Any] = MappingProxyType({})  # the config's, while SAELens runs
 
     @without_false_alarms()
@@ -206,7 +206,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
             self.activations_store,
             scaler=scaler,
             repairs=self._repairs,
-            replicas=self.replicas,
+            division=self.division,
         )
 
     @override

@@ -7,6 +7,7 @@ gradients    the gradients of a step: averaged over tokens, their norm clipped
 harvest      one harvest of activations for all
 sharded_sae  the training SAE of one shard
 shares       what one process has of a run's config
+division     over how many processes a run is divided, and their shares of a pass of the model
 gathering    the whole dictionary from its shards, and the shards from a whole one
 trainer      the trainer of one shard: saves whole checkpoints, stops together
 agreed       what the processes decide together: when to stop, when to save

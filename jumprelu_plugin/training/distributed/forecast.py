@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jumprelu_plugin.training.distributed.division import (
+    dictionary_parameters,
+    handed_over,
+    share_of_pass,
+)
 from jumprelu_plugin.training.distributed.hardware import Hardware
 from jumprelu_plugin.training.health.memory import size
 
@@ -34,9 +39,15 @@ class TrainingSizes:
         entries: pairs a token in the window or above it.
         prefixes: Matryoshka prefixes.
         limits_outliers: whether outlier tokens are limited.
+        limits_density: whether the densities of latents are.
         reads_b_dec: whether the encoder subtracts b_dec.
         model_parameters: of the language model, through which a token goes before the hook.
         model_in_bfloat16: or in float32.
+        transcodes: whether input and output are harvested, at two hooks.
+        skips: whether there is a W_skip, which every process holds.
+        prompts: sequences of a pass of the model; None: as many as divide evenly.
+        activation_bytes: of a number that is harvested.
+        prefetches: whether each process runs the model on all of the text, and hands nothing over.
     """
 
     d_in: int
@@ -46,13 +57,34 @@ class TrainingSizes:
     entries: float
     prefixes: int = 0
     limits_outliers: bool = True
+    limits_density: bool = True
     reads_b_dec: bool = False
     model_parameters: float = 0.0
     model_in_bfloat16: bool = True
+    transcodes: bool = False
+    skips: bool = False
+    prompts: int | None = None
+    activation_bytes: int = FLOAT32
+    prefetches: bool = False
 
     def parameters(self, shards: int) -> int:
         """Numbers of the dictionary in one of so many shards."""
-        return self.d_sae // shards * (self.d_in + self.d_out + 2) + self.d_out
+        return dictionary_parameters(self.d_in, self.d_out, self.d_sae // shards, skips=self.skips)
+
+    def harvest(self, processes: int) -> int:
+        """Bytes of activations that each of so many processes hands over for a step, on average."""
+        if self.prefetches or processes == 1:
+            return 0
+        width = self.d_in + self.d_out * self.transcodes
+        prompts = self.prompts or processes
+        return handed_over(self.batch, prompts, processes, width, self.activation_bytes)
+
+    def tokens_run(self, processes: int) -> float:
+        """Tokens that each of so many processes runs the model on for a step, on average."""
+        if self.prefetches:
+            return self.batch
+        prompts = self.prompts or processes
+        return self.batch * share_of_pass(prompts, processes) / prompts
 
 
 @dataclass(frozen=True)
@@ -91,14 +123,14 @@ def traffic(sizes: TrainingSizes, replicas: int, shards: int) -> Traffic:
     tokens, latents = sizes.batch // replicas, sizes.d_sae // shards
     row = column = every = harvest = 0
     if shards > 1:
-        row = FLOAT32 * (tokens * sizes.d_out * (1 + sizes.prefixes) + 3)
+        row = FLOAT32 * (tokens * sizes.d_out * (1 + sizes.prefixes) + 2 + sizes.limits_density)
         row += FLOAT32 * sizes.d_out * sizes.reads_b_dec
     if replicas > 1:
         column = FLOAT32 * (sizes.parameters(shards) + latents + 2 + sizes.prefixes)
         column += FLOAT32 * tokens * sizes.limits_outliers
     if replicas * shards > 1:
         every = 4 * FLOAT32 + 8
-        harvest = FLOAT32 * sizes.batch * sizes.d_in // (replicas * shards)
+        harvest = sizes.harvest(replicas * shards)
     return Traffic(row, column, every, harvest)
 
 
@@ -149,18 +181,20 @@ def step_times(sizes: TrainingSizes, replicas: int, shards: int, gpu: Hardware) 
     """The times of a step on a mesh of one kind of GPU.
 
     The step is the screened one: one product in bfloat16, then rows of both matrices at the pairs
-    that are left, in float32.
+    that are left, in float32, as are the products with W_skip.
     """
     tokens, latents = sizes.batch / replicas, sizes.d_sae / shards
     product = 2 * tokens * sizes.d_in * latents / gpu.bfloat16
     rate = gpu.bfloat16 if sizes.model_in_bfloat16 else gpu.float32
-    model = 2 * sizes.model_parameters * sizes.batch / (replicas * shards) / rate
+    model = 2 * sizes.model_parameters * sizes.tokens_run(replicas * shards) / rate
+    # The output, and the gradient of W_skip, in every shard.
+    skip = sizes.skips * 4 * tokens * sizes.d_in * sizes.d_out / gpu.float32
     width = 0.5 * (sizes.d_in + sizes.d_out)
     pairs = ROWS_A_PAIR * FLOAT32 * width * tokens * sizes.entries / shards
     passes = FLOAT32 * PASSES * sizes.parameters(shards)
     passes += FLOAT32 * DECODER_PASSES * latents * sizes.d_out
     return StepTimes(
-        compute=product + model,
+        compute=product + model + skip,
         memory=(pairs + passes) / gpu.memory_bandwidth,
         exchange=exchange_seconds(traffic(sizes, replicas, shards), replicas, shards, gpu),
     )

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
+from jumprelu_plugin.training.distributed.division import share_of_pass
 from jumprelu_plugin.training.distributed.launch import Launch
 
 
@@ -42,7 +43,7 @@ class SharedHarvest:
     def _of_all(self, harvest: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         def of_all(tokens: Int[Tensor, "sequences positions"]) -> Any:
             count, (rank, size) = len(tokens), (self._launch.rank, self._launch.size)
-            share = -(-count // size)
+            share = share_of_pass(count, size)
             # The last shares may be shorter; then the last sequence fills them up.
             own = torch.arange(rank * share, (rank + 1) * share).clamp_max(count - 1)
             found = harvest(tokens[own.to(tokens.device)])

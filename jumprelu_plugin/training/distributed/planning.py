@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,9 @@ from rich.table import Table
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig, StockConfig, as_plugin_config
+from jumprelu_plugin.training.distributed.division import Division
 from jumprelu_plugin.training.distributed.forecast import (
+    FLOAT32,
     StepTimes,
     Traffic,
     TrainingSizes,
@@ -24,16 +25,17 @@ from jumprelu_plugin.training.distributed.hardware import Hardware, hardware
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.shares import (
     config_of_share,
+    pass_findings,
     refuse_pretrained,
     require_divisible,
     require_even_batch,
     require_positive,
 )
 from jumprelu_plugin.training.health.findings import Finding
-from jumprelu_plugin.training.health.memory import MemoryForecast, size, usual_entries
+from jumprelu_plugin.training.health.memory import size, usual_entries
 from jumprelu_plugin.training.health.preflight import Preflight, named_rows
 from jumprelu_plugin.training.resuming import resolve_auto
-from jumprelu_plugin.training.runner import JumpReLUTrainingRunner
+from jumprelu_plugin.training.runner import JumpReLUTrainingRunner, output_hook
 from jumprelu_plugin.training.starting_weights import refuse_wrong_checkpoint
 
 
@@ -110,11 +112,10 @@ def plan(
     # It is of the whole dictionary; what is looked at starts anew.
     cfg.sae, cfg.resume_from_checkpoint = config_of_share(given, layout), None
     runner = JumpReLUTrainingRunner(cfg, **options)
-    runner.replicas = data_parallel_size
-    report = runner.preflight()
-    processes = data_parallel_size * model_parallel_size
-    if report.memory is not None and (finding := _too_many(report.memory, processes)):
-        report = dataclasses.replace(report, findings=(finding, *report.findings))
+    runner.division = Division(data_parallel_size, model_parallel_size)
+    report, processes = runner.preflight(), runner.division.processes
+    more = [*pass_findings(cfg, processes), *_too_many(report, processes)]
+    report = report.with_findings(more)
     sizes = _sizes(cfg, given, runner, report)
     return Plan(
         report,
@@ -127,20 +128,26 @@ def plan(
     )
 
 
-def _too_many(memory: MemoryForecast, processes: int) -> Finding | None:
+def _too_many(report: Preflight, processes: int) -> list[Finding]:
     """Processes on CPUs share one machine's memory; each on a GPU has its own."""
-    room = memory.available
-    if room is None or torch.device(memory.device).type != "cpu":
-        return None
-    if processes * memory.peak <= room:
-        return None
-    return Finding(
-        "refused",
-        "memory",
-        f"{processes} processes take {size(processes * memory.peak)} together, and this machine "
-        f"has {size(room)}",
-        "start fewer here, or lower d_sae or n_batches_in_buffer",
-    )
+    memory, saving = report.memory, report.saving
+    if memory is None or memory.available is None or torch.device(memory.device).type != "cpu":
+        return []
+    together, room = processes * memory.peak, memory.available
+    if saving is not None:  # the others wait meanwhile
+        waiting = saving.peak - saving.working
+        together = max(together, processes * waiting + saving.working)
+    if together <= room:
+        return []
+    return [
+        Finding(
+            "refused",
+            "memory",
+            f"{processes} processes take {size(together)} together, and this machine has "
+            f"{size(room)}",
+            "start fewer here, or lower d_sae or n_batches_in_buffer",
+        )
+    ]
 
 
 def _sizes(
@@ -150,7 +157,10 @@ def _sizes(
     entries = usual_entries(batch, given.d_sae, given.target_l0)
     if report.first is not None:  # of one shard
         entries = report.first.entries * given.d_sae / cfg.sae.d_sae
-    weights = next(iter(runner.model.parameters()))
+    element_size = next(iter(runner.model.parameters())).element_size()
+    transcodes, hooks = "transcoder" in given.architecture(), [cfg.hook_name]
+    if transcodes:
+        hooks.append(output_hook(given))  # type: ignore[arg-type]
     return TrainingSizes(
         d_in=given.d_in,
         d_out=getattr(given, "width_out", given.d_in),
@@ -159,9 +169,16 @@ def _sizes(
         entries=entries,
         prefixes=len(resolved.matryoshka_widths),
         limits_outliers=resolved.outlier_norm_ratio < float("inf"),
+        limits_density=resolved.max_latent_density < 1,
         reads_b_dec=given.apply_b_dec_to_input,
-        model_parameters=parameters_before(runner.model, cfg.hook_name),
-        model_in_bfloat16=weights.element_size() == 2,
+        model_parameters=max(parameters_before(runner.model, hook) for hook in hooks),
+        model_in_bfloat16=element_size == 2,
+        transcodes=transcodes,
+        skips="skip" in given.architecture(),
+        prompts=cfg.store_batch_size_prompts,
+        # SAELens has one hook's in float32, and several hooks' as the model has them.
+        activation_bytes=element_size if transcodes else FLOAT32,
+        prefetches=bool(cfg.prefetch_llm_batches),
     )
 
 

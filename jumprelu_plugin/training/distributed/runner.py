@@ -21,12 +21,14 @@ from typing_extensions import override
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.training.activations.scaler import pair_scaler
+from jumprelu_plugin.training.distributed.division import Division
 from jumprelu_plugin.training.distributed.gathering import gather_whole
 from jumprelu_plugin.training.distributed.harvest import SharedHarvest
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.sharded_sae import ShardOfSAE, shard_of
 from jumprelu_plugin.training.distributed.shares import (
     config_of_share,
+    pass_findings,
     refuse_pretrained,
     require_even_batch,
 )
@@ -87,7 +89,8 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
         own = {name: value for name, value in cfg.to_dict().items() if name not in _OWN_FIELDS}
         self.launch.agree_on("config", json.dumps(own, sort_keys=True, default=str))
         # What `auto` finds is the first's to say: one that found another would wait forever.
-        found = self.launch.from_the_first(lambda: _checkpoints(resolve_auto(cfg)))
+        # The two fields alone: the command line's config is of a class that cannot be pickled.
+        found = self.launch.from_the_first(lambda: _checkpoints_of(resolve_auto(cfg)))
         cfg = copy.copy(cfg)
         cfg.checkpoint_path, cfg.resume_from_checkpoint = found
         if self.launch.rank:
@@ -122,14 +125,17 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             sae: Any = kind(share)
         sae.to(shard.device)
         scaler = pair_scaler(sae) if "transcoder" in given.architecture() else None
-        return run_preflight(
+        mesh = self.launch.mesh
+        division = Division(mesh.data_parallel_size, mesh.model_parallel_size)
+        found = run_preflight(
             self.cfg,
             sae,
             self.activations_store,
             scaler=scaler,
             repairs=self._repairs,
-            replicas=self.launch.mesh.data_parallel_size,
+            division=division,
         )
+        return found.with_findings(pass_findings(self.cfg, division.processes))
 
     @override
     def run(self) -> JumpReLUTrainingSAE | None:
@@ -179,7 +185,8 @@ class ShardedTrainingRunner(JumpReLUTrainingRunner):
             self.trainer = own
 
 
-def _checkpoints(cfg: Any) -> tuple[str | None, str | None]:
+def _checkpoints_of(cfg: Any) -> tuple[str | None, str | None]:
+    """Where a run saves its checkpoints, and which it resumes from."""
     return cfg.checkpoint_path, cfg.resume_from_checkpoint
 
 

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any
 
 from jumprelu_plugin.saes.config import JumpReLUTrainingSAEConfig
+from jumprelu_plugin.training.distributed.division import share_of_pass
 from jumprelu_plugin.training.distributed.layout import LatentLayout
+from jumprelu_plugin.training.health.findings import Finding
 
 
 def require_positive(data_parallel_size: int, model_parallel_size: int) -> None:
@@ -62,3 +64,42 @@ def require_even_batch(cfg: Any, replicas: int) -> None:
             f"train_batch_size_tokens is {batch:,}, which data_parallel_size={replicas} does not "
             f"divide: give a multiple of {replicas}, such as {-(-batch // replicas) * replicas:,}"
         )
+
+
+def pass_findings(cfg: Any, processes: int) -> list[Finding]:
+    """What the processes run the model on more than once, as one config has it."""
+    prompts = cfg.store_batch_size_prompts
+    if processes == 1:
+        return []
+    if cfg.prefetch_llm_batches:
+        return [
+            Finding(
+                "note",
+                "passes",
+                f"with prefetch_llm_batches each of {processes} processes runs the model on all of "
+                "the text",
+                "leave it out, and each runs its share",
+            )
+        ]
+    share = share_of_pass(prompts, processes)
+    if prompts < processes:
+        return [
+            Finding(
+                "warning",
+                "passes",
+                f"store_batch_size_prompts is {prompts}, and {processes} processes share each pass "
+                f"of the model: {processes - prompts} of them repeat a sequence of another's",
+                f"give --store_batch_size_prompts {processes}, or a multiple of it",
+            )
+        ]
+    if share * processes == prompts:
+        return []
+    return [
+        Finding(
+            "note",
+            "passes",
+            f"store_batch_size_prompts is {prompts}, which {processes} processes do not divide: "
+            f"each runs {share} sequences of a pass, {share * processes} together",
+            f"give --store_batch_size_prompts {share * processes}",
+        )
+    ]

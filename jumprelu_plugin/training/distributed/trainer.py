@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,16 +182,22 @@ class ShardTrainer(JumpReLUTrainer):
         """Have the first process act on the whole; everyone gets its result, or its error."""
         if self.sae.optimizer_hooks is not None:  # a step may have been interrupted
             self.sae.optimizer_hooks.restore_layout()
+        result, last = self._of_the_whole(act)
+        # The whole has cycles: Python would keep it, and the next one beside it.
+        gc.collect()
+        if self.checkpoints is not None:
+            self.checkpoints.last = last
+        return result
+
+    def _of_the_whole(self, act: Callable[[Any], T]) -> tuple[T, Path | None]:
+        """What an act on the whole gives, and the last checkpoint after it."""
         whole = self.whole()
 
         def on_the_first() -> tuple[Any, Path | None]:
             result = None if whole is None else act(whole)
             return result, self.checkpoints.last if self.checkpoints else None
 
-        result, last = self.launch.from_the_first(on_the_first)
-        if self.checkpoints is not None:
-            self.checkpoints.last = last
-        return result
+        return self.launch.from_the_first(on_the_first)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
@@ -201,6 +208,7 @@ class ShardTrainer(JumpReLUTrainer):
         for turn in range(1 + max(self.launch.all_objects(self.launch.local_rank))):
             if turn == self.launch.local_rank:
                 self._load(Path(checkpoint_path))
+                gc.collect()  # the whole has cycles
             self.launch.wait()
 
     def _load(self, checkpoint: Path) -> None:

@@ -64,6 +64,7 @@ _CHANGES = {
     "jumprelu_init_threshold given",
     "step": "a smaller train_batch_size_tokens, or step_kernel=sparse",
     "saving": "save_buffer=False (--no_save_buffer), or a smaller n_batches_in_buffer",
+    "joining": "a smaller d_sae, or more memory for the first process,",
 }
 
 
@@ -72,11 +73,14 @@ def memory_findings(memory: MemoryForecast) -> list[Finding]:
     if memory.available is None or memory.peak < MEMORY_WARNING * memory.available:
         return []
     part = memory.largest()
+    what = "the run will take {} on {} at its peak"
+    if memory.moment == "joining":
+        what = "the first process will take {} on {} while it saves the whole dictionary"
     return [
         Finding(
             "refused" if memory.peak > memory.available else "warning",
             "memory",
-            f"the run will take {size(memory.peak)} on {memory.device} at its peak, and "
+            f"{what.format(size(memory.peak), memory.device)}, and "
             f"{size(memory.available)} can be had (largest part: {part})",
             f"{_CHANGES[part]} helps most; check_first=False (--no_check_first) tries it anyway",
         )

@@ -20,6 +20,7 @@ import torch
 
 from jumprelu_plugin.models.devices import same_device
 from jumprelu_plugin.training.activations.read_ahead import passes_ahead
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.machine import available, taken
 
 FLOAT32 = 4
@@ -60,7 +61,8 @@ class MemoryForecast:
         there: taken before the training starts: the process, the model, the SAE's weights.
         optimizer: gradients and Adam's two moments.
         buffer: the mixing buffer, once.
-        moment: which moment is the peak: "step", "calibration", "drawing" or "saving".
+        moment: which moment is the peak: "step", "calibration", "drawing" or "saving"; "joining"
+            where the first of several processes saves for all (`health.saving`).
         working: what that moment takes beside the parts above, less gradients where there are none.
         available: what the machine has left for it now, `there` included; None if it is not known.
     """
@@ -91,7 +93,8 @@ def forecast(
     *,
     calibrates: bool,
     width: int,
-    replicas: int = 1,
+    division: Division = ALONE,
+    saves_buffer: bool = False,
 ) -> MemoryForecast:
     """Memory of a training on the device of its SAE.
 
@@ -100,14 +103,15 @@ def forecast(
         entries: pairs a token that the sparse step keeps; d_sae if not known.
         calibrates: whether the first step measures z first.
         width: of the rows in the mixing buffer.
-        replicas: processes over which each batch is split; the first is calibrated on whole.
+        division: over processes, of which this is one; the first batch is calibrated on whole.
+        saves_buffer: whether checkpoints hold the mixing buffer.
     """
     device = torch.device(cfg.device)
     parameters = parameter_bytes(sae)
-    buffer, forward, one_pass = harvest_bytes(cfg, model, width)
+    buffer, forward, one_pass = harvest_bytes(cfg, model, width, division)
     moments = sae_moments(
         batch=cfg.train_batch_size_tokens,
-        replicas=replicas,
+        replicas=division.replicas,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
         width=width,
@@ -119,7 +123,8 @@ def forecast(
         drawing=forward,
         one_pass=one_pass,
         calibrates=calibrates,
-        saves=bool(cfg.n_checkpoints),
+        # Each run that can saves every few minutes, and when it is stopped.
+        saves=saves_buffer and cfg.checkpoint_path is not None,
     )
     return at_its_peak(device, parameters, buffer, moments)
 
@@ -129,22 +134,34 @@ def parameter_bytes(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def harvest_bytes(cfg: Any, model: Any, width: int) -> tuple[int, int, int]:
-    """On the device of what is trained: the mixing buffer with what is read ahead for it, a forward
-    pass of the model, and what one pass gives; 0 where another device holds it.
+def harvest_bytes(
+    cfg: Any,
+    model: Any,
+    width: int,
+    division: Division = ALONE,
+    device: torch.device | None = None,
+) -> tuple[int, int, int]:
+    """On one device: the mixing buffer with what is read ahead for it, a forward pass of the model,
+    and what one pass gives; 0 where another device holds it.
 
     Args:
         cfg: SAELens' runner config.
         width: of the rows in the buffer.
+        division: over processes, of which this is one.
+        device: by default that of what is trained.
     """
-    device, prompts = torch.device(cfg.device), cfg.store_batch_size_prompts
-    buffered_here = same_device(cfg.act_store_device or device, device)
+    trained_on = torch.device(cfg.device)
+    device, prompts = device or trained_on, cfg.store_batch_size_prompts
+    buffered_here = same_device(cfg.act_store_device or trained_on, device)
     row = FLOAT32 * cfg.context_size * width if buffered_here else 0
     forward = 0
-    if same_device(cfg.llm_device or device, device):
-        forward = forward_bytes(model, width, cfg.context_size, prompts)
+    if same_device(cfg.llm_device or trained_on, device):
+        sequences = division.sequences(prompts, alone=bool(cfg.prefetch_llm_batches))
+        forward = forward_bytes(model, width, cfg.context_size, sequences)
     buffer = cfg.n_batches_in_buffer * row
-    if ahead := passes_ahead(cfg):  # these wait, one more is made, and the model runs beside a step
+    # Processes that share a pass read ahead only where they are asked to.
+    ahead = passes_ahead(cfg) if division.processes == 1 or cfg.prefetch_llm_batches else 0
+    if ahead:  # these wait, one more is made, and the model runs beside a step
         buffer += (ahead + 1) * prompts * row + forward
     return buffer, forward, prompts * row
 

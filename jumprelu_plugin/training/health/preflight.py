@@ -8,6 +8,7 @@ it was.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from jumprelu_plugin.saes.jumprelu import JumpReLUTrainingSAE
 from jumprelu_plugin.saes.resolved import ResolvedConfig
+from jumprelu_plugin.training.distributed.division import ALONE, Division
 from jumprelu_plugin.training.health.findings import (
     Finding,
     first_step_findings,
@@ -31,8 +33,14 @@ from jumprelu_plugin.training.health.first_step import (
     first_step,
     threshold_reach,
 )
-from jumprelu_plugin.training.health.memory import MemoryForecast, forecast, size, usual_entries
+from jumprelu_plugin.training.health.memory import (
+    MemoryForecast,
+    forecast,
+    size,
+    usual_entries,
+)
 from jumprelu_plugin.training.health.sample import first_rows, scaled
+from jumprelu_plugin.training.health.saving import saving_forecast
 from jumprelu_plugin.training.health.schedule import lr_sum, schedule_findings, total_steps
 
 # Tokens that are looked at: a batch of the run, within these.
@@ -54,6 +62,7 @@ class Preflight:
         threshold_reach: how far a threshold can get.
         findings: what follows, the worst first.
         resolved: what the config's optional fields mean in this run; None for another architecture.
+        saving: what the first of several processes takes on its host when it saves; None for one.
     """
 
     steps: int
@@ -63,6 +72,11 @@ class Preflight:
     threshold_reach: ThresholdReach | None
     findings: tuple[Finding, ...]
     resolved: ResolvedConfig | None = None
+    saving: MemoryForecast | None = None
+
+    def with_findings(self, more: Iterable[Finding]) -> Preflight:
+        """The same with these as well."""
+        return dataclasses.replace(self, findings=_ranked([*more, *self.findings]))
 
     def of(self, severity: str) -> list[Finding]:
         """The findings of one severity."""
@@ -91,21 +105,9 @@ class Preflight:
     def _numbers(self) -> list[tuple[str, str]]:
         rows = [("learning rate", f"{self.lr:g}")]
         if self.memory is not None:
-            memory, room = self.memory, self.memory.available
-            parts = (
-                ("there now", memory.there),
-                ("gradients and Adam", memory.optimizer),
-                ("mixing buffer", memory.buffer),
-                (memory.moment, memory.working),
-            )
-            rows.append(
-                (
-                    "peak memory",
-                    f"{size(memory.peak)} on {memory.device}"
-                    + ("" if room is None else f" of {size(room)}")
-                    + f" ({', '.join(f'{name} {size(part)}' for name, part in parts)})",
-                )
-            )
+            rows.append(("peak memory", _described(self.memory, "gradients and Adam")))
+        if self.saving is not None:
+            rows.append(("the first saves", _described(self.saving, "Adam")))
         found, reach = self.first, self.threshold_reach
         if found is None or reach is None:
             return rows
@@ -145,6 +147,21 @@ class Preflight:
         ]
 
 
+def _described(memory: MemoryForecast, optimizer: str) -> str:
+    room = memory.available
+    parts = (
+        ("there now", memory.there),
+        (optimizer, memory.optimizer),
+        ("mixing buffer", memory.buffer),
+        (memory.moment, memory.working),
+    )
+    return (
+        f"{size(memory.peak)} on {memory.device}"
+        + ("" if room is None else f" of {size(room)}")
+        + f" ({', '.join(f'{name} {size(part)}' for name, part in parts)})"
+    )
+
+
 def named_rows(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Numbers and their names, for the console."""
     table = Table(title=title, show_header=False, expand=False)
@@ -162,17 +179,17 @@ def run_preflight(
     *,
     scaler: ActivationScaler | None = None,
     repairs: Sequence[Finding] = (),
-    replicas: int = 1,
+    division: Division = ALONE,
 ) -> Preflight:
     """Look at a run that is about to start; none of what is handed in is changed.
 
     Args:
         cfg: SAELens' runner config.
-        sae: what will be trained.
+        sae: what will be trained; of several processes, one shard as a dictionary of its own.
         store: where its activations come from; it stays where it is. None: they are not looked at.
         scaler: how they will be scaled; SAELens' by default.
         repairs: what was already changed to make the run possible.
-        replicas: processes over which each batch is split; memory is that of one.
+        division: over processes; memory is that of one.
 
     Raises:
         ValueError: there is no text, or its activations are NaN, infinite or all the same.
@@ -195,20 +212,32 @@ def run_preflight(
         findings += precision_findings(sae, cfg.lr, found)
     target = getattr(sae.cfg, "target_l0", None)
     usual = usual_entries(cfg.train_batch_size_tokens, sae.cfg.d_sae, target)
+    model = None if store is None else store.model
+    width = sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0)
+    saves_buffer = getattr(store, "save_buffer", False)
     memory = forecast(
         cfg,
         sae,
-        None if store is None else store.model,
+        model,
         entries=usual if found is None else found.entries,
         calibrates=not resumed and not getattr(sae, "calibrated", True),
-        width=sae.cfg.d_in + (getattr(sae.cfg, "width_out", 0) if _is_pair(sae) else 0),
-        replicas=replicas,
+        width=width,
+        division=division,
+        saves_buffer=saves_buffer,
+    )
+    saving = saving_forecast(
+        cfg, sae, model, width=width, division=division, saves_buffer=saves_buffer
     )
     findings += memory_findings(memory)
-    order = list(_STYLES)
-    ranked = sorted(findings, key=lambda finding: order.index(finding.severity))
+    findings += [] if saving is None else memory_findings(saving)
     resolved = getattr(sae, "resolved", None)
-    return Preflight(steps, cfg.lr, memory, found, reach, tuple(ranked), resolved)
+    return Preflight(steps, cfg.lr, memory, found, reach, _ranked(findings), resolved, saving)
+
+
+def _ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst first."""
+    order = list(_STYLES)
+    return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
 
 
 def _is_pair(sae: Any) -> bool:

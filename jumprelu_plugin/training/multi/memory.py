@@ -29,6 +29,7 @@ def forecast_of_all(
     widths: Mapping[str, int],
     *,
     calibrates: bool,
+    saves_buffer: bool = False,
 ) -> MemoryForecast:
     """Memory on the device of the dictionaries, which take their steps one after the other.
 
@@ -38,6 +39,7 @@ def forecast_of_all(
         entries: by name, pairs a token that the sparse step keeps; what is usual where missing.
         widths: of the activations at every hook.
         calibrates: whether the first step measures z first.
+        saves_buffer: whether checkpoints hold the mixing buffer.
     """
     device, batch = torch.device(cfg.device), cfg.train_batch_size_tokens
     width = sum(widths.values())
@@ -59,7 +61,7 @@ def forecast_of_all(
             for name, sae in saes.items()
         ),
         "drawing": max(int((BUFFER_COPIES - 1) * buffer), forward) + one_pass - total,
-        "saving": buffer if cfg.n_checkpoints else 0,
+        "saving": buffer if saves_buffer and cfg.checkpoint_path is not None else 0,
     }
     return at_its_peak(device, total, buffer, moments)
 

@@ -178,6 +178,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
             {name: first.entries for name, first in firsts.items() if first is not None},
             self.activations_store.hook_d_ins,
             calibrates=self.cfg.resume_from_checkpoint is None,
+            saves_buffer=self.activations_store.save_buffer,
         )
         return MultiCheck(found, memory)
 

@@ -6,6 +6,7 @@ published rates, as for an SAE (`training.distributed.forecast`).
 
 from __future__ import annotations
 
+from jumprelu_plugin.training.distributed.division import handed_over, share_of_pass
 from jumprelu_plugin.training.distributed.forecast import (
     DECODER_PASSES,
     FLOAT32,
@@ -27,6 +28,8 @@ def clt_traffic(
     *,
     controls_l0: bool = True,
     limits_outliers: bool = False,
+    prompts: int | None = None,
+    activation_bytes: int = FLOAT32,
 ) -> Traffic:
     """Bytes that each process hands over in a step; a group of one exchanges nothing.
 
@@ -34,7 +37,10 @@ def clt_traffic(
         cfg: of the whole transcoder.
         batch: tokens in a step of all processes.
         controls_l0, limits_outliers: what the training does.
+        prompts: sequences of a pass of the model; None: as many as divide evenly.
+        activation_bytes: of a number that is harvested.
     """
+    processes = replicas * shards
     tokens, held, layers = batch // replicas, cfg.d_sae // shards, cfg.n_layers
     row = column = every = harvest = 0
     if shards > 1:
@@ -44,10 +50,11 @@ def clt_traffic(
         # Gradients; how often each latent is active; errors; norms of each output's tokens.
         column = FLOAT32 * (parameter_count(cfg, shards) + layers * held + layers)
         column += FLOAT32 * tokens * layers * limits_outliers
-    if replicas * shards > 1:
+    if processes > 1:
         # Two slopes and a sum of gradients for each λ, the gradient's norm; counts in float64.
         every = FLOAT32 * (3 * layers * controls_l0 + 1) + 8 * layers
-        harvest = FLOAT32 * batch * layers * (cfg.d_in + cfg.d_out) // (replicas * shards)
+        width = layers * (cfg.d_in + cfg.d_out)
+        harvest = handed_over(batch, prompts or processes, processes, width, activation_bytes)
     return Traffic(row, column, every, harvest)
 
 
@@ -62,6 +69,7 @@ def clt_step_times(
     sent: Traffic,
     model_parameters: float = 0.0,
     model_in_bfloat16: bool = True,
+    prompts: int | None = None,
 ) -> StepTimes:
     """The times of a screened step on a mesh of one kind of GPU.
 
@@ -70,11 +78,15 @@ def clt_step_times(
             them are active.
         sent: in the step.
         model_parameters: through which a token of the language model goes.
+        prompts: as of `clt_traffic`.
     """
+    processes = replicas * shards
     tokens, held = batch / replicas, cfg.d_sae / shards
     product = 2 * tokens * cfg.n_layers * cfg.d_in * held / gpu.bfloat16
     rate = gpu.bfloat16 if model_in_bfloat16 else gpu.float32
-    model = 2 * model_parameters * batch / (replicas * shards) / rate
+    prompts = prompts or processes
+    run = batch * share_of_pass(prompts, processes) / prompts
+    model = 2 * model_parameters * run / rate
     decoders = decoder_count(cfg)
     # Rows of the encoder for the exact value and the gradient; of each decoder, for the pairs that
     # are active, for the output, its gradient and the decoder's gradient.

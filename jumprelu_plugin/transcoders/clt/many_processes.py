@@ -113,7 +113,7 @@ def _train(
     chunk, estimate = launch.agree(lambda: within_memory(model, cfg, here, replicas, shards))
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))
-    log(_forecast(launch, cfg, training, settings, estimate))
+    log(_forecast(launch, model, cfg, training, settings, estimate))
     torch.manual_seed(settings.seed)
     training_step = launch.agree(lambda: _step(launch, cfg, training, here.device))
     store = launch.agree(lambda: store_of(model, cfg, here, chunk, dataset))
@@ -177,6 +177,7 @@ def _step(
 
 def _forecast(
     launch: Launch,
+    model: Any,
     cfg: CLTConfig,
     training: CLTTrainingConfig,
     settings: CLTSettings,
@@ -190,6 +191,8 @@ def _forecast(
         mesh.model_parallel_size,
         controls_l0=training.controls_l0,
         limits_outliers=training.outlier_norm_ratio is not None,
+        prompts=settings.store_batch_size_prompts,
+        activation_bytes=next(iter(model.parameters())).element_size(),
     )
     return (
         f"memory of each of {launch.size} processes: {estimate}, beside Python and PyTorch; "

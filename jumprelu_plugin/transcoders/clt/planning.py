@@ -64,6 +64,7 @@ def plan_clt(
     planned = settings if published is None else replace(settings, device="cuda")
     _, memory = within_memory(model, cfg, planned, replicas, shards)
     batch = settings.train_batch_size_tokens
+    element_size = next(iter(model.parameters())).element_size()
     sent = clt_traffic(
         cfg,
         batch,
@@ -71,6 +72,8 @@ def plan_clt(
         shards,
         controls_l0=training.controls_l0,
         limits_outliers=training.outlier_norm_ratio is not None,
+        prompts=settings.store_batch_size_prompts,
+        activation_bytes=element_size,
     )
     rates = published or hardware()
     times = clt_step_times(
@@ -82,7 +85,8 @@ def plan_clt(
         entries=usual_entries(batch, cfg.d_sae, training.target_l0),
         sent=sent,
         model_parameters=parameters_before(model, cfg.pairs[-1].hook_out),
-        model_in_bfloat16=next(iter(model.parameters())).element_size() == 2,
+        model_in_bfloat16=element_size == 2,
+        prompts=settings.store_batch_size_prompts,
     )
     processes = replicas * shards
     numbers = [

@@ -26,6 +26,7 @@ from typing_extensions import override
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
 from jumprelu_plugin.training.distributed.agreed import AgreedBatches, CheckpointsByTheFirst
+from jumprelu_plugin.training.distributed.division import share_of_pass
 from jumprelu_plugin.training.distributed.launch import Launch
 from jumprelu_plugin.training.health.alarms import Alarm
 from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner, LayerwiseTrainer
@@ -43,17 +44,6 @@ def dealt(names: Sequence[str], rank: int, size: int) -> list[str]:
             f"most one a layer (torchrun --nproc-per-node {len(names)})"
         )
     return list(names)[rank::size]
-
-
-def handed_over(tokens: int, prompts: int, size: int, width: int, element_size: int) -> int:
-    """Bytes of activations that one of `size` processes sends the others for so many tokens.
-
-    Args:
-        prompts: sequences of a pass of the model, which all processes share.
-        width: of the others' hooks, added up.
-    """
-    share = -(-prompts // size)  # of a pass, in whole sequences
-    return tokens * share * width * element_size // prompts
 
 
 class DealtHarvest:
@@ -77,7 +67,7 @@ class DealtHarvest:
         """The activations at this process's hooks, [sequences, positions, width] each; takes the
         place of the method of SAELens' store, on every process with the same tokens."""
         count, (rank, size) = len(tokens), (self._launch.rank, self._launch.size)
-        share = -(-count // size)
+        share = share_of_pass(count, size)
         # The last shares may be shorter; then the last sequence fills them up.
         own = torch.arange(rank * share, (rank + 1) * share).clamp_max(count - 1)
         found = self._source.get_multi_hook_activations(tokens[own.to(tokens.device)])

@@ -9,11 +9,12 @@ from typing import Any
 from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
+from jumprelu_plugin.training.distributed.division import handed_over
 from jumprelu_plugin.training.distributed.hardware import hardware
 from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
-from jumprelu_plugin.transcoders.per_layer.dealing import dealt, handed_over
+from jumprelu_plugin.transcoders.per_layer.dealing import dealt
 from jumprelu_plugin.transcoders.per_layer.run import (
     RECORD_FILENAME,
     config_of,

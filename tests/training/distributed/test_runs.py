@@ -32,20 +32,24 @@ SAE_CONFIG = {
 def small(folder: Path, **fields: Any) -> Any:
     sae = JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=fields.pop("d_sae", 48), **SAE_CONFIG)
     given = {
+        "sae": sae,
         "training_tokens": STEPS * BATCH,
         "train_batch_size_tokens": BATCH,
         "lr_decay_steps": 8,
         "n_checkpoints": 1,
         **fields,
     }
-    return config(folder, sae=sae, **given)
+    return config(folder, **given)
 
 
 def on_many(model: Any, folder: Path, sizes: tuple[int, int], fields: dict[str, Any]) -> str | None:
     """What ends the run on this process; None where it went well."""
+    cfg = small(folder, **fields)
+    # As the command line's, of a class that no process can unpickle.
+    cfg.__class__ = type("CommandLineRunnerConfig", (type(cfg),), {})
     try:
         train_sharded(
-            small(folder, **fields),
+            cfg,
             data_parallel_size=sizes[0],
             model_parallel_size=sizes[1],
             override_model=model,

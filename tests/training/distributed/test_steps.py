@@ -20,13 +20,17 @@ from torch import Tensor
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from jumprelu_plugin.control.units import stored
+from jumprelu_plugin.saes.transcoder_config import (
+    JumpReLUTrainingSkipTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
+)
 from jumprelu_plugin.training.distributed.forecast import TrainingSizes, traffic
 from jumprelu_plugin.training.distributed.gathering import gather_whole
 from jumprelu_plugin.training.distributed.mesh import Mesh
 from jumprelu_plugin.training.distributed.sharded_sae import ShardOfSAE, shard_of
 from tests.training.distributed.processes import grouped, run_on
 
-D_IN, D_SAE, BATCH, FEATURES, LR = 23, 96, 4 * 71, 61, 4e-3
+D_IN, D_OUT, D_SAE, BATCH, FEATURES, LR = 23, 19, 96, 4 * 71, 61, 4e-3
 PREFIXES = [8, 32]
 # Silenced at the start: on both shards of two, and on three of four.
 DEAD = torch.tensor([5, 31, 40, 66, 90])
@@ -296,6 +300,49 @@ def test_memory_and_traffic_of_a_process(
                 **({"tokens": in_a_column} if replicas > 1 else {}),
             }
         )
+
+
+@grouped
+def one_transcoder(sizes: tuple[int, int], skip: bool) -> tuple[Counter[str], int]:
+    """Bytes of a step of a transcoder by group, after two others, and of its parameters."""
+    torch.manual_seed(0)
+    kind = JumpReLUTrainingSkipTranscoderConfig if skip else JumpReLUTrainingTranscoderConfig
+    fields = {"target_l0": 5, "max_latent_density": 0.1, "step_kernel": "sparse"}
+    cfg = kind(d_in=D_IN, d_out=D_OUT, d_sae=D_SAE, **fields)
+    shard = shard_of(cfg, Mesh(*sizes))
+    source = (torch.cat([rows, rows[:, :D_OUT].abs()], 1) for rows in batches(shard.W_enc.dtype))
+    train(shard, 2, source)
+    before = shard.processes.mesh.traffic.copy()
+    step = TrainStepInput(own_tokens(shard, next(source)), {"l0": 1.0}, None, 2, False)
+    shard.training_forward_pass(step).loss.backward()
+    held = sum(p.nbytes for p in shard.parameters())
+    return shard.processes.mesh.traffic - before, held
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["transcoder", "skip"])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=str)
+def test_traffic_of_a_transcoder(
+    sizes: tuple[int, int], skip: bool, tmp_path: Path, one_thread: None
+) -> None:
+    sizes_of_run = TrainingSizes(
+        D_IN,
+        D_OUT,
+        D_SAE,
+        BATCH,
+        entries=0.0,
+        limits_outliers=False,
+        transcodes=True,
+        skips=skip,
+    )
+    replicas, shards = sizes
+    predicted = dataclasses.asdict(traffic(sizes_of_run, *sizes))
+    # Both hooks, a share of the tokens from each process.
+    assert predicted.pop("harvest") == 4 * BATCH * (D_IN + D_OUT) // 2
+    parameters = D_SAE // shards * (D_IN + D_OUT + 2) + D_OUT + skip * D_IN * D_OUT
+    for counted, held in run_on(replicas * shards, one_transcoder, tmp_path, sizes, skip):
+        assert held == 4 * parameters
+        assert counted["tokens"] == (replicas > 1) * 4 * (parameters + D_SAE + 2)
+        assert counted == Counter({k: n for k, n in predicted.items() if n})
 
 
 @grouped

@@ -14,7 +14,8 @@ import torch
 from sae_lens import SAE
 
 from jumprelu_plugin.training.checkpoints import damage, numbered
-from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer, handed_over
+from jumprelu_plugin.training.distributed.division import handed_over
+from jumprelu_plugin.transcoders.per_layer.dealing import DealtRunner, DealtTrainer
 from jumprelu_plugin.transcoders.per_layer.many_processes import train_dealt_transcoders
 from jumprelu_plugin.transcoders.per_layer.run import train_transcoders
 from tests.tiny import N_LAYERS, WIDTH, tiny_hf, tiny_hooked, tiny_tokenizer
