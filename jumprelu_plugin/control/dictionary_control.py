@@ -30,7 +30,11 @@ from jumprelu_plugin.control.resampling import (
     patience,
     resample_dead_,
 )
-from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
+from jumprelu_plugin.control.saved_state import (
+    require_same_form,
+    require_same_shapes,
+    with_earlier_defaults,
+)
 from jumprelu_plugin.control.units import LogParameter, parametrized, set_value, stored
 from jumprelu_plugin.step.activity import active_count
 from jumprelu_plugin.step.losses import Step, Term, threshold_slopes
@@ -53,6 +57,8 @@ class ControlSettings:
         jumprelu_bandwidth_std: ε as a multiple of the pre-activations' standard deviation, where
             it is measured.
         jumprelu_init_threshold: θ₀ in the units of training; 0: measured on the first batch.
+        jumprelu_ste_input_share: of the estimators' gradient, what the encoder receives.
+        ste_input_share_is_given: whether the config says it, and not a default.
         max_latent_density: the largest share of tokens a latent is to fire on; 1: no limit.
         resample_dead_latents: whether dead latents are resampled.
         unit_norm_decoder: whether decoder rows are held at unit norm.
@@ -66,6 +72,8 @@ class ControlSettings:
     jumprelu_bandwidth: float
     jumprelu_bandwidth_std: float
     jumprelu_init_threshold: float
+    jumprelu_ste_input_share: float
+    ste_input_share_is_given: bool
     max_latent_density: float
     resample_dead_latents: bool
     unit_norm_decoder: bool
@@ -83,6 +91,8 @@ class DictionaryControl:
 
     Attributes:
         bandwidth: ε; None before calibration.
+        ste_input_share: of the estimators' gradient, what the encoder receives. A run goes on with
+            the default that it began with.
         batch_l0: mean L0 of the last batch observed.
         batch_firings: on how many of its tokens each latent was active, [d_sae], where several
             processes split it.
@@ -103,6 +113,7 @@ class DictionaryControl:
         self.settings, self.processes = settings, processes
         held = processes.held(settings.d_sae)
         self.bandwidth: float | None = settings.jumprelu_bandwidth or None
+        self.ste_input_share = settings.jumprelu_ste_input_share
         self.batch_l0 = 0.0
         self.batch_firings: Int[Tensor, " d_sae"] | None = None
         self.l0 = (
@@ -341,6 +352,7 @@ class DictionaryControl:
         return {
             "bandwidth": self.bandwidth,
             "batch_l0": self.batch_l0,
+            "ste_input_share": self.ste_input_share,
             "l0": None if self.l0 is None else self.l0.state(),
             "firing": None if self.firing is None else self.firing.state(),
         }
@@ -358,13 +370,19 @@ class DictionaryControl:
         Raises:
             ValueError: they have another form.
         """
+        state = with_earlier_defaults(state)
         require_same_form(state, self.state())
+        share = state["ste_input_share"]
+        if not 0 <= share <= 1:
+            raise ValueError(f"ste_input_share is {share}; expected a share")
         if state["firing"] is None:
             expected = {} if self.density is None else self.density.tensors()
         else:
             expected = self.tensors()
         require_same_shapes(tensors, expected)
         self.bandwidth, self.batch_l0 = state["bandwidth"], state["batch_l0"]
+        if not self.settings.ste_input_share_is_given:
+            self.ste_input_share = share
         if self.l0 is not None and state["l0"] is not None:
             self.l0.load_state(state["l0"])
         if self.firing is not None and state["firing"] is not None:

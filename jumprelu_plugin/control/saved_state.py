@@ -9,6 +9,14 @@ from torch import Tensor
 
 from jumprelu_plugin.records import is_number
 
+# What a control's state says where a version did not say it: the defaults of that version.
+_EARLIER = {"ste_input_share": 1.0}
+
+
+def with_earlier_defaults(state: Any) -> Any:
+    """A control's state with what earlier versions did not say; what is no state stays."""
+    return {**_EARLIER, **state} if isinstance(state, Mapping) else state
+
 
 def require_same_form(found: Any, expected: Any, name: str = "its state") -> None:
     """Refuse numbers, objects and lists that do not stand where `expected` has them.

@@ -168,7 +168,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         W_dec, b_dec = full_precision(self.W_dec), full_precision(self.b_dec)
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = self.threshold.view(-1)
-        bandwidth, to_input = control.bandwidth, resolved.jumprelu_ste_input_share
+        bandwidth, to_input = control.bandwidth, control.ste_input_share
         assert bandwidth is not None  # set by the first step at the latest
 
         entries = self._encode(x, b_dec, threshold, bandwidth)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from jumprelu_plugin.control.dictionary_control import ControlSettings
 from jumprelu_plugin.control.standardization import OUTLIER_NORM_RATIO
@@ -68,7 +68,6 @@ class ResolvedConfig(ControlSettings):
     there means that the first batch gives them.
 
     Attributes:
-        jumprelu_ste_input_share: of the estimators' gradient, what the encoder receives.
         l0_coefficient: the fixed λ; 1 where it is measured, which the measured λ multiplies.
         quadratic_target: where the `quadratic` penalty has its minimum; 0 where there is no target.
         density_penalty_scale: ω₀; infinity: no penalty.
@@ -80,7 +79,6 @@ class ResolvedConfig(ControlSettings):
         pre_act_loss_coefficient, aux_loss_coefficient: 0: no such loss.
     """
 
-    jumprelu_ste_input_share: float
     l0_coefficient: float
     quadratic_target: float
     density_penalty_scale: float
@@ -112,12 +110,12 @@ def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
         jumprelu_bandwidth=units.activation * (cfg.jumprelu_bandwidth or 0.0),
         jumprelu_bandwidth_std=cfg.jumprelu_bandwidth_std,
         jumprelu_init_threshold=units.activation * (cfg.jumprelu_init_threshold or 0.0),
+        **ste_input_share(cfg),
         max_latent_density=density_limit(
             cfg.max_latent_density, target / cfg.d_sae, controls_l0=controlled
         ),
         resample_dead_latents=_or(cfg.resample_dead_latents, controlled),
         unit_norm_decoder=_or(cfg.unit_norm_decoder, controlled),
-        jumprelu_ste_input_share=ste_input_share(cfg),
         # The controller is the schedule: 1 is what it multiplies.
         l0_coefficient=1.0 if cfg.l0_coefficient is None else cfg.l0_coefficient,
         # An L0-controlled training is held at its target, where the penalty would be flat and have
@@ -133,11 +131,14 @@ def resolve(cfg: JumpReLUTrainingSAEConfig) -> ResolvedConfig:
     )
 
 
-def ste_input_share(cfg: _StraightThrough) -> float:
-    """How much of the estimators' gradient the encoder receives, from 0 to 1."""
-    if not cfg.jumprelu_ste_to_input:
-        return 0.0
-    return _or(cfg.jumprelu_ste_input_share, CONTROLLED_INPUT_SHARE if cfg.controls_l0 else 1.0)
+def ste_input_share(cfg: _StraightThrough) -> dict[str, Any]:
+    """How much of the estimators' gradient the encoder receives, and whether the config says so."""
+    given = cfg.jumprelu_ste_input_share if cfg.jumprelu_ste_to_input else 0.0
+    usual = CONTROLLED_INPUT_SHARE if cfg.controls_l0 else 1.0
+    return {
+        "jumprelu_ste_input_share": _or(given, usual),
+        "ste_input_share_is_given": given is not None,
+    }
 
 
 def density_limit(given: float | None, mean_density: float, *, controls_l0: bool) -> float:

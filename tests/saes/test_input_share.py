@@ -10,6 +10,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from jumprelu_plugin import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.transcoders.clt.config import CLTTrainingConfig
 
 D_IN, D_SAE, BATCH, L0, COEFFICIENT = 19, 43, 53, 5.0, 0.37
@@ -52,4 +53,26 @@ def test_all_of_it_with_a_fixed_coefficient() -> None:
     ],
 )
 def test_of_a_cross_layer_transcoder_too(fields: dict[str, Any], share: float) -> None:
-    assert CLTTrainingConfig(**fields).ste_input_share == share
+    assert CLTTrainingConfig(**fields).resolve(D_SAE).jumprelu_ste_input_share == share
+
+
+def test_a_run_goes_on_with_the_share_it_began_with() -> None:
+    def control(**fields: Any) -> DictionaryControl:
+        return JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(D_IN, D_SAE, target_l0=L0, **fields)
+        ).control
+
+    state, tensors = control().state(), control().tensors()
+    earlier = {name: value for name, value in state.items() if name != "ste_input_share"}
+    for given, found, expected in [
+        ({}, state, 0.5),
+        ({}, earlier, 1.0),  # a version that sent all of it
+        ({}, {**state, "ste_input_share": 0.3}, 0.3),
+        ({"jumprelu_ste_input_share": 0.7}, earlier, 0.7),
+        ({"jumprelu_ste_to_input": False}, state, 0.0),
+    ]:
+        resumed = control(**given)
+        resumed.load_state(found, tensors)
+        assert resumed.ste_input_share == expected
+    with pytest.raises(ValueError, match="ste_input_share is 3.5"):
+        control().load_state({**state, "ste_input_share": 3.5}, tensors)

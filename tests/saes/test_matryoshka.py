@@ -56,7 +56,7 @@ def written_out(p: Problem, leaves: dict[str, Tensor]) -> Tensor:
     z = centred @ leaves["W_enc"] + leaves["b_enc"]
     theta = leaves["threshold"]
     inside = ((z - theta).abs() < p.bandwidth / 2).double()
-    jump = (z if p.to_input else z.detach()) - theta
+    jump = p.to_input * z + (1 - p.to_input) * z.detach() - theta
     # Worth 0; its gradient is the estimator's.
     detour = theta.detach() / p.bandwidth * inside * (jump - jump.detach())
     f = z * (z > theta) + detour

@@ -168,11 +168,6 @@ class CLTTrainingConfig:
         """Whether thresholds hold `target_l0` and λ is measured, instead of fixed."""
         return self.l0_coefficient is None
 
-    @property
-    def ste_input_share(self) -> float:
-        """How much of the estimators' gradient the encoders receive, from 0 to 1."""
-        return ste_input_share(self)
-
     def resolve(self, d_sae: int) -> ControlSettings:
         """The control of each layer of `d_sae` latents, with no field None."""
         controlled, target = self.controls_l0, self.target_l0 or 0.0
@@ -186,6 +181,7 @@ class CLTTrainingConfig:
             jumprelu_bandwidth=self.jumprelu_bandwidth or 0.0,
             jumprelu_bandwidth_std=self.jumprelu_bandwidth_std,
             jumprelu_init_threshold=self.jumprelu_init_threshold or 0.0,
+            **ste_input_share(self),
             max_latent_density=density_limit(
                 self.max_latent_density, target / d_sae, controls_l0=controlled
             ),

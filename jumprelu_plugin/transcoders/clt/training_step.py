@@ -23,7 +23,11 @@ from jumprelu_plugin.control.dictionary_control import DictionaryControl
 from jumprelu_plugin.control.finite import FiniteCheck
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import unusual_inputs
-from jumprelu_plugin.control.saved_state import require_same_form, require_same_shapes
+from jumprelu_plugin.control.saved_state import (
+    require_same_form,
+    require_same_shapes,
+    with_earlier_defaults,
+)
 from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.losses import (
     Step,
@@ -161,7 +165,7 @@ class CLTTrainingStep:
             inputs,
             [control.bandwidth or 0.0 for control in self.controls],
             path=path,
-            to_input=self.cfg.ste_input_share,
+            to_input=self.controls[0].ste_input_share,
             multipliers=[control.density_multipliers(target.device) for control in self.controls],
             processes=self.processes,
         )
@@ -318,6 +322,9 @@ class CLTTrainingStep:
         Raises:
             ValueError: they have another form.
         """
+        controls = state.get("controls")
+        if isinstance(controls, list):
+            state = {**state, "controls": [with_earlier_defaults(each) for each in controls]}
         require_same_form(state, self.state())
         require_same_shapes(tensors, self.tensors())
         self.steps = state["steps"]

@@ -40,6 +40,7 @@ def training(**fields: Any) -> CLTTrainingConfig:
         "target_l0": 4.0,
         "max_latent_density": 0.15,
         "outlier_norm_ratio": 2.0,
+        "jumprelu_ste_input_share": 0.75,  # with it, dead latents of every shard are resampled
         "step_kernel": "sparse",
         **fields,
     }
