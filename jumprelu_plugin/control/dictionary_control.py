@@ -30,11 +30,7 @@ from jumprelu_plugin.control.resampling import (
     patience,
     resample_dead_,
 )
-from jumprelu_plugin.control.saved_state import (
-    require_same_form,
-    require_same_shapes,
-    with_earlier_defaults,
-)
+from jumprelu_plugin.control.saved_state import checked_control_state, require_same_shapes
 from jumprelu_plugin.control.units import LogParameter, parametrized, set_value, stored
 from jumprelu_plugin.step.activity import active_count
 from jumprelu_plugin.step.losses import Step, Term, threshold_slopes
@@ -91,8 +87,7 @@ class DictionaryControl:
 
     Attributes:
         bandwidth: ε; None before calibration.
-        ste_input_share: of the estimators' gradient, what the encoder receives. A run goes on with
-            the default that it began with.
+        ste_input_share: of the estimators' gradient, what the encoder receives; kept on resuming.
         batch_l0: mean L0 of the last batch observed.
         batch_firings: on how many of its tokens each latent was active, [d_sae], where several
             processes split it.
@@ -125,14 +120,10 @@ class DictionaryControl:
             if settings.controls_l0
             else None
         )
-        self.density = (
-            DensityMultipliers(held, settings.max_latent_density)
-            if settings.max_latent_density < 1
-            else None
-        )
-        self.firing = (
-            FiringRecord(held) if settings.resample_dead_latents or keep_firing_record else None
-        )
+        limit = settings.max_latent_density
+        self.density = DensityMultipliers(held, limit) if limit < 1 else None
+        keeps_firing = settings.resample_dead_latents or keep_firing_record
+        self.firing = FiringRecord(held) if keeps_firing else None
         self._index, self._of = index, of
         self._batch = 1
         self._l0_slope: Tensor | None = None
@@ -370,11 +361,7 @@ class DictionaryControl:
         Raises:
             ValueError: they have another form.
         """
-        state = with_earlier_defaults(state)
-        require_same_form(state, self.state())
-        share = state["ste_input_share"]
-        if not 0 <= share <= 1:
-            raise ValueError(f"ste_input_share is {share}; expected a share")
+        state = checked_control_state(state, self.state())
         if state["firing"] is None:
             expected = {} if self.density is None else self.density.tensors()
         else:
@@ -382,7 +369,7 @@ class DictionaryControl:
         require_same_shapes(tensors, expected)
         self.bandwidth, self.batch_l0 = state["bandwidth"], state["batch_l0"]
         if not self.settings.ste_input_share_is_given:
-            self.ste_input_share = share
+            self.ste_input_share = state["ste_input_share"]
         if self.l0 is not None and state["l0"] is not None:
             self.l0.load_state(state["l0"])
         if self.firing is not None and state["firing"] is not None:

@@ -18,6 +18,20 @@ def with_earlier_defaults(state: Any) -> Any:
     return {**_EARLIER, **state} if isinstance(state, Mapping) else state
 
 
+def checked_control_state(state: Any, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """A control's state, with earlier defaults.
+
+    Raises:
+        ValueError: it has another form than `expected`, or its share is none.
+    """
+    state = with_earlier_defaults(state)
+    require_same_form(state, expected)
+    share = state["ste_input_share"]
+    if not 0 <= share <= 1:
+        raise ValueError(f"ste_input_share is {share}; expected a share")
+    return state
+
+
 def require_same_form(found: Any, expected: Any, name: str = "its state") -> None:
     """Refuse numbers, objects and lists that do not stand where `expected` has them.
 
