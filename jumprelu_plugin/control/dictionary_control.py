@@ -124,8 +124,7 @@ class DictionaryControl:
         self.density = DensityMultipliers(held, limit) if limit < 1 else None
         keeps_firing = settings.resample_dead_latents or keep_firing_record
         self.firing = FiringRecord(held) if keeps_firing else None
-        self._index, self._of = index, of
-        self._batch = 1
+        self._index, self._of, self._batch = index, of, 1
         self._l0_slope: Tensor | None = None
         self._resampling_batch: tuple[Tensor, Tensor] | None = None
 
