@@ -322,7 +322,7 @@ class CLTTrainingStep:
         Raises:
             ValueError: they have another form.
         """
-        controls = state.get("controls")
+        controls = state.get("controls") if isinstance(state, Mapping) else None
         if isinstance(controls, list):
             state = {**state, "controls": [with_earlier_defaults(each) for each in controls]}
         require_same_form(state, self.state())
