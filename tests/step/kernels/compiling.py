@@ -68,7 +68,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (
         estimators._backward_kernel,
         dict(
-            z=F, cols=L, threshold=F, grad=F, to_z=F, to_threshold=F, capacity=N, bandwidth="fp32"
+            z=F, cols=L, threshold=F, grad=F, to_z=F, to_threshold=F, capacity=N, bandwidth="fp32", share="fp32"
         ),
         dict(JUMP=True, TO_INPUT=True, BLOCK=1024),
     ),
