@@ -68,8 +68,9 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (
         estimators._backward_kernel,
         dict(
-            z=F, cols=L, threshold=F, grad=F, to_z=F, to_threshold=F, capacity=N, bandwidth="fp32", share="fp32"
-        ),
+            z=F, cols=L, threshold=F, grad=F, to_z=F, to_threshold=F, capacity=N,
+            bandwidth="fp32", share="fp32",
+        ),  # fmt: skip
         dict(JUMP=True, TO_INPUT=True, BLOCK=1024),
     ),
     (products._zero_divided_kernel, dict(out=F, piece_ends=L, columns=N), dict(BLOCK=512)),
