@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 
 
 def test_missing_tool_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("jumprelu_plugin.formats.checking.find_spec", lambda module: None)
+    monkeypatch.setitem(sys.modules, "dictionary_learning", None)  # as if it were not installed
     folder = saved(random_sae(), tmp_path / "sae")
     with pytest.raises(ImportError, match=r"--no-deps dictionary-learning.*\n.*--unche"):
         export(folder, "dictionary-learning", tmp_path / "out")
