@@ -161,10 +161,31 @@ def shard_of(cfg: Any, mesh: Mesh) -> ShardOfSAE:
     return _SHARDS[name](cfg, mesh)
 
 
-_DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.uniform_)
+class _Draws(TorchFunctionMode):
+    """Inside, `fill` decides what random draws put into a tensor."""
+
+    _FUNCTIONS = (nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.uniform_)
+
+    def fill(self, target: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """In place, fill a tensor that `draw` would fill; returns it."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func not in self._FUNCTIONS:
+            return func(*args, **named)
+        # `nn.init` hands its tensor on by name.
+        target: Tensor = args[0] if args else named.pop("tensor")
+        return self.fill(target, lambda rows: func(rows, *args[1:], **named))
 
 
-class OwnRows(TorchFunctionMode):
+class OwnRows(_Draws):
     """Inside, what is drawn for a shard's decoder rows is what one process draws for them.
 
     PyTorch's generator gives one number after the other, so all rows are drawn, a few at a time,
@@ -175,49 +196,23 @@ class OwnRows(TorchFunctionMode):
     def __init__(self, layout: LatentLayout, shard: int):
         self._layout, self._shard = layout, shard
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _DRAWS:
-            return func(*args, **kwargs)
-        named = dict(kwargs)
-        target = _drawn(args, named)
+    @override
+    def fill(self, target: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         if len(target) != self._layout.held:
-            return func(*args, **kwargs)
-        draw_rows(
-            target,
-            self._layout,
-            self._shard,
-            lambda rows: func(rows, *args[1:], **named),
-        )
+            return draw(target)
+        draw_rows(target, self._layout, self._shard, draw)
         return target
 
 
-class Undrawn(TorchFunctionMode):
+class Undrawn(_Draws):
     """Inside, nothing is drawn for weights that will be replaced.
 
     At 2,304 × 32,768, drawing takes 2.2 of the 2.7 seconds in which a dictionary is made.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        return _drawn(args, dict(kwargs)).zero_() if func in _DRAWS else func(*args, **kwargs)
-
-
-def _drawn(args: Sequence[Any], named: dict[str, Any]) -> Tensor:
-    """What a call draws for; `nn.init` hands its tensor on by name."""
-    return args[0] if args else named.pop("tensor")
+    @override
+    def fill(self, target: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        return target.zero_()
 
 
 @torch.no_grad()

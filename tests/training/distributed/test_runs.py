@@ -178,35 +178,26 @@ def test_an_error_ends_every_process_and_the_first_says_why(
             raise ValueError(first)
 
 
-def different_seeds(folder: Path) -> str:
+def what_differs(folder: Path, what: str) -> str:
     import os
 
-    cfg = dataclasses.replace(small(folder), seed=int(os.environ["RANK"]))
+    rank = int(os.environ["RANK"])
+    cfg, options = small(folder), {}
+    if what == "config":
+        cfg = dataclasses.replace(cfg, seed=rank)
+    else:
+        options = {"check_first": rank == 0}
     try:
-        train_sharded(cfg, data_parallel_size=2)
+        train_sharded(cfg, data_parallel_size=2, **options)
     except (ValueError, SystemExit) as error:
         return str(error)
     return ""
 
 
-def test_processes_with_different_configs_are_refused(tmp_path: Path) -> None:
-    first, second = run_on(2, different_seeds, tmp_path / "results", tmp_path)
-    assert "process 1 has another config than process 0" in first and second == "2"
-
-
-def different_options(folder: Path) -> str:
-    import os
-
-    try:
-        train_sharded(small(folder), data_parallel_size=2, check_first=os.environ["RANK"] == "0")
-    except (ValueError, SystemExit) as error:
-        return str(error)
-    return ""
-
-
-def test_processes_with_different_options_are_refused(tmp_path: Path) -> None:
-    first, second = run_on(2, different_options, tmp_path / "results", tmp_path)
-    assert "process 1 has another set of options than process 0" in first and second == "2"
+@pytest.mark.parametrize("what", ["config", "set of options"])
+def test_processes_that_were_started_otherwise_are_refused(what: str, tmp_path: Path) -> None:
+    first, second = run_on(2, what_differs, tmp_path / "results", tmp_path, what)
+    assert f"process 1 has another {what} than process 0" in first and second == "2"
 
 
 def test_sizes_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
