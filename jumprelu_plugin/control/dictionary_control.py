@@ -32,7 +32,6 @@ from jumprelu_plugin.control.resampling import (
 )
 from jumprelu_plugin.control.saved_state import checked_control_state, require_same_shapes
 from jumprelu_plugin.control.units import LogParameter, parametrized, set_value, stored
-from jumprelu_plugin.step.activity import active_count
 from jumprelu_plugin.step.losses import Step, Term, threshold_slopes
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 
@@ -168,13 +167,8 @@ class DictionaryControl:
         """The multipliers of the density limit, or None without one."""
         return None if self.density is None else self.density.multipliers.to(device)
 
-    def count_active(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
-        """Measure the L0 of a batch; activations dense or sparse COO of the active ones."""
-        active = self.processes.count_pairs(active_count(feature_acts))
-        self.take_active(active, len(feature_acts) * self.processes.replicas)
-
     def take_active(self, active: float, batch: int) -> None:
-        """Take in how many pairs of a batch of so many tokens are active, on all processes."""
+        """Measure the L0 of a batch of so many tokens, from its active pairs, on all processes."""
         self._batch, self.batch_l0 = batch, active / batch
 
     def observe(
@@ -191,7 +185,7 @@ class DictionaryControl:
         Args:
             sparsity, penalty: the sparsity term, and its value at `step`.
             coefficient: what the penalty is multiplied by in the loss.
-            feature_acts: as `count_active` took them.
+            feature_acts: of the batch, dense or sparse COO of the active ones.
             loss: what `backward` is called on, where a user may scale it before.
         """
         self._l0_slope = None

@@ -176,7 +176,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         active = activations > 0
-        entries.count(active)
+        entries.begin_count(active, self.processes)
         offset = self.decoder_offset(x, b_dec)
         weights = token_weights(resolved, target, target_center(self), self.processes)
         prefix_errors = None
@@ -219,10 +219,10 @@ class JumpReLUTrainingSAE(StoredParameters):
             losses = {name: value / self.units.loss for name, value in losses.items()}
         losses = over_batch(losses, self.processes)
         loss = torch.stack(list(losses.values())).sum()
-        entries.require_complete()
+        active_pairs = entries.finish_count()
         self._require_finite(loss, step_input.sae_in, step_input.n_training_steps)
         feature_acts = entries.as_matrix(activations, where=active)
-        control.count_active(feature_acts)
+        control.take_active(active_pairs, len(feature_acts) * self.processes.replicas)
         if self.training and loss.requires_grad:
             paid = coefficient / self.units.loss
             control.observe(step, self.sparsity, penalty, paid, feature_acts, loss)

@@ -11,10 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step.estimators import heaviside, jumprelu
+from jumprelu_plugin.step.processes import OneProcess
+from jumprelu_plugin.step.readback import Readback
 
 
 class Entries(ABC):
@@ -30,6 +33,7 @@ class Entries(ABC):
     z: Float[Tensor, "*entries"]
     batch: int
     d_sae: int
+    _counts: Readback | None = None
 
     @abstractmethod
     def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, "..."]:
@@ -123,22 +127,36 @@ class Entries(ABC):
         zero; a dense result ignores it.
         """
 
-    def count(self, active: Bool[Tensor, "*entries"]) -> None:  # noqa: B027
+    def begin_count(self, active: Bool[Tensor, "*entries"], processes: OneProcess) -> None:
         """Begin to count the pairs; call it as soon as it is known which are active.
 
-        Entries in buffers of a fixed size (`step.kernels`) queue here what `require_complete` will
-        read; all others hold every pair.
+        What `finish_count` will read is queued here, and the device goes on meanwhile. All
+        processes count together, whichever entries they have: those in buffers of a fixed size
+        (`step.kernels`) may have left pairs out, and then all compute the step again.
 
         Args:
             active: the mask that `as_matrix` will be given.
+            processes: that hold the other latents and tokens of the step.
         """
+        self._counts = Readback(processes.sum_counts(self._pairs_and_overflows(active)))
 
-    def require_complete(self) -> None:  # noqa: B027
-        """Check that no pair is missing that belongs here; call it before anything is kept.
+    def finish_count(self) -> float:
+        """The active pairs of all processes, if none is missing; call it before anything is kept.
 
         Raises:
-            BufferOverflow: a buffer was too small. It has grown; compute the step again.
+            BufferOverflow: a buffer was too small, here or in another process, and has grown;
+                compute the step again.
         """
+        assert self._counts is not None  # `begin_count` came before
+        pairs, overflows = self._counts.tolist()
+        if overflows:
+            raise BufferOverflow(f"in {overflows} processes")
+        return pairs
+
+    def _pairs_and_overflows(self, active: Tensor) -> Int[Tensor, " 2"]:
+        """How many pairs are active, and in how many processes a buffer was too small: in none."""
+        pairs = active.sum()
+        return torch.stack((pairs, torch.zeros_like(pairs)))
 
 
 class BufferOverflow(Exception):

@@ -13,7 +13,8 @@ all replicas are averaged after a backward pass, so a mean over replicas hands i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -27,6 +28,9 @@ class OneProcess:
     """
 
     replicas: int = 1
+
+    def __deepcopy__(self, memo: Any) -> OneProcess:
+        return self  # a copied dictionary is held by the same processes
 
     # ---------------------------------------------------------------- latents
 
@@ -101,13 +105,13 @@ class OneProcess:
 
     # ---------------------------------------------------------------- both
 
-    def count_pairs(self, count: float | Tensor) -> float:
-        """The sum of a count of (token, latent) pairs, on the host."""
-        return self.count_each([count])[0]
-
-    def count_each(self, counts: Sequence[float | Tensor]) -> list[float]:
-        """The sum of each of several counts of pairs, on the host."""
+    def count_pairs(self, *counts: float | Tensor) -> list[float]:
+        """The sum of each of several counts of (token, latent) pairs, on the host."""
         return [float(count) for count in counts]
+
+    def sum_counts(self, counts: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The sum of each of several counts of pairs, on the device; it may overwrite `counts`."""
+        return counts
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum over shards of the mean over replicas, without a gradient."""

@@ -22,7 +22,7 @@ class BufferedEntries(SparseEntries):
     """The represented pre-activations, with unused entries after them, z [capacity].
 
     An unused entry's z is below every threshold, so its activation, its gate and its gradients are
-    zero. `count` queues a copy to the host of how many pairs there are, and `require_complete`
+    zero. `begin_count` queues a copy to the host of how many pairs there are, and `finish_count`
     waits for it, while the device goes on with what was queued in between; before it, nothing in a
     step waits, and after it, no shape is unknown.
 
@@ -46,7 +46,7 @@ class BufferedEntries(SparseEntries):
     ):
         super().__init__(z, pattern, mean_z, encode_columns)
         self._candidates, self._buffers = candidates, buffers
-        self._counts: Readback | None = None
+        self._own_counts: Readback | None = None
         self._kept: int | None = None
         self._active: Tensor | None = None
         self._n_active = 0
@@ -73,15 +73,17 @@ class BufferedEntries(SparseEntries):
         return AtPairs.apply(self.z, threshold, cols, bandwidth, to_input, jump)  # type: ignore[return-value]
 
     @override
-    def count(self, active: Bool[Tensor, " capacity"]) -> None:
-        self._active = active
-        self._counts = Readback(torch.stack((self._candidates, self.pattern.count, active.sum())))
+    def _pairs_and_overflows(self, active: Bool[Tensor, " capacity"]) -> Int[Tensor, " 2"]:
+        self._active, pairs = active, active.sum()
+        self._own_counts = Readback(torch.stack((self._candidates, self.pattern.count, pairs)))
+        return torch.stack((pairs, (self._candidates > len(active)).to(pairs.dtype)))
 
     @override
-    def require_complete(self) -> None:
-        assert self._counts is not None and self._active is not None  # `count` came before
-        candidates, self._kept, self._n_active = map(int, self._counts.tolist())
+    def finish_count(self) -> float:
+        assert self._own_counts is not None and self._active is not None  # from `begin_count`
+        candidates, self._kept, self._n_active = map(int, self._own_counts.tolist())
         self._buffers.adapt(candidates, len(self._active))
+        return super().finish_count()
 
     @override
     def as_matrix(self, values: Float[Tensor, " capacity"], where: Tensor | None = None) -> Tensor:

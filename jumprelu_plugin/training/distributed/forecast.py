@@ -17,7 +17,7 @@ from jumprelu_plugin.training.distributed.division import (
 from jumprelu_plugin.training.distributed.hardware import Hardware
 from jumprelu_plugin.training.health.memory import size
 
-FLOAT32, BFLOAT16 = 4, 2
+FLOAT32, BFLOAT16, INT64 = 4, 2, 8
 # Rows of d numbers that are read for a pair of a token and a latent above the lower edge of the
 # window: for its exact pre-activation and the encoder's gradient; and, where it is active, about a
 # third of them, for the reconstruction, its gradient and the decoder's gradient.
@@ -129,7 +129,7 @@ def traffic(sizes: TrainingSizes, replicas: int, shards: int) -> Traffic:
         column = FLOAT32 * (sizes.parameters(shards) + latents + 2 + sizes.prefixes)
         column += FLOAT32 * tokens * sizes.limits_outliers
     if replicas * shards > 1:
-        every = 4 * FLOAT32 + 8
+        every = 4 * FLOAT32 + 2 * INT64
         harvest = sizes.harvest(replicas * shards)
     return Traffic(row, column, every, harvest)
 

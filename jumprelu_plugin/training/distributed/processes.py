@@ -21,7 +21,7 @@ first, whatever their kernels: each waits in its turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,9 +48,6 @@ class ManyProcesses(OneProcess):
         self.layout, self.mesh = layout, mesh
         self.replicas, self.shard = mesh.data_parallel_size, mesh.shard
         self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
-
-    def __deepcopy__(self, memo: Any) -> ManyProcesses:
-        return self  # a copied dictionary is held by the same processes
 
     # ---------------------------------------------------------------- latents
 
@@ -137,9 +134,13 @@ class ManyProcesses(OneProcess):
     # ---------------------------------------------------------------- both
 
     @override
-    def count_each(self, counts: Sequence[float | Tensor]) -> list[float]:
+    def count_pairs(self, *counts: float | Tensor) -> list[float]:
         of_each = torch.stack([_countable(count) for count in counts])
         return self.mesh.all.sum_in_place(of_each).tolist()
+
+    @override
+    def sum_counts(self, counts: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        return self.mesh.all.sum_in_place(counts)
 
     @override
     def total(self, partial: Tensor) -> Tensor:

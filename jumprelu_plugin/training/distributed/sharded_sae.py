@@ -22,7 +22,6 @@ from jumprelu_plugin.saes.transcoder import (
     JumpReLUTrainingSkipTranscoder,
     JumpReLUTrainingTranscoder,
 )
-from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS, PathChoice
 from jumprelu_plugin.step.entries import Entries
 from jumprelu_plugin.training.distributed.gradients import BACKWARD_ORDER, Gradients
 from jumprelu_plugin.training.distributed.layout import LatentLayout
@@ -66,7 +65,6 @@ class ShardOfSAE(JumpReLUTrainingSAE):
         vars(self)["processes"] = ManyProcesses(layout, mesh)
         vars(self)["whole_cfg"] = cfg
         super().__init__(cfg)
-        self.path_choice = PathChoice(cfg.step_kernel, PLAIN_STEP_PATHS)
 
     whole_cfg: JumpReLUTrainingSAEConfig
     gradients: Gradients | None = None

@@ -28,10 +28,6 @@ def require_divisible(cfg: JumpReLUTrainingSAEConfig, shards: int) -> None:
             "aux_loss_coefficient needs every dead latent in one process: leave it out "
             "(resample_dead_latents does its work), or give model_parallel_size=1"
         )
-    if cfg.step_kernel == "triton":
-        raise ValueError(
-            "step_kernel='triton' was never tried on many processes: give 'auto', or train in one"
-        )
 
 
 def refuse_pretrained(cfg: Any) -> None:

@@ -193,7 +193,8 @@ class Monitor:
     # ---------------------------------------------------------------- every now and then
 
     def _look(self, silent: Tensor, step: int, batch: int) -> list[Alarm]:
-        l0 = self._processes.count_pairs(self._active) / self._tokens
+        (active,) = self._processes.count_pairs(self._active)
+        l0 = active / self._tokens
         found = [
             self._thresholds(step),
             self._dead(silent, l0, step, batch),

@@ -179,7 +179,7 @@ class CLTTrainingStep:
         self._require_finite(loss, inputs, targets)
         active = [step.activations.detach().count_nonzero() for step in steps]
         tokens = len(target) * self.processes.replicas
-        counts = self.processes.count_each(active)
+        counts = self.processes.count_pairs(*active)
         for control, count in zip(self.controls, counts, strict=True):
             control.take_active(count, tokens)
         if loss.requires_grad:
