@@ -41,6 +41,7 @@ from jumprelu_plugin.saes.own_loops import (
 from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
+from jumprelu_plugin.step.counting import PairCount
 from jumprelu_plugin.step.dense import DenseEntries, encode_dense
 from jumprelu_plugin.step.entries import BufferOverflow, Entries
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
@@ -176,7 +177,7 @@ class JumpReLUTrainingSAE(StoredParameters):
         if isinstance(entries, DenseEntries):
             activations = self.hook_sae_acts_post(activations)
         active = activations > 0
-        entries.begin_count(active, self.processes)
+        count = PairCount([entries], [active], self.processes)
         offset = self.decoder_offset(x, b_dec)
         weights = token_weights(resolved, target, target_center(self), self.processes)
         prefix_errors = None
@@ -219,7 +220,7 @@ class JumpReLUTrainingSAE(StoredParameters):
             losses = {name: value / self.units.loss for name, value in losses.items()}
         losses = over_batch(losses, self.processes)
         loss = torch.stack(list(losses.values())).sum()
-        active_pairs = entries.finish_count()
+        (active_pairs,) = count.finish()
         self._require_finite(loss, step_input.sae_in, step_input.n_training_steps)
         feature_acts = entries.as_matrix(activations, where=active)
         control.take_active(active_pairs, len(feature_acts) * self.processes.replicas)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -36,8 +35,6 @@ StepPath = Literal["sparse", "screened", "triton", "dense"]
 _ALL: tuple[StepPath, ...] = ("sparse", "screened", "triton", "dense")
 # Values of the configs' `step_kernel`.
 STEP_PATHS: tuple[str, ...] = ("auto", *_ALL)
-# Where the caller has no step by kernels.
-PLAIN_STEP_PATHS: tuple[str, ...] = tuple(path for path in STEP_PATHS if path != "triton")
 
 # The first step of a path includes page faults and library start-up, so it is not counted.
 WARM_UP_STEPS = 1
@@ -55,8 +52,7 @@ class PathChoice:
     Call `start` at the beginning of a step and `finish` when its gradients are computed.
 
     Args:
-        step_kernel: one of `paths`; `auto` measures, any other name is always used.
-        paths: what the caller can compute, `auto` among them.
+        step_kernel: one of `STEP_PATHS`; `auto` measures, any other name is always used.
 
     Attributes:
         current: the path of the current step.
@@ -65,12 +61,11 @@ class PathChoice:
         ValueError: there is no such path; or, when a step starts, it does not run on the device.
     """
 
-    def __init__(self, step_kernel: str = "auto", paths: Sequence[str] = STEP_PATHS):
-        if step_kernel not in paths:
+    def __init__(self, step_kernel: str = "auto"):
+        if step_kernel not in STEP_PATHS:
             raise ValueError(
-                f"step_kernel is {step_kernel!r}; it must be one of {', '.join(paths)}"
+                f"step_kernel is {step_kernel!r}; it must be one of {', '.join(STEP_PATHS)}"
             )
-        self._paths: tuple[StepPath, ...] = tuple(path for path in _ALL if path in paths)
         self._forced = step_kernel != "auto"
         self.current: StepPath = step_kernel if self._forced else "sparse"  # type: ignore[assignment]
         self._logged = False
@@ -126,7 +121,7 @@ class PathChoice:
     def _candidates(self) -> tuple[StepPath, ...]:
         """The paths that `auto` chooses from on this device; an interpreted kernel is none."""
         by_kernels = self._device.type == "cuda" and kernels.available(self._device)
-        return tuple(path for path in self._paths if path != "triton" or by_kernels)
+        return tuple(path for path in _ALL if path != "triton" or by_kernels)
 
     def _fast(self) -> tuple[StepPath, ...]:
         return tuple(path for path in self._candidates() if path != "dense")

@@ -16,8 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jumprelu_plugin.step.estimators import heaviside, jumprelu
-from jumprelu_plugin.step.processes import OneProcess
-from jumprelu_plugin.step.readback import Readback
 
 
 class Entries(ABC):
@@ -33,7 +31,6 @@ class Entries(ABC):
     z: Float[Tensor, "*entries"]
     batch: int
     d_sae: int
-    _counts: Readback | None = None
 
     @abstractmethod
     def per_latent(self, values: Float[Tensor, " d_sae"]) -> Float[Tensor, "..."]:
@@ -127,36 +124,21 @@ class Entries(ABC):
         zero; a dense result ignores it.
         """
 
-    def begin_count(self, active: Bool[Tensor, "*entries"], processes: OneProcess) -> None:
-        """Begin to count the pairs; call it as soon as it is known which are active.
-
-        What `finish_count` will read is queued here, and the device goes on meanwhile. All
-        processes count together, whichever entries they have: those in buffers of a fixed size
-        (`step.kernels`) may have left pairs out, and then all compute the step again.
+    def counts(self, active: Bool[Tensor, "*entries"]) -> Int[Tensor, " n"]:
+        """What a `counting.PairCount` counts, on the device; the host does not wait for it.
 
         Args:
             active: the mask that `as_matrix` will be given.
-            processes: that hold the other latents and tokens of the step.
+
+        Returns:
+            How many pairs are active; whether a buffer was too small for all pairs that belong
+            here (1 or 0); then what `take_counts` wants to know besides.
         """
-        self._counts = Readback(processes.sum_counts(self._pairs_and_overflows(active)))
-
-    def finish_count(self) -> float:
-        """The active pairs of all processes, if none is missing; call it before anything is kept.
-
-        Raises:
-            BufferOverflow: a buffer was too small, here or in another process, and has grown;
-                compute the step again.
-        """
-        assert self._counts is not None  # `begin_count` came before
-        pairs, overflows = self._counts.tolist()
-        if overflows:
-            raise BufferOverflow(f"in {overflows} processes")
-        return pairs
-
-    def _pairs_and_overflows(self, active: Tensor) -> Int[Tensor, " 2"]:
-        """How many pairs are active, and in how many processes a buffer was too small: in none."""
         pairs = active.sum()
         return torch.stack((pairs, torch.zeros_like(pairs)))
+
+    def take_counts(self, counts: Sequence[int]) -> None:  # noqa: B027
+        """Take in what `counts` gave, as soon as the host has it."""
 
 
 class BufferOverflow(Exception):

@@ -105,11 +105,11 @@ class OneProcess:
 
     # ---------------------------------------------------------------- both
 
-    def count_pairs(self, *counts: float | Tensor) -> list[float]:
-        """The sum of each of several counts of (token, latent) pairs, on the host."""
-        return [float(count) for count in counts]
+    def count_pairs(self, count: float | Tensor) -> float:
+        """The sum of a count of (token, latent) pairs, on the host."""
+        return float(count)
 
-    def sum_counts(self, counts: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def sum_counts(self, counts: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The sum of each of several counts of pairs, on the device; it may overwrite `counts`."""
         return counts
 

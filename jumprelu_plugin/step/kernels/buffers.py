@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jumprelu_plugin.step.entries import BufferOverflow
-
 # Pairs a token that the first step has room for.
 FIRST_PAIRS_PER_TOKEN = 256
 # Room beyond the candidates of the last step, and how much of it may stay unused.
@@ -30,17 +28,11 @@ class PairBuffers:
             self.capacity = _rounded_up(min(FIRST_PAIRS_PER_TOKEN, d_sae) * batch)
         return self.capacity
 
-    def adapt(self, candidates: int, capacity: int) -> None:
-        """Size the next step's buffers by what a step found.
-
-        Raises:
-            BufferOverflow: it found more than its own buffers, of `capacity`, had room for.
-        """
+    def adapt(self, candidates: int) -> None:
+        """Size the next step's buffers by what a step found."""
         wanted = _rounded_up(int(GROWTH * candidates))
         if candidates > self.capacity / GROWTH**0.5 or self.capacity > MOST_UNUSED * wanted:
             self.capacity = wanted
-        if candidates > capacity:
-            raise BufferOverflow(f"{candidates} pairs, room for {capacity}")
 
 
 def _rounded_up(pairs: int) -> int:

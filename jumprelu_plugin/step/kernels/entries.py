@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,6 @@ from jumprelu_plugin.step.kernels.estimators import AtPairs
 from jumprelu_plugin.step.kernels.pattern import BufferedPattern
 from jumprelu_plugin.step.kernels.prefixes import PrefixDecodeKernel
 from jumprelu_plugin.step.kernels.selection import select_into
-from jumprelu_plugin.step.readback import Readback
 from jumprelu_plugin.step.sparse import SparseEntries, differentiable, lower_edge
 
 
@@ -22,9 +21,9 @@ class BufferedEntries(SparseEntries):
     """The represented pre-activations, with unused entries after them, z [capacity].
 
     An unused entry's z is below every threshold, so its activation, its gate and its gradients are
-    zero. `begin_count` queues a copy to the host of how many pairs there are, and `finish_count`
-    waits for it, while the device goes on with what was queued in between; before it, nothing in a
-    step waits, and after it, no shape is unknown.
+    zero. Nothing in a step waits for the host to know how many entries are used:
+    `counting.PairCount` copies that number while the device goes on, and after it no shape is
+    unknown.
 
     Args:
         z, pattern, mean_z, encode_columns: as in `SparseEntries`.
@@ -46,7 +45,6 @@ class BufferedEntries(SparseEntries):
     ):
         super().__init__(z, pattern, mean_z, encode_columns)
         self._candidates, self._buffers = candidates, buffers
-        self._own_counts: Readback | None = None
         self._kept: int | None = None
         self._active: Tensor | None = None
         self._n_active = 0
@@ -73,17 +71,15 @@ class BufferedEntries(SparseEntries):
         return AtPairs.apply(self.z, threshold, cols, bandwidth, to_input, jump)  # type: ignore[return-value]
 
     @override
-    def _pairs_and_overflows(self, active: Bool[Tensor, " capacity"]) -> Int[Tensor, " 2"]:
-        self._active, pairs = active, active.sum()
-        self._own_counts = Readback(torch.stack((self._candidates, self.pattern.count, pairs)))
-        return torch.stack((pairs, (self._candidates > len(active)).to(pairs.dtype)))
+    def counts(self, active: Bool[Tensor, " capacity"]) -> Int[Tensor, " 4"]:
+        self._active, pairs, used = active, active.sum(), self.pattern.count
+        overflows = (self._candidates > len(active)).to(pairs.dtype)
+        return torch.stack((pairs, overflows, self._candidates, used))
 
     @override
-    def finish_count(self) -> float:
-        assert self._own_counts is not None and self._active is not None  # from `begin_count`
-        candidates, self._kept, self._n_active = map(int, self._own_counts.tolist())
-        self._buffers.adapt(candidates, len(self._active))
-        return super().finish_count()
+    def take_counts(self, counts: Sequence[int]) -> None:
+        self._n_active, _, candidates, self._kept = counts
+        self._buffers.adapt(candidates)
 
     @override
     def as_matrix(self, values: Float[Tensor, " capacity"], where: Tensor | None = None) -> Tensor:

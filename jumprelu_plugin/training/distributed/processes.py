@@ -134,12 +134,11 @@ class ManyProcesses(OneProcess):
     # ---------------------------------------------------------------- both
 
     @override
-    def count_pairs(self, *counts: float | Tensor) -> list[float]:
-        of_each = torch.stack([_countable(count) for count in counts])
-        return self.mesh.all.sum_in_place(of_each).tolist()
+    def count_pairs(self, count: float | Tensor) -> float:
+        return float(self.mesh.all.sum_in_place(_countable(count)))
 
     @override
-    def sum_counts(self, counts: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def sum_counts(self, counts: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         return self.mesh.all.sum_in_place(counts)
 
     @override

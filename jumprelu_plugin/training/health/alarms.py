@@ -193,8 +193,7 @@ class Monitor:
     # ---------------------------------------------------------------- every now and then
 
     def _look(self, silent: Tensor, step: int, batch: int) -> list[Alarm]:
-        (active,) = self._processes.count_pairs(self._active)
-        l0 = active / self._tokens
+        l0 = self._processes.count_pairs(self._active) / self._tokens
         found = [
             self._thresholds(step),
             self._dead(silent, l0, step, batch),

@@ -22,7 +22,7 @@ from jumprelu_plugin.saes.validation import (
     unread_bandwidth_std,
     unread_tanh_scale,
 )
-from jumprelu_plugin.step.choose import PLAIN_STEP_PATHS
+from jumprelu_plugin.step.choose import STEP_PATHS
 from jumprelu_plugin.training.activations.pairs import HookPair
 
 SPARSITY_MODES = ("step", "tanh")
@@ -155,7 +155,7 @@ class CLTTrainingConfig:
     jumprelu_ste_input_share: float | None = None
     unit_norm_decoder: bool | None = None
     resample_dead_latents: bool | None = None
-    step_kernel: Literal["auto", "sparse", "screened", "dense"] = "auto"
+    step_kernel: Literal["auto", "sparse", "screened", "triton", "dense"] = "auto"
     jumprelu_bandwidth_std: float = 2.0
     max_latent_density: float | None = None
     outlier_norm_ratio: float | None = None
@@ -208,7 +208,7 @@ CLT_RULES = (
     a_density("max_latent_density"),
     a_share_with_input(),
     one_of("jumprelu_sparsity_loss_mode", SPARSITY_MODES),
-    one_of("step_kernel", PLAIN_STEP_PATHS),
+    one_of("step_kernel", STEP_PATHS),
     no_fixed_penalty_to_warm_up("Give an l0_coefficient in place of target_l0, or leave it out"),
     unread_tanh_scale(),
     unread_bandwidth_std(),

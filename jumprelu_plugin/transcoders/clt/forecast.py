@@ -10,6 +10,7 @@ from jumprelu_plugin.training.distributed.division import handed_over, share_of_
 from jumprelu_plugin.training.distributed.forecast import (
     DECODER_PASSES,
     FLOAT32,
+    INT64,
     PASSES,
     StepTimes,
     Traffic,
@@ -51,8 +52,8 @@ def clt_traffic(
         column = FLOAT32 * (parameter_count(cfg, shards) + layers * held + layers)
         column += FLOAT32 * tokens * layers * limits_outliers
     if processes > 1:
-        # Two slopes and a sum of gradients for each λ, the gradient's norm; counts in float64.
-        every = FLOAT32 * (3 * layers * controls_l0 + 1) + 8 * layers
+        # Two slopes and a sum of gradients for each λ, the gradient's norm; two counts a layer.
+        every = FLOAT32 * (3 * layers * controls_l0 + 1) + 2 * INT64 * layers
         width = layers * (cfg.d_in + cfg.d_out)
         harvest = handed_over(batch, prompts or processes, processes, width, activation_bytes)
     return Traffic(row, column, every, harvest)

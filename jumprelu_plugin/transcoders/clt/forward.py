@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from jumprelu_plugin.step.dense import encode_dense
 from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
 from jumprelu_plugin.step.sparse import encode_sparse
@@ -45,6 +46,7 @@ def forward(
     bandwidths: Sequence[float],
     *,
     path: str = "sparse",
+    buffers: Sequence[PairBuffers] | None = None,
     to_input: float = 1.0,
     multipliers: Sequence[Float[Tensor, " d_sae"] | None] | None = None,
     processes: OneProcess = ONE_PROCESS,
@@ -54,7 +56,8 @@ def forward(
     Args:
         inputs: x of each layer.
         bandwidths: ε of each layer.
-        path: `sparse`, `screened` or `dense`; all give the same numbers.
+        path: `sparse`, `screened`, `triton` or `dense`; all give the same numbers.
+        buffers: of each layer's pairs, for `triton`.
         to_input: the share of the estimators' gradient that the encoders receive.
         multipliers: of each layer's density limit; None where no layer has one.
         processes: that hold the latents and split the batch. What is returned of a layer is of this
@@ -62,11 +65,12 @@ def forward(
     """
     steps, written = [], []
     multipliers = [None] * len(bandwidths) if multipliers is None else multipliers
-    layers = zip(model.sources, inputs, bandwidths, multipliers, strict=True)
-    for source, x, bandwidth, of_limit in layers:
+    buffers = [PairBuffers() for _ in bandwidths] if buffers is None else buffers
+    layers = zip(model.sources, inputs, bandwidths, multipliers, buffers, strict=True)
+    for source, x, bandwidth, of_limit, room in layers:
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = source.threshold.view(-1)
-        entries = _encode(source, x, threshold, bandwidth, path)
+        entries = _encode(source, x, threshold, bandwidth, path, room)
         activations = entries.activations(threshold, bandwidth, to_input)
         step = Step(
             entries,
@@ -85,10 +89,18 @@ def forward(
 
 
 def _encode(
-    source: SourceLayer, x: Tensor, threshold: Tensor, bandwidth: float, path: str
+    source: SourceLayer,
+    x: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    path: str,
+    buffers: PairBuffers,
 ) -> Entries:
     if path == "dense":
         return encode_dense(x, source.W_enc, source.b_enc, None)
-    return encode_sparse(
-        x, source.W_enc, source.b_enc, None, threshold, bandwidth, screen=path == "screened"
-    )
+    read = (x, source.W_enc, source.b_enc, None, threshold, bandwidth)
+    if path == "triton" and x.dtype == torch.float32:
+        from jumprelu_plugin.step.kernels.entries import encode_buffered  # imports Triton
+
+        return encode_buffered(*read, buffers)
+    return encode_sparse(*read, screen=path != "sparse")

@@ -20,7 +20,7 @@ from torch import Tensor
 from jumprelu_plugin.control.calibration import output_directions
 from jumprelu_plugin.control.decoder_norm import keep_gradient_tangential, normalize_rows_
 from jumprelu_plugin.control.dictionary_control import DictionaryControl
-from jumprelu_plugin.control.finite import FiniteCheck
+from jumprelu_plugin.control.finite import FiniteCheck, LastCheck
 from jumprelu_plugin.control.optimizer_hooks import OptimizerHooks
 from jumprelu_plugin.control.resampling import unusual_inputs
 from jumprelu_plugin.control.saved_state import (
@@ -28,9 +28,11 @@ from jumprelu_plugin.control.saved_state import (
     require_same_shapes,
     with_earlier_defaults,
 )
-from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PLAIN_STEP_PATHS, PathChoice
+from jumprelu_plugin.step.choose import DENSE_PRODUCTS, PathChoice
+from jumprelu_plugin.step.counting import PairCount
+from jumprelu_plugin.step.entries import BufferOverflow
+from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import (
-    Step,
     outlier_token_weights,
     reconstruction,
     sparsity_term,
@@ -132,14 +134,16 @@ class CLTTrainingStep:
             for index in range(n_layers)
         ]
         self._calibrated = False
-        self._path_choice = PathChoice(cfg.step_kernel, PLAIN_STEP_PATHS)
+        self._path_choice = PathChoice(cfg.step_kernel)
+        self._buffers = [PairBuffers() for _ in range(n_layers)]
+        self._finite_check = LastCheck()
         self._optimizer_hooks = OptimizerHooks(
             model.sources[0].W_dec, before=self._before_update, after=self._after_update
         )
         if settings.unit_norm_decoder:
             for source in model.sources:
                 normalize_rows_(source.W_dec.data)
-                keep_gradient_tangential(source.W_dec)
+                keep_gradient_tangential(source.W_dec, self._by_kernels)
 
     # ---------------------------------------------------------------- one step
 
@@ -153,10 +157,17 @@ class CLTTrainingStep:
         Raises:
             ValueError: activations or parameters that are not finite.
         """
+        self._finite_check.finish()  # of a step that was followed by no update
         self._optimizer_hooks.restore_layout()
-        shape = self.model.cfg
         if not self._calibrated:
             self._calibrate(inputs, targets)
+        try:
+            return self._step(inputs, targets)
+        except BufferOverflow:  # nothing was kept of the step, and the buffers have grown
+            return self._step(inputs, targets)
+
+    def _step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> StepOutput:
+        shape = self.model.cfg
         target = torch.cat(list(targets), dim=1)
         weights = self._token_weights(targets, self.processes)
         path = self._path_choice.start(target.device, self._dense_sizes(len(target)))
@@ -165,10 +176,13 @@ class CLTTrainingStep:
             inputs,
             [control.bandwidth or 0.0 for control in self.controls],
             path=path,
+            buffers=self._buffers,
             to_input=self.controls[0].ste_input_share,
             multipliers=[control.density_multipliers(target.device) for control in self.controls],
             processes=self.processes,
         )
+        active = [step.activations.detach() > 0 for step in steps]
+        count = PairCount([step.entries for step in steps], active, self.processes)
         # A CLT's penalties are sums over latents, so all layers' travel in one piece.
         own = torch.stack([self.sparsity(step) for step in steps])
         penalties = self.processes.sum_over_shards(own).unbind()
@@ -176,30 +190,26 @@ class CLTTrainingStep:
         loss = self._reconstruction(output, target, weights)
         for coefficient, penalty in zip(coefficients, penalties, strict=True):
             loss = loss + coefficient * penalty
+        pairs = count.finish()
         self._require_finite(loss, inputs, targets)
-        active = [step.activations.detach().count_nonzero() for step in steps]
         tokens = len(target) * self.processes.replicas
-        counts = self.processes.count_pairs(*active)
-        for control, count in zip(self.controls, counts, strict=True):
-            control.take_active(count, tokens)
+        for control, of_layer in zip(self.controls, pairs, strict=True):
+            control.take_active(of_layer, tokens)
         if loss.requires_grad:
             residual = (target - output).detach().unflatten(1, (shape.n_layers, shape.d_out))
             for index, step in enumerate(steps):
-                self._observe(index, step, penalties[index], coefficients[index])
-                if self.controls[index].resampling_is_due():
+                acts = step.entries.as_matrix(step.activations, where=active[index])
+                control = self.controls[index]
+                control.observe(step, self.sparsity, penalties[index], coefficients[index], acts)
+                if control.resampling_is_due():
                     later = residual[:, index:]
                     if weights is not None:
                         later = later * weights[:, index:, None].sqrt()
-                    self.controls[index].keep_for_resampling(inputs[index], later.flatten(1))
+                    control.keep_for_resampling(inputs[index], later.flatten(1))
             self.steps += 1
+        counted = [mask.sum() for mask in active]
         l0 = [control.batch_l0 for control in self.controls]
-        return StepOutput(loss, target, output, active, l0, coefficients, self.processes)
-
-    def _observe(
-        self, index: int, step: Step, penalty: Tensor, coefficient: float | Tensor
-    ) -> None:
-        active = step.entries.as_matrix(step.activations, where=step.activations > 0)
-        self.controls[index].observe(step, self.sparsity, penalty, coefficient, active)
+        return StepOutput(loss, target, output, counted, l0, coefficients, self.processes)
 
     def _token_weights(
         self, targets: Sequence[Float[Tensor, "batch d_out"]], processes: OneProcess
@@ -255,7 +265,7 @@ class CLTTrainingStep:
             input_remedy="run the model in float32 or bfloat16",
             remedy="lower lr",
         )
-        check()
+        self._finite_check.begin(check, later=loss.is_cuda and loss.requires_grad)
 
     @torch.no_grad()
     def _calibrate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -285,13 +295,22 @@ class CLTTrainingStep:
 
     # ---------------------------------------------------------------- around the optimizer's step
 
+    def _by_kernels(self) -> bool:
+        return self._path_choice.current == "triton"
+
     def _before_update(self) -> None:
+        self._finite_check.finish()
         mean_l0 = sum(control.batch_l0 for control in self.controls) / len(self.controls)
         self._path_choice.finish(mean_l0 / self.model.cfg.d_sae)
 
     def _after_update(self) -> None:
         for source, control in zip(self.model.sources, self.controls, strict=True):
-            control.after_update(source, self._optimizer_hooks.optimizer, unusual_inputs)
+            control.after_update(
+                source,
+                self._optimizer_hooks.optimizer,
+                unusual_inputs,
+                by_kernels=self._by_kernels(),
+            )
 
     def dead_share(self) -> float:
         """Share of all latents that have not fired for so long that they count as dead."""

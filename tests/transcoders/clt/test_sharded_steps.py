@@ -234,7 +234,7 @@ def test_memory_and_traffic_of_a_process(
     in_a_row = 4 * tokens * LAYERS * D_OUT + 4 * (LAYERS + 1)
     parameters = LAYERS * (latents * (D_IN + 2) + D_OUT) + 6 * latents * D_OUT
     in_a_column = 4 * (parameters + LAYERS * (latents + 1 + tokens))
-    over_all = 4 * (3 * LAYERS + 1) + 8 * LAYERS
+    over_all = 4 * (3 * LAYERS + 1) + 2 * 8 * LAYERS
     predicted = dataclasses.asdict(clt_traffic(WHERE, BATCH, *sizes, limits_outliers=True))
     # Both widths of each layer, a share of the tokens from each process.
     assert predicted.pop("harvest") == 4 * BATCH * LAYERS * (D_IN + D_OUT) / (replicas * shards)

@@ -53,7 +53,9 @@ def reference_loss(
     return torch.stack(errors).sum() + penalty
 
 
-@pytest.mark.parametrize("path", ["sparse", "screened", "dense"])
+@pytest.mark.parametrize(
+    "path", ["sparse", "screened", "dense", pytest.param("triton", marks=pytest.mark.kernels)]
+)
 @pytest.mark.parametrize(
     ("mode", "to_input"), [("step", 0.37), ("step", 0.0), ("tanh", 1.0), ("tanh", 0.0)]
 )
@@ -81,6 +83,29 @@ def test_gradients_are_the_definition_s(path: str, mode: Any, to_input: float) -
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 1e-3, name
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.kernels
+def test_a_step_with_too_little_room_in_one_layer_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jumprelu_plugin.step.kernels import buffers
+
+    monkeypatch.setattr(buffers, "GRAIN", 1)
+    steps = {
+        path: CLTTrainingStep(random_clt(), CLTTrainingConfig(target_l0=5, step_kernel=path))
+        for path in ("sparse", "triton")
+    }
+    for training_step in steps.values():
+        set_bandwidths(training_step, [0.7, 1.1, 0.4])
+    room = steps["triton"]._buffers[1]
+    room.capacity = 7
+    outputs = {path: step.loss(*random_batch()) for path, step in steps.items()}
+    assert room.capacity > 100
+    torch.testing.assert_close(outputs["triton"].output, outputs["sparse"].output)
+    torch.testing.assert_close(outputs["triton"].loss, outputs["sparse"].loss)
+    assert outputs["triton"].l0 == outputs["sparse"].l0
+    assert [int(n) for n in outputs["triton"].active] == [int(n) for n in outputs["sparse"].active]
 
 
 def test_a_layer_writes_to_itself_and_later_layers_only() -> None:
