@@ -90,8 +90,9 @@ class ResolvedConfig(ControlSettings):
     aux_loss_coefficient: float
 
     def described(self) -> dict[str, str]:
-        """Every field in words, for reading."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Every field of a config in words, for reading."""
+        names = (field.name for field in dataclasses.fields(self))
+        values = {n: getattr(self, n) for n in names if n != "ste_input_share_is_given"}
         words = {name: _in_words(name, value) for name, value in values.items()}
         return {**words, "l0_coefficient": "measured"} if self.controls_l0 else words
 

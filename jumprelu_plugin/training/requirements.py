@@ -55,6 +55,17 @@ def require_possible_numbers(cfg: Any) -> None:
     _require(prompts is None or prompts >= 1, "eval_batch_size_prompts", prompts, "at least 1")
     evaluated = not cfg.logger.log_to_wandb or cfg.n_eval_batches >= 1
     _require(evaluated, "n_eval_batches", cfg.n_eval_batches, "at least 1 where wandb logs")
+    _require_a_batch_in_the_buffer(cfg)
+
+
+def _require_a_batch_in_the_buffer(cfg: Any) -> None:
+    positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    rows, batch = cfg.n_batches_in_buffer * positions, cfg.train_batch_size_tokens
+    if 0 < rows < batch:
+        raise ValueError(
+            f"the mixing buffer holds {rows} rows (n_batches_in_buffer · context_size) and one "
+            f"batch takes {batch}: give n_batches_in_buffer={-(-batch // positions)} or more"
+        )
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:

@@ -1,10 +1,13 @@
-"""The output folder of a long run: a run that stopped continues in it, any other is refused."""
+"""The output folder of a long run: one that stopped goes on in it, any other is refused."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +21,7 @@ from jumprelu_plugin.training.checkpoints import (
     numbered,
     refuse_unwritable,
 )
+from jumprelu_plugin.training.distributed.launch import Launch
 
 CheckpointsT = TypeVar("CheckpointsT", bound=Checkpoints)
 
@@ -26,6 +30,38 @@ CHECKPOINTS = "checkpoints"
 METRICS_FILENAME = "metrics.jsonl"
 # Settings that change nothing of what is trained.
 _FREE = ("n_checkpoints", "checkpoint_every_n_minutes", "device")
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Keep the runs of other processes out of a folder.
+
+    It is made if it is missing, and removed again if nothing was written to it. The kernel holds
+    the lock, so a killed process leaves none. On a file system without locks, nobody is kept out.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be written to.
+    """
+    refuse_unwritable(output, "output_path")
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        _lock(folder, output)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds something
+                output.rmdir()
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def held_by_the_first(launch: Launch, output: Path) -> Iterator[None]:
+    """The same, by the first of several processes, and for all of them."""
+    with ExitStack() as stack:
+        launch.from_the_first(lambda: stack.enter_context(held(output)))
+        yield
 
 
 def claim_output_folder(output: Path, settings: Any, record_filename: str) -> Path | None:
@@ -100,6 +136,17 @@ def finish_output_folder(output: Path) -> None:
     """Remove what only an unfinished run needs."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     (output / SETTINGS_FILENAME).unlink(missing_ok=True)
+
+
+def _lock(folder: int, output: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is going on in {output}: wait for it or stop it, or give another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _plain(settings: Any) -> dict[str, Any]:

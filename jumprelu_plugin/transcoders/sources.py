@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import load_dataset
 from jaxtyping import Int
 from torch import Tensor
 
@@ -30,17 +31,20 @@ def model_of(settings: LayerRunSettings, model: Any = None) -> Any:
 def texts_of(
     model: Any, settings: LayerRunSettings, dataset: Any = None
 ) -> tuple[Any, Int[Tensor, "sequences context"] | None]:
-    """The text to train on, None for one that SAELens loads from the hub, and text held out.
+    """The text to train on, and text held out.
 
     Only the packaged texts have a held-out split: with a text of the user's there is none.
 
     Raises:
         ValueError: the text is empty, or its folder does not exist.
+        OSError: the hub has no such text, or cannot be reached.
     """
     if dataset is not None:
         return dataset, None
     if settings.dataset_path:
         dataset = local_dataset(settings.dataset_path, streaming=True)
+        if dataset is None:
+            dataset = load_dataset(settings.dataset_path, split="train", streaming=True)
         refuse_empty_text(dataset)
         return dataset, None
     dataset = tokenized_dataset(model.tokenizer, settings.context_size, "train")

@@ -76,3 +76,9 @@ def test_a_run_goes_on_with_the_share_it_began_with() -> None:
         assert resumed.ste_input_share == expected
     with pytest.raises(ValueError, match="ste_input_share is 3.5"):
         control().load_state({**state, "ste_input_share": 3.5}, tensors)
+
+
+def test_it_is_described_as_a_field_of_the_config() -> None:
+    said = JumpReLUTrainingSAEConfig(d_in=13, d_sae=29, target_l0=3).resolve().described()
+    assert said["jumprelu_ste_input_share"] == "0.5"
+    assert not [name for name in said if "given" in name]

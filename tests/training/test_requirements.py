@@ -57,6 +57,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lr_scheduler_name": "cosine"}, ["'cosine'", "cosineannealing"]),
         ({"n_restart_cycles": 3}, ["n_restart_cycles is 3", "cosineannealingwarmrestarts"]),
         ({"activations_mixing_fraction": 1.5}, ["activations_mixing_fraction is 1.5; give 0 to 1"]),
+        (
+            {"train_batch_size_tokens": 389, "n_batches_in_buffer": 11, "context_size": 23},
+            ["buffer holds 253 rows", "one batch takes 389: give n_batches_in_buffer=17 or more"],
+        ),
         ({"eval_batch_size_prompts": 0}, ["eval_batch_size_prompts is 0; give at least 1"]),
         (
             {"n_checkpoints": 3, "checkpoint_path": "None"},

@@ -87,6 +87,14 @@ def test_what_the_run_refuses_the_plan_refuses(
         plan_of(tmp_path / "planned", of.settings(**changes), model=model)
 
 
+@pytest.mark.parametrize("plan_of, of", [(plan_clt, clt), (plan_transcoders, per_layer)])
+def test_a_text_that_the_hub_does_not_give_is_refused(
+    plan_of: Any, of: Any, model: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="nobody/no_such_text"):
+        plan_of(tmp_path / "planned", of.settings(dataset_path="nobody/no_such_text"), model=model)
+
+
 @pytest.mark.parametrize(
     ("train", "of"), [(train_clt, clt), (train_transcoders, per_layer)], ids=["clt", "transcoders"]
 )

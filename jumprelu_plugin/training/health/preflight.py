@@ -41,7 +41,12 @@ from jumprelu_plugin.training.health.memory import (
 )
 from jumprelu_plugin.training.health.sample import first_rows, scaled
 from jumprelu_plugin.training.health.saving import saving_forecast
-from jumprelu_plugin.training.health.schedule import lr_sum, schedule_findings, total_steps
+from jumprelu_plugin.training.health.schedule import (
+    lr_sum,
+    schedule_findings,
+    steps_taken,
+    total_steps,
+)
 
 # Tokens that are looked at: a batch of the run, within these.
 FEWEST_TOKENS, MOST_TOKENS = 512, 4096
@@ -231,7 +236,9 @@ def run_preflight(
     findings += memory_findings(memory)
     findings += [] if saving is None else memory_findings(saving)
     resolved = getattr(sae, "resolved", None)
-    return Preflight(steps, cfg.lr, memory, found, reach, _ranked(findings), resolved, saving)
+    return Preflight(
+        steps_taken(cfg), cfg.lr, memory, found, reach, _ranked(findings), resolved, saving
+    )
 
 
 def _ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:

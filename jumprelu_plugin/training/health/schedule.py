@@ -31,6 +31,11 @@ def total_steps(cfg: Any) -> int:
     return cfg.training_tokens // cfg.train_batch_size_tokens
 
 
+def steps_taken(cfg: Any) -> int:
+    """Steps that the trainer takes: the last one is that in which the last token is trained on."""
+    return -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+
+
 def repaired(cfg: Any) -> tuple[Any, list[Finding]]:
     """A config whose schedules fit into its run, and what was changed.
 
@@ -114,7 +119,7 @@ def schedule_findings(cfg: Any) -> list[Finding]:
                 "input scale",
                 f"the input's scale is measured on {cfg.n_batches_for_norm_estimate:,} batches, "
                 f"more than the {steps:,} the run trains on",
-                "set n_batches_for_norm_estimate=20",
+                f"set n_batches_for_norm_estimate={min(20, steps)}",
             )
         )
     if cfg.dead_feature_window >= steps:

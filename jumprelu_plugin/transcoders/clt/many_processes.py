@@ -50,6 +50,7 @@ from jumprelu_plugin.transcoders.output_folder import (
     checkpoints_of,
     claim_output_folder,
     finish_output_folder,
+    held_by_the_first,
     start_output_folder,
 )
 from jumprelu_plugin.transcoders.settings import CLTSettings, refuse_memory_limit
@@ -84,9 +85,10 @@ def train_sharded_clt(
     """
     sizes = data_parallel_size, model_parallel_size
     started = joined(*sizes, settings.device, "the same command", "train-clt")
-    with started as launch, without_sigterm():
-        _train(launch, Path(output), settings, model, dataset, log)
-    return Path(output)
+    output = Path(output)
+    with started as launch, without_sigterm(), held_by_the_first(launch, output):
+        _train(launch, output, settings, model, dataset, log)
+    return output
 
 
 def _train(

@@ -44,6 +44,7 @@ from jumprelu_plugin.transcoders.output_folder import (
     checkpoints_of,
     claim_output_folder,
     finish_output_folder,
+    held,
     start_output_folder,
 )
 from jumprelu_plugin.transcoders.settings import (
@@ -85,16 +86,29 @@ def train_clt(
         `output`.
 
     Raises:
-        ValueError: `output` holds a finished run, a run with other settings, or other files;
-            layers, hooks or the device do not exist or do not fit; or the run needs more than
-            `memory_gb`.
+        ValueError: `output` holds a finished run, a run with other settings, other files, or a
+            run that is still going; layers, hooks or the device do not exist or do not fit; or the
+            run needs more than `memory_gb`.
         sae_lens.training._interruption.InterruptedException: Ctrl-C or SIGTERM stopped the run; a
             checkpoint is saved.
     """
     require_device(settings.device)
-    output = Path(output)
     training = fitting_config(training_config(settings), settings)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
+    output = Path(output)
+    with held(output):
+        _train(output, settings, training, model, dataset, log)
+    return output
+
+
+def _train(
+    output: Path,
+    settings: CLTSettings,
+    training: CLTTrainingConfig,
+    model: Any,
+    dataset: Any,
+    log: Callable[[Any], None],
+) -> None:
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
     cfg = config_of(model, settings)
@@ -124,7 +138,6 @@ def train_clt(
     dead = trainer.training_step.dead_share()
     write_record(output, settings, trainer, dead, estimate, found, model)
     finish_output_folder(output)
-    return output
 
 
 # ---------------------------------------------------------------- before training
@@ -284,7 +297,7 @@ def store_of(
             dtype="float32",
             exclude_special_tokens=special.to(settings.device),
         )
-    return PairStore.like(text, pairs, pair_widths(model, pairs.values()), settings.seed)
+        return PairStore.like(text, pairs, pair_widths(model, pairs.values()), settings.seed)
 
 
 # ---------------------------------------------------------------- after training

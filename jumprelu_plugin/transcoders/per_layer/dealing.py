@@ -25,10 +25,12 @@ from typing_extensions import override
 
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.activations.pairs import HookPair, PairStore
+from jumprelu_plugin.training.checkpoints import disk_errors
 from jumprelu_plugin.training.distributed.agreed import AgreedBatches, CheckpointsByTheFirst
 from jumprelu_plugin.training.distributed.division import share_of_pass
 from jumprelu_plugin.training.distributed.launch import Launch
 from jumprelu_plugin.training.health.alarms import Alarm
+from jumprelu_plugin.training.text_source import without_false_alarms
 from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner, LayerwiseTrainer
 
 
@@ -105,10 +107,11 @@ class DealtCheckpoints(CheckpointsByTheFirst):
         mine = parts[self.launch.rank]
         failed = ""
         try:
-            shutil.rmtree(mine, ignore_errors=True)
-            mine.mkdir(parents=True)
-            write(mine)
-        except (OSError, RuntimeError) as error:
+            with disk_errors():
+                shutil.rmtree(mine, ignore_errors=True)
+                mine.mkdir(parents=True)
+                write(mine)
+        except OSError as error:
             failed = str(error)
         failures = [text for text in self.launch.all_objects(failed) if text]
 
@@ -173,9 +176,9 @@ class DealtRunner(LayerwiseRunner):
             for name in set(given) - set(mine):
                 del given[name]
         super().__init__(cfg, {name: pairs[name] for name in mine}, override_saes=saes, **options)
-        source = PairStore.like(
-            self.activations_store, pairs, pair_widths(self.model, pairs.values()), cfg.seed
-        )
+        widths = pair_widths(self.model, pairs.values())
+        with without_false_alarms():
+            source = PairStore.like(self.activations_store, pairs, widths, cfg.seed)
         hooks = [_hooks(pairs[name] for name in names) for names in by_rank]
         self.harvest = DealtHarvest(launch, source, hooks)
         store: Any = self.activations_store

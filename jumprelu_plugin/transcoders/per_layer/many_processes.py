@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from jumprelu_plugin.training.distributed.launch import Launch, joined, without_
 from jumprelu_plugin.training.distributed.runner import digest_of_text
 from jumprelu_plugin.training.runner import quiet
 from jumprelu_plugin.transcoders.output_folder import (
-    CHECKPOINTS,
     METRICS_FILENAME,
+    checkpoints_of,
     claim_output_folder,
     finish_output_folder,
+    held_by_the_first,
     start_output_folder,
 )
 from jumprelu_plugin.transcoders.per_layer.dealing import DealtCheckpoints, DealtRunner, dealt
@@ -72,9 +74,11 @@ def train_dealt_transcoders(
             checkpoint is saved.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    with joined(1, size, settings.device, "the same command") as launch, without_sigterm():
-        _train(launch, Path(output), settings, model, dataset, log)
-    return Path(output)
+    started = joined(1, size, settings.device, "the same command")
+    output = Path(output)
+    with started as launch, without_sigterm(), held_by_the_first(launch, output):
+        _train(launch, output, settings, model, dataset, log)
+    return output
 
 
 def _train(
@@ -101,9 +105,7 @@ def _train(
     log(f"memory of each of {launch.size} processes: {estimate}, beside Python and PyTorch")
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))
-    checkpoints = DealtCheckpoints(
-        launch, output / CHECKPOINTS, settings.checkpoint_every_n_minutes
-    )
+    checkpoints = checkpoints_of(output, settings, partial(DealtCheckpoints, launch))
     cfg = launch.agree(lambda: runner_config(configs, pairs, here, output, checkpoint))
     with quiet():
         runner = launch.agree(

@@ -12,6 +12,7 @@ from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.distributed.division import handed_over
 from jumprelu_plugin.training.distributed.hardware import hardware
 from jumprelu_plugin.training.health.memory import size
+from jumprelu_plugin.training.health.schedule import steps_taken
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
 from jumprelu_plugin.transcoders.output_folder import claim_output_folder
 from jumprelu_plugin.transcoders.per_layer.dealing import dealt
@@ -78,7 +79,7 @@ def plan_transcoders(
     run = runner_config(configs, pairs, now, output, None)
     batch = run.train_batch_size_tokens
     numbers = [
-        ("steps", f"{run.training_tokens // batch:,} of {batch:,} tokens"),
+        ("steps", f"{steps_taken(run):,} of {batch:,} tokens"),
         (
             "parameters",
             f"{sum(map(transcoder_parameters, configs.values())):,} in {len(configs)} transcoders",

@@ -46,6 +46,7 @@ from jumprelu_plugin.transcoders.output_folder import (
     checkpoints_of,
     claim_output_folder,
     finish_output_folder,
+    held,
     start_output_folder,
 )
 from jumprelu_plugin.transcoders.per_layer.runner import LayerwiseRunner
@@ -85,15 +86,28 @@ def train_transcoders(
         `output`.
 
     Raises:
-        ValueError: `output` holds a finished run, a run with other settings, or other files; a
-            layer, hook, recipe or device does not exist; or the run needs more than `memory_gb`.
+        ValueError: `output` holds a finished run, a run with other settings, other files, or a
+            run that is still going; a layer, hook, recipe or device does not exist; or the run
+            needs more than `memory_gb`.
         sae_lens.training._interruption.InterruptedException: Ctrl-C or SIGTERM stopped the run; a
             checkpoint is saved.
     """
     require_device(settings.device)
     refuse_impossible(settings)
-    output = Path(output)
     refuse_negative_minutes(settings.checkpoint_every_n_minutes)
+    output = Path(output)
+    with held(output):
+        _train(output, settings, model, dataset, log)
+    return output
+
+
+def _train(
+    output: Path,
+    settings: TranscoderSettings,
+    model: Any,
+    dataset: Any,
+    log: Callable[[Any], None],
+) -> None:
     checkpoint = claim_output_folder(output, settings, RECORD_FILENAME)
     model = model_of(settings, model)
     pairs = pairs_of(model, settings)
@@ -123,7 +137,6 @@ def train_transcoders(
     layers = layers_of(pairs, trained)
     write_record(output, settings, layers, estimate, found, model)
     finish_output_folder(output)
-    return output
 
 
 # ---------------------------------------------------------------- before training

@@ -13,7 +13,12 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from jumprelu_plugin import JumpReLUTrainingSAEConfig
-from jumprelu_plugin.training.health.schedule import lr_sum, repaired, schedule_findings
+from jumprelu_plugin.training.health.schedule import (
+    lr_sum,
+    repaired,
+    schedule_findings,
+    steps_taken,
+)
 from tests.tiny import D_MODEL
 from tests.training.runs import BATCH, D_SAE, config, run, token_rows
 
@@ -40,6 +45,21 @@ def runner_config(**fields: Any) -> LanguageModelSAERunnerConfig[Any]:
     given = {"sae": sae, "train_batch_size_tokens": 31, "logger": LoggingConfig(log_to_wandb=False),
              "checkpoint_path": None, "verbose": False, **fields}  # fmt: skip
     return LanguageModelSAERunnerConfig(**given)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(4 * 31, 4), (4 * 31 + 1, 5), (4 * 31 - 1, 4)])
+def test_the_trainer_takes_as_many_steps_as_are_said(tokens: int, steps: int) -> None:
+    seen = 0
+    while seen < tokens:  # as SAELens' trainer counts
+        seen += 31
+    assert steps_taken(runner_config(training_tokens=tokens)) == steps == seen // 31
+
+
+def test_no_more_batches_are_suggested_for_the_scale_than_are_trained_on() -> None:
+    cfg = runner_config(training_tokens=7 * 31, n_batches_for_norm_estimate=11)
+    cfg.sae.normalize_activations = "expected_average_only_in"
+    (found,) = [f for f in schedule_findings(cfg) if f.name == "input scale"]
+    assert "11 batches" in found.message and found.suggestion.endswith("=7")
 
 
 @pytest.mark.parametrize(

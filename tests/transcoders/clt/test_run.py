@@ -79,11 +79,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(
-    model: Any, stop_at: list[int], tmp_path: Path
+    model: Any, stop_at: list[int], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     said: list[Any] = []
     whole, paused = tmp_path / "whole", tmp_path / "paused"
     train_clt(whole, settings(), model=model, dataset=text(), log=said.append)
+    assert not [w for w in recwarn if "fewer samples" in str(w.message)]
     assert str(said[0]).startswith("memory: ")
     files = [*(f"layer_{layer}.safetensors" for layer in range(N_LAYERS))]
     others = ["cross_layer.json", "cross_layer_record.json", "metrics.jsonl"]
