@@ -183,7 +183,7 @@ class Monitor:
         self._error = error.clone() if self._error is None else self._error + error
         self._worst = error if self._worst is None else torch.maximum(self._worst, error)
         self._seen += 1
-        if self._seen < self._every:
+        if (step + 1) % self._every:  # the same steps in a run that is resumed
             return []
         found = self._look(silent, step, seen.tokens)
         fresh = [alarm for alarm in found if alarm.name not in self.raised]
@@ -209,6 +209,9 @@ class Monitor:
 
     def _thresholds(self, step: int) -> Alarm | None:
         if self._control is None:
+            return None
+        if self._seen < self._every:  # resumed in between: too few steps for all to be moved
+            self._moved = None
             return None
         moved = stored(self._dictionary, "threshold") * 0 if self._moved is None else self._moved
         moved = self._processes.any_over_replicas(moved != 0)
@@ -280,6 +283,8 @@ class Monitor:
         fired = silent[:: max(1, len(silent) // PROBED)] < self._seen
         same = (now == self._probe)[fired]
         self._probe = now
+        if self._seen < self._every:
+            return None
         if not self._processes.count_over_shards(len(same)):
             return None
         frozen = float(self._processes.mean_over_shards(same.float()))

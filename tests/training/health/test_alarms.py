@@ -128,6 +128,18 @@ def test_a_multiplier_that_cannot_be_measured_is_an_alarm_above_the_target(
     assert [name for name in raised if name == "multiplier lost"] == alarms
 
 
+def test_a_run_that_goes_on_in_between_is_looked_at_at_the_same_steps() -> None:
+    cfg = JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, target_l0=5, jumprelu_bandwidth=0.3)
+    monitor = Monitor.of(JumpReLUTrainingSAE(cfg), 300)
+    raised = []
+    for step in range(83, 131):
+        error = torch.tensor(17.0 if step == 91 else 1.7)
+        raised += monitor.step(StepStats(5 * TOKENS, TOKENS, error), torch.zeros(WIDTH), step)
+    monitor.close()
+    # Few steps say nothing of thresholds that have not moved, or of weights that are the same.
+    assert [(alarm.name, alarm.step) for alarm in raised] == [("loss spike", 99)]
+
+
 @pytest.mark.parametrize(("useless", "remedy"), [(0.8, "lower d_sae"), (0.3, "lower lr")])
 def test_latents_that_die_for_want_of_use_are_told_from_others(useless: float, remedy: str) -> None:
     cfg = JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=WIDTH, target_l0=5, jumprelu_bandwidth=0.3)
