@@ -55,7 +55,8 @@ if [ -z "$small" ]; then
     part "tests on the GPU" 200 python3 -m pytest -q -p no:cacheprovider \
         --continue-on-collection-errors -m gpu tests
     part "the kernels' tests, compiled" 190 python3 -m pytest -q -p no:cacheprovider \
-        -m "gpu or not gpu" --deselect tests/step/kernels/test_compiled.py tests/step/kernels
+        -m "gpu or not gpu" --deselect tests/step/kernels/test_compiled.py tests/step/kernels \
+        tests/transcoders/clt/test_training_step.py
 fi
 bench=(python3 -m benchmarks.gpu)
 options=(--device "$device" --output "$records" $small)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jumprelu_plugin.transcoders.clt import CLTTrainingConfig, CrossLayerTranscoder
 from jumprelu_plugin.transcoders.clt.training_step import CLTTrainingStep
+from tests.step.kernels.cases import DEVICE
 from tests.transcoders.clt.random_clt import (
     BATCH,
     D_OUT,
@@ -21,6 +22,10 @@ from tests.transcoders.clt.random_clt import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def on(device: str, rows: list[Tensor]) -> list[Tensor]:
+    return [each.to(device) for each in rows]
 
 
 def reference_loss(
@@ -70,13 +75,14 @@ def test_gradients_are_the_definition_s(path: str, mode: Any, to_input: float) -
         jumprelu_ste_input_share=to_input or None,
         step_kernel=path,  # type: ignore[arg-type]
     )
-    model = random_clt()
-    training_step = CLTTrainingStep(model, cfg)
+    model, device = random_clt(), DEVICE if path == "triton" else "cpu"
+    training_step = CLTTrainingStep(model.to(device), cfg)
     set_bandwidths(training_step, bandwidths)
-    loss = training_step.loss(inputs, targets).loss
+    loss = training_step.loss(on(device, inputs), on(device, targets)).loss.cpu()
     loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    model.cpu()
     expected = reference_loss(model, inputs, targets, bandwidths, [0.23] * LAYERS, mode, to_input)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -93,14 +99,17 @@ def test_a_step_with_too_little_room_in_one_layer_is_computed_again(
 
     monkeypatch.setattr(buffers, "GRAIN", 1)
     steps = {
-        path: CLTTrainingStep(random_clt(), CLTTrainingConfig(target_l0=5, step_kernel=path))
+        path: CLTTrainingStep(
+            random_clt().to(DEVICE), CLTTrainingConfig(target_l0=5, step_kernel=path)
+        )
         for path in ("sparse", "triton")
     }
     for training_step in steps.values():
         set_bandwidths(training_step, [0.7, 1.1, 0.4])
     room = steps["triton"]._buffers[1]
     room.capacity = 7
-    outputs = {path: step.loss(*random_batch()) for path, step in steps.items()}
+    inputs, targets = (on(DEVICE, rows) for rows in random_batch())
+    outputs = {path: step.loss(inputs, targets) for path, step in steps.items()}
     assert room.capacity > 100
     torch.testing.assert_close(outputs["triton"].output, outputs["sparse"].output)
     torch.testing.assert_close(outputs["triton"].loss, outputs["sparse"].loss)
