@@ -101,7 +101,7 @@ def test_report_command(tmp_path: Path) -> None:
     rate(folder, "anna", "yyynnm-")
     rate(folder, "ben", "yymnn-n")
     with (folder / "ratings" / "ben.jsonl").open("ab") as file:
-        file.write(b'{"item": "i5", "rati')
+        file.write(b'{"item": "i4", "text": "sea \\ud800"}\n{"item": "i5", "rati')
     (folder / "ratings" / "stranger.jsonl").write_text("{}")
     done = CliRunner().invoke(app, ["study", "report", str(folder)])
     assert done.exit_code == 0, done.output
