@@ -230,9 +230,8 @@ def _read(reply: Any) -> tuple[str, int | None]:
         raise ValueError("the reply holds no text")
     usage = getattr(reply, "usage", None)
     total = getattr(usage, "total_tokens", None)
-    return as_utf8(content[:_LONGEST_REPLY]), total if isinstance(
-        total, int
-    ) and total > 0 else None
+    tokens = total if isinstance(total, int) and total > 0 else None
+    return as_utf8(content[:_LONGEST_REPLY]), tokens
 
 
 def _short(error: Exception) -> str:
