@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
+    "text.parse_math": False,  # a label may hold dollar signs
     "svg.fonttype": "none",  # text stays text: it can be read, searched and copied
     "figure.dpi": 100,
 }
