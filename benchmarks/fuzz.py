@@ -171,6 +171,12 @@ def main(
     output: Annotated[Path, typer.Option(help="File of records to add to.")] = RESULTS
     / "fuzz.jsonl",
 ) -> None:
+    unknown = [name for name in reader or () if name not in READERS]
+    if unknown:
+        raise typer.BadParameter(
+            f"there is no reader {', '.join(unknown)}; known: {', '.join(READERS)}",
+            param_hint="--reader",
+        )
     torch.set_num_threads(1)
     console, faults = terminal(), 0
     for name in reader or READERS:

@@ -152,7 +152,8 @@ def study_explain(
     print_table(scores_table(result))
     if result.unfinished:
         raise ValueError(
-            f"stopped: {result.unfinished} and are in {output_path}; the same command goes on"
+            f"stopped: {result.unfinished}. The replies are kept in {output_path}, and the same "
+            "command goes on"
         )
     console.print(f"written: {output_path / PAGE_FILENAME}", highlight=False)
 

@@ -23,7 +23,8 @@ class Comparison:
         first, second: the groups' labels.
         difference: mean score of `first` minus that of `second`.
         odds_ratio: odds of a positive latent in `first` over those in `second`: the conditional
-            maximum likelihood estimate; None where it is 0/0 or infinite.
+            maximum likelihood estimate. None where it is 0/0, of which the interval begins at 0, or
+            infinite, of which it begins above 0: JSON has no infinity.
         odds_ratio_interval: its exact 95 % interval; an end is None where it is infinite.
         p_odds: Fisher's exact test, two-sided, Holm-corrected over all pairs.
         p_rank: Mann-Whitney U test of the scores, two-sided, Holm-corrected.
@@ -81,12 +82,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """One row for every two groups."""
     rows = []
     for each in comparisons:
-        low, high = each.odds_ratio_interval
         rows.append(
             [
                 f"{each.first} − {each.second}",
                 f"{each.difference:+.3f}",
-                f"{_number(each.odds_ratio)} [{_number(low)}, {_number(high)}]",
+                _odds_ratio(each),
                 f"{each.p_odds:.3g}",
                 f"{each.p_rank:.3g}",
                 "" if each.p_paired is None else f"{each.p_paired:.3g} ({each.pairs} pairs)",
@@ -140,5 +140,12 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _odds_ratio(comparison: Comparison) -> str:
+    low, high = comparison.odds_ratio_interval
+    if comparison.odds_ratio is None and not low:
+        return "not defined"
+    return f"{_number(comparison.odds_ratio)} [{_number(low)}, {_number(high)}]"
+
+
 def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
+    return "∞" if value is None else f"{value:.2f}"

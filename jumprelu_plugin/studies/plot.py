@@ -10,12 +10,13 @@ from jumprelu_plugin.analysis.output_file import require_place_for_file
 from jumprelu_plugin.records import read_json
 from jumprelu_plugin.studies.explain import record as explanation_record
 from jumprelu_plugin.studies.explain.report import explanation_sections
-from jumprelu_plugin.studies.figures.groups import Spread, architectures, places
+from jumprelu_plugin.studies.figures.groups import Record, Spread, architectures, places
 from jumprelu_plugin.studies.figures.panel import Figure, require_matplotlib, save_figures
-from jumprelu_plugin.studies.figures.sweep import sweep_figures
+from jumprelu_plugin.studies.figures.settings import told_apart
+from jumprelu_plugin.studies.figures.sweep import require_sweep, sweep_figures
 from jumprelu_plugin.studies.rating import report as rating_report
 from jumprelu_plugin.studies.report import Section, Table, write_report
-from jumprelu_plugin.studies.sweep.record_file import Record, read_records
+from jumprelu_plugin.studies.sweep.record_file import read_records
 from jumprelu_plugin.studies.sweep.run import RECORDS_FILENAME
 
 REPORT_FILENAME = "report.html"
@@ -65,7 +66,7 @@ def plot_sweep(
     require_matplotlib()
     require_place_for_file(Path(output_path, REPORT_FILENAME), REPORT_FILENAME)
     paths = [_file(Path(source)) for source in sources]
-    records = [r for path in paths if path.suffix != ".json" for r in _sweep_records(path, log)]
+    records = _records([path for path in paths if path.suffix != ".json"], log)
     studies = _study_sections([path for path in paths if path.suffix == ".json"])
     if not records and not studies:
         raise ValueError("there are no records to draw")
@@ -88,11 +89,16 @@ def _file(source: Path) -> Path:
     return next((source / name for name in names if (source / name).exists()), source / names[0])
 
 
-def _sweep_records(path: Path, log: Callable[[str], None]) -> list[Record]:
-    records, broken = read_records(path)
-    if broken is not None:
-        log(f"the last line of {path} is broken and left out")
-    return records
+def _records(paths: Sequence[Path], log: Callable[[str], None]) -> list[Record]:
+    """The records of sweeps, told apart by the settings in which they differ."""
+    found: list[Record] = []
+    for path in paths:
+        records, broken = read_records(path)
+        found += records
+        if broken is not None:
+            log(f"the last line of {path} is broken and left out")
+    require_sweep(found)
+    return told_apart(found)
 
 
 def _study_sections(paths: Sequence[Path]) -> list[Section]:
@@ -138,9 +144,13 @@ def _table(records: Sequence[Record]) -> Table:
             for target in sorted({record["target_l0"] for record in own}):
                 group = [record for record in own if record["target_l0"] == target]
                 cells = [_mean(group, name, form) for name, (_, form) in columns.items()]
-                rows.append([place, architecture, f"{target:g}", str(len(group)), *cells])
+                rows.append([place, architecture, f"{target:g}", _seeds(group), *cells])
     header = ["site", "architecture", "target L0", "seeds", *(c for c, _ in columns.values())]
     return Table(header, rows)
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    return str(len({record.get("seed") for record in records}))
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str, form: str) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from benchmarks.fuzz import MEMORY, fuzz, judge, limited_memory
+from benchmarks.fuzz import MEMORY, fuzz, judge, limited_memory, main
 from benchmarks.fuzz_inputs import TERABYTE, Bomb, damage, fresh_copy, npy_header, write_zip
 from benchmarks.fuzz_readers import READERS
 from jumprelu_plugin.saes.tensor_files import read_npz, read_safetensors, read_torch
@@ -38,6 +40,16 @@ def test_a_reader_refuses_by_name_what_it_cannot_read(name: str, tmp_path: Path)
 )
 def test_inputs_that_were_faults_are_refused(name: str, inputs: list[int], tmp_path: Path) -> None:
     assert not fuzz(name, inputs, tmp_path).faults
+
+
+def test_an_unknown_reader_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    app, output = typer.Typer(), tmp_path / "fuzz.jsonl"
+    app.command()(main)
+    given = ["--inputs", "1", "--output", str(output), "--reader", "saelens", "--reader", "nope"]
+    done = CliRunner().invoke(app, given)
+    said = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2 and "there is no reader nope; known: " in said
+    assert all(name in said for name in READERS) and not output.exists()
 
 
 def test_the_same_number_is_the_same_input(tmp_path: Path) -> None:

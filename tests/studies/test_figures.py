@@ -121,6 +121,18 @@ def test_files(tmp_path: Path) -> None:
     assert again[1].read_text() == svg.read_text()
 
 
+def test_dollar_signs_are_no_mathematics(tmp_path: Path) -> None:
+    """In titles, in a legend and beside bars."""
+    names = {"topk": "$5_{$ run", "standard": r"$\no$"}
+    priced = [{**r, "architecture": names.get(r["architecture"], "x")} for r in RECORDS]
+    figures = [f for f in sweep_figures(priced) if f.name in ("frontier_fvu", "time_and_memory")]
+    assert len(save_figures(figures, tmp_path)) == 4
+    for figure, shown in zip(figures, ("$5_{$ run", "$5_"), strict=True):
+        for svg in (panel_svg(figure, 0), (tmp_path / f"{figure.name}.svg").read_text()):
+            texts = {text.strip() for text in ElementTree.fromstring(svg).itertext()}
+            assert {shown, r"$\no$"} <= texts
+
+
 def test_a_panels_svg_takes_the_width_of_its_place() -> None:
     (figure,) = (figure for figure in sweep_figures(RECORDS) if figure.name == "frontier_fvu")
     root = ElementTree.fromstring(panel_svg(figure, 0))

@@ -21,6 +21,7 @@ from jumprelu_plugin.studies.explain.prompts import Messages
 from jumprelu_plugin.studies.explain.roles import JudgeTask, Roles, SimulationTask
 from jumprelu_plugin.studies.explain.settings import BackendSettings
 from jumprelu_plugin.studies.sampling.texts import TextWindow
+from jumprelu_plugin.studies.utf8 import as_utf8
 
 EXPLAIN_TOKENS, LINE_TOKENS = 100, 8
 MOST_FAILURES = 5  # in a row, after the client's own retries
@@ -229,9 +230,8 @@ def _read(reply: Any) -> tuple[str, int | None]:
         raise ValueError("the reply holds no text")
     usage = getattr(reply, "usage", None)
     total = getattr(usage, "total_tokens", None)
-    # A lone surrogate cannot be written as UTF-8.
-    text = content[:_LONGEST_REPLY].encode("utf-8", errors="replace").decode()
-    return text, total if isinstance(total, int) and total > 0 else None
+    tokens = total if isinstance(total, int) and total > 0 else None
+    return as_utf8(content[:_LONGEST_REPLY]), tokens
 
 
 def _short(error: Exception) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jumprelu_plugin.records import write_json
+from jumprelu_plugin.records import read_json, write_json
 from jumprelu_plugin.studies.comparison import Comparison
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent
 from jumprelu_plugin.studies.explain.settings import BackendSettings, ExplainSettings
@@ -57,6 +57,18 @@ def write_record(
             "provenance": source,
         },
     )
+
+
+def recorded(output: Path) -> tuple[int, bool]:
+    """The latents that the record in a folder holds, and whether its study was finished.
+
+    One that cannot be read holds none.
+    """
+    try:
+        result = read_json(output / RECORD_FILENAME)["result"]
+        return len(result["latents"]), result["unfinished"] is None
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0, False
 
 
 def read_explanation_result(path: str | Path) -> ExplanationResult:

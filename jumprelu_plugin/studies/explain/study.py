@@ -1,7 +1,8 @@
 """The automated study from SAE folders to a record and a report.
 
 The folder of a study holds calls.jsonl, which grows with every reply, and explanations.json and
-explanations.html, which are written anew at the end, also of a study that had to stop.
+explanations.html, which are written anew at the end, also of a study that had to stop, unless they
+hold more than it has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from jumprelu_plugin.studies.explain.cost import Estimate, estimate
 from jumprelu_plugin.studies.explain.endpoint import StudyStopped, endpoint_roles
 from jumprelu_plugin.studies.explain.latents import StudyLatent, study_latents
 from jumprelu_plugin.studies.explain.local import local_roles
-from jumprelu_plugin.studies.explain.record import ExplanationResult, write_record
+from jumprelu_plugin.studies.explain.record import (
+    RECORD_FILENAME,
+    ExplanationResult,
+    recorded,
+    write_record,
+)
 from jumprelu_plugin.studies.explain.report import write_explanation_report
 from jumprelu_plugin.studies.explain.roles import Roles
 from jumprelu_plugin.studies.explain.scoring import ScoredLatent, score_latents
@@ -49,7 +55,8 @@ def run_explanation_study(
     """Explain latents of SAEs, score the explanations, and write `output`.
 
     Replies that `output` holds from an earlier run are used again: a finished study repeats without
-    a request, and one that stopped goes on.
+    a request, and one that stopped goes on. One that stops leaves the record and the page of an
+    earlier run that came further.
 
     Args:
         folders: SAE folders, each `folder` or `label=folder`; see `load_study_saes`.
@@ -93,8 +100,14 @@ def run_explanation_study(
     source = provenance(
         settings.seed, model_digest(saes[0].saved.model), data_digest=digest(tokens)
     )
-    write_record(output, result, settings, backend, source)
-    if result.latents:
+    earlier = recorded(output)
+    if result.unfinished and earlier > (len(result.latents), False):
+        log(
+            f"{output / RECORD_FILENAME} and its page stay as they are: they hold "
+            f"{earlier[0]} latents of an earlier run. The replies of this one are kept"
+        )
+    else:
+        write_record(output, result, settings, backend, source)
         write_explanation_report(output, result)
     return result
 
@@ -140,4 +153,5 @@ def explain_and_score(
 
 
 def _is_foreign(folder: Path) -> bool:
-    return any(folder.iterdir()) and not (folder / CALLS_FILENAME).is_file()
+    own = (CALLS_FILENAME, RECORD_FILENAME)  # one that stopped before any reply has a record alone
+    return any(folder.iterdir()) and not any((folder / name).is_file() for name in own)

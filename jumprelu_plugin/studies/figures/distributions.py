@@ -11,9 +11,9 @@ from jumprelu_plugin.studies.figures.groups import (
     Record,
     architectures,
     at_target,
-    color,
     middle_target,
     places,
+    record_look,
     with_field,
 )
 from jumprelu_plugin.studies.figures.panel import Figure, Panel, plain_log_ticks
@@ -35,7 +35,15 @@ def densities(records: Iterable[Record]) -> Figure | None:
 def _densities(axes: Any, records: list[Record]) -> None:
     for architecture, own in architectures(records).items():
         counts = np.mean([record["density_histogram"] for record in own], 0)
-        axes.stairs(counts, DENSITY_EDGES, label=architecture, color=color(architecture), lw=1.4)
+        own_look = record_look(own[0])
+        axes.stairs(
+            counts,
+            DENSITY_EDGES,
+            label=architecture,
+            color=own_look["color"],
+            linestyle=own_look["linestyle"],
+            lw=1.4,
+        )
     used = [i for r in records for i, count in enumerate(r["density_histogram"]) if count]
     axes.set_xlim(DENSITY_EDGES[max(0, min(used, default=0) - 2)], 0.05)
     axes.axvline(-1, color="#888888", ls=":", lw=1)
@@ -86,7 +94,7 @@ def _thresholds(axes: Any, records: list[Record]) -> None:
             found["counts"],
             found["edges"],
             label=architecture,
-            color=color(architecture),
+            color=record_look(own[0])["color"],
             fill=True,
             alpha=0.45,
         )

@@ -9,8 +9,8 @@ from jumprelu_plugin.studies.figures.groups import (
     Record,
     architectures,
     by_target,
-    look,
     places,
+    record_look,
     with_field,
 )
 from jumprelu_plugin.studies.figures.panel import Figure, Panel, plain_log_ticks
@@ -117,7 +117,7 @@ def _curves(
             yerr=[[p[1].mean - p[1].low for p in points], [p[1].high - p[1].mean for p in points]],
             label=architecture,
             elinewidth=1,
-            **look(architecture),
+            **record_look(own[0]),
         )
     axes.set_xlabel("L0")
     axes.set_ylabel(label)

@@ -12,6 +12,10 @@ Record = Mapping[str, Any]
 # Okabe and Ito's colors, which the color-blind can tell apart.
 _COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
 _MARKERS = "osD^vPX"
+# Of the labels of one architecture: how far the color is on its way to white (or, below 0, to
+# black), and the line.
+_SHADES = (0.0, 0.5, -0.5, 0.7, -0.75)
+_LINES = ("-", "--", ":", "-.")
 _ORDER = (
     "jumprelu-plugin",
     "batchtopk",
@@ -55,7 +59,7 @@ def architectures(records: Iterable[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for record in records:
         found.setdefault(record["architecture"], []).append(record)
-    return dict(sorted(found.items(), key=lambda item: (_rank(item[0]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (*_place(item[1][0]), item[0])))
 
 
 def with_field(records: Iterable[Record], name: str) -> list[Record]:
@@ -85,15 +89,45 @@ def at_target(records: Iterable[Record], target: float) -> list[Record]:
     return [record for record in records if record["target_l0"] == target]
 
 
-def look(architecture: str) -> dict[str, Any]:
-    """Color and marker of an architecture, the same in all figures."""
+def look(architecture: str, variant: int = 0) -> dict[str, Any]:
+    """Color, marker and line of an architecture, the same in all figures.
+
+    Args:
+        architecture: its name.
+        variant: tells several labels of one architecture apart.
+    """
     rank = _rank(architecture)
-    return {"color": _COLORS[rank % len(_COLORS)], "marker": _MARKERS[rank % len(_MARKERS)]}
+    return {
+        "color": _shaded(_COLORS[rank % len(_COLORS)], _SHADES[variant % len(_SHADES)]),
+        "marker": _MARKERS[(rank + variant) % len(_MARKERS)],
+        "linestyle": _LINES[variant % len(_LINES)],
+    }
+
+
+def record_look(record: Record) -> dict[str, Any]:
+    """The look of a record's label."""
+    return look(*_drawn_as(record))
 
 
 def color(architecture: str) -> str:
     """The color of an architecture."""
     return look(architecture)["color"]
+
+
+def _shaded(color: str, share: float) -> str:
+    target = 255 if share > 0 else 0
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(p + abs(share) * (target - p)):02x}" for p in parts)
+
+
+def _drawn_as(record: Record) -> tuple[str, int]:
+    """The architecture, and the number of the label among its labels."""
+    return record.get("drawn_as") or (record["architecture"], 0)
+
+
+def _place(record: Record) -> tuple[int, str, int]:
+    name, variant = _drawn_as(record)
+    return _rank(name), name, variant
 
 
 def _rank(architecture: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jumprelu_plugin.records import whole_files
 
 # Inches. A panel is 400 CSS pixels wide, three beside each other at 1280 and one at 390.
 _WIDTH, _HEIGHT, _ROW = 4.17, 3.1, 0.21
+_LETTERS = 50  # of a title, in a line
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
@@ -33,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
+    "text.parse_math": False,  # a label may hold dollar signs
     "svg.fonttype": "none",  # text stays text: it can be read, searched and copied
     "figure.dpi": 100,
 }
@@ -154,7 +157,7 @@ def _empty(rows: int, columns: int = 1) -> Any:
 
 def _draw(panel: Panel, axes: Any) -> None:
     panel.draw(axes)
-    axes.set_title(panel.title)
+    axes.set_title("\n".join(textwrap.wrap(panel.title, _LETTERS)))
     axes.set_axisbelow(True)
 
 

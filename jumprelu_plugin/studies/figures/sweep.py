@@ -37,10 +37,19 @@ def sweep_figures(records: Sequence[Record]) -> list[Figure]:
     """
     if not records:
         raise ValueError("there are no records to draw")
+    require_sweep(records)
+    return [figure for draw in DRAWN if (figure := draw(records)) is not None]
+
+
+def require_sweep(records: Sequence[Record]) -> None:
+    """Refuse records that are not of a sweep.
+
+    Raises:
+        ValueError: a record lacks what every figure needs.
+    """
     for record in records:
         missing = [n for n in ("site", "architecture", "target_l0", "l0") if n not in record]
         if missing:
             raise ValueError(
                 f"a record has no {', '.join(missing)}: give records of jumprelu sweep"
             )
-    return [figure for draw in DRAWN if (figure := draw(records)) is not None]

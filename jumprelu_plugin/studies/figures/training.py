@@ -10,9 +10,9 @@ from jumprelu_plugin.studies.figures.groups import (
     Spread,
     architectures,
     at_target,
-    color,
     middle_target,
     places,
+    record_look,
     with_field,
 )
 from jumprelu_plugin.studies.figures.panel import Figure, Panel, plain_log_ticks
@@ -46,7 +46,7 @@ def dynamics(records: Iterable[Record]) -> Figure | None:
         name: run for name, run in shown.items() if run["dynamics"][-1].get("threshold_quantiles")
     }
     panels += [
-        Panel(f"thresholds, {name}", lambda axes, run=run, name=name: _thresholds(axes, run, name))
+        Panel(f"thresholds, {name}", lambda axes, run=run: _thresholds(axes, run))
         for name, run in with_thresholds.items()
     ]
     return Figure(
@@ -69,7 +69,8 @@ def _lines(
     for architecture, run in runs.items():
         points = [(s["step"], s[field]) for s in run["dynamics"] if s.get(field) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=architecture, color=color(architecture))
+            own_look = {name: record_look(run)[name] for name in ("color", "linestyle")}
+            axes.plot(*zip(*points, strict=True), label=architecture, **own_look)
     if target is not None:
         axes.axhline(target, color="#888888", ls=":", lw=1)
     if log:
@@ -78,10 +79,10 @@ def _lines(
     axes.set_xlabel("step")
 
 
-def _thresholds(axes: Any, run: Record, architecture: str) -> None:
+def _thresholds(axes: Any, run: Record) -> None:
     steps = [sample["step"] for sample in run["dynamics"]]
     levels = list(zip(*(sample["threshold_quantiles"] for sample in run["dynamics"]), strict=True))
-    shade = color(architecture)
+    shade = record_look(run)["color"]
     half = len(THRESHOLD_QUANTILES) // 2
     for i in range(half):
         axes.fill_between(steps, levels[i], levels[-1 - i], color=shade, alpha=0.22, lw=0)
@@ -124,11 +125,17 @@ def _bars(axes: Any, records: list[Record], value: Any, label: str) -> None:
         range(len(groups)),
         [spread.mean for spread in spreads],
         xerr=[[s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]],
-        color=[color(name) for name in groups],
+        color=[record_look(own[0])["color"] for own in groups.values()],
         error_kw={"elinewidth": 1, "ecolor": "#333333"},
     )
-    axes.set_yticks(range(len(groups)), [name.replace("_", "_\n") for name in groups])
+    axes.set_yticks(range(len(groups)), [_in_lines(name) for name in groups])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
+
+
+def _in_lines(label: str) -> str:
+    """An architecture's label, narrow enough to stand beside a bar."""
+    name, *settings = label.split(", ")
+    return ",\n".join([name.replace("_", "_\n"), *settings])

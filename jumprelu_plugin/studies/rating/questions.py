@@ -53,12 +53,14 @@ def make_rating_study(
         log: called with lines of progress.
 
     Raises:
-        ValueError: a setting is out of range, `output` or the key is already there, and as
-            `load_study_saes` does.
+        ValueError: a setting is out of range, a rater would have no item, `output` or the key is
+            already there, and as `load_study_saes` does.
     """
     settings, output = settings or RatingStudySettings(), Path(output)
     key_path = output.with_name(f"{output.name}.key.json") if key_path is None else Path(key_path)
     raters = _checked(settings, output, key_path)
+    if folders:
+        _require_items(len(folders) * settings.latents, raters, settings)
     with whole_folder(output, kind="rating study") as fresh:
         saes = load_study_saes(folders, options, context_size=context_size)
         _, tokens = saes[0].saved.sequences(settings.sequences)
@@ -79,6 +81,7 @@ def make_rating_study(
                     "architecture": sae.architecture,
                     **drawn.__dict__,
                 }
+        _require_items(len(key), raters, settings)
         deal = _deal(list(key), raters, settings)
         source = provenance(
             settings.seed, model_digest(saes[0].saved.model), data_digest=digest(tokens)
@@ -184,13 +187,27 @@ def _shown(window: TextWindow) -> dict[str, Any]:
     }
 
 
+def _common(items: int, raters: Sequence[str], settings: RatingStudySettings) -> int:
+    """How many items every rater rates."""
+    return round(settings.overlap * items) if len(raters) > 1 else 0
+
+
+def _require_items(items: int, raters: Sequence[str], settings: RatingStudySettings) -> None:
+    """Refuse a set that leaves a rater without items."""
+    if items < len(raters) and _common(items, raters, settings) == 0:
+        raise ValueError(
+            f"{items} are too few latents for {len(raters)} raters: give more of them, "
+            "fewer raters or a larger overlap"
+        )
+
+
 def _deal(
     items: Sequence[str], raters: Sequence[str], settings: RatingStudySettings
 ) -> dict[str, list[str]]:
     """Each rater's items, in an order of their own."""
     draw = random.Random(settings.seed)
     shuffled = draw.sample(list(items), len(items))
-    common = round(settings.overlap * len(shuffled)) if len(raters) > 1 else 0
+    common = _common(len(shuffled), raters, settings)
     deal = {}
     for number, rater in enumerate(raters):
         own = shuffled[:common] + shuffled[common + number :: len(raters)]

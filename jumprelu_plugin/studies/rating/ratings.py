@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from jumprelu_plugin.studies.utf8 import as_utf8
+
 RATINGS = ("yes", "maybe", "no")
 MOST_CHARACTERS = 4000
 
@@ -39,6 +41,8 @@ class Answers:
 def checked_change(change: Any) -> dict[str, str]:
     """A change that is safe to store: an item, and a rating or a text or both.
 
+    Lone surrogates of the text are replaced.
+
     Raises:
         ValueError: it is anything else.
     """
@@ -51,7 +55,7 @@ def checked_change(change: Any) -> dict[str, str]:
     text = change.get("text", "")
     if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
         raise ValueError(f"text has at most {MOST_CHARACTERS} characters")
-    return dict(change)
+    return {**change, "text": as_utf8(text)} if "text" in change else dict(change)
 
 
 def append_change(path: Path, change: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ is never read.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import threading
 from functools import cached_property
@@ -24,6 +25,7 @@ from jumprelu_plugin.studies.rating.ratings import append_change, checked_change
 
 LOOPBACK = "127.0.0.1"
 _MOST_BYTES = 65_536
+_LENGTH = re.compile(r"[0-9]{1,9}")  # int() takes other digits too, and refuses very many
 _SECONDS_WITHOUT_DATA = 30
 
 
@@ -130,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
         elif self.headers.get_content_type() != "application/json":
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        elif not length.isdigit() or int(length) > _MOST_BYTES:
+        elif not _LENGTH.fullmatch(length) or int(length) > _MOST_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {_MOST_BYTES} bytes")
         else:
             try:

@@ -63,6 +63,34 @@ def test_a_study_of_two_saes(tmp_path: Path) -> None:
     assert after["result"] == record["result"]
 
 
+def test_a_study_that_stops_replaces_nothing_that_came_further(tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    command = ["study", "explain", str(save_sae(tmp_path / "sae", 1)), "--output_path", str(output),
+               "--yes", "--contexts", "4", "--scored_contexts", "3", *FEW]  # fmt: skip
+    record, page = output / "explanations.json", output / "explanations.html"
+
+    def refuse(number: int) -> tuple[int, dict[str, str], Any]:
+        return 401, {}, {"error": "no"}
+
+    with chat_server(behave=refuse) as server:
+        url = ["--base_url", server.url]
+        assert run(*command, *url, "--latents", "5").exit_code == 2
+        assert json.loads(record.read_text())["result"]["latents"] == []
+        assert "This study is not finished" in page.read_text()
+        server.behave = lambda number: (200, {}, None)
+        assert run(*command, *url, "--latents", "5").exit_code == 0
+    whole = record.read_bytes(), page.read_bytes()
+    assert len(json.loads(whole[0])["result"]["latents"]) == 5
+    stopped = run(*command, *url, "--latents", "7")  # the server is gone
+    assert stopped.exit_code == 2 and "the same command goes on" in said(stopped)
+    assert "they hold 5 latents of an earlier run" in said(stopped)
+    assert (record.read_bytes(), page.read_bytes()) == whole
+    record.write_text("{")  # nothing can be read of it
+    assert run(*command, *url, "--latents", "7").exit_code == 2
+    assert json.loads(record.read_text())["result"]["unfinished"]
+    assert "This study is not finished" in page.read_text()
+
+
 def test_one_latent(tmp_path: Path) -> None:
     folder = save_sae(tmp_path / "sae", 1)
     with chat_server() as server:

@@ -130,3 +130,30 @@ def test_two_tabs_and_a_killed_server_lose_nothing(browser: Any, tmp_path: Path)
         until(first, "!localStorage.length")
         assert {i: a["rating"] for i, a in answers(folder).items()} == {"i0": "yes", "i1": "no"}
     context.close()
+
+
+def test_saved_is_said_of_what_is_saved_alone(browser: Any, tmp_path: Path) -> None:
+    context = browser.new_context()
+    with running(write_study(tmp_path / "set", items=3)) as port:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/rate/anna")
+        page.wait_for_selector("#contexts p")
+        page.click("#yes")
+        saved(page)
+        held: list[Any] = []
+
+        def hold(route: Any) -> None:
+            held.append(route) if route.request.method == "POST" else route.continue_()
+
+        page.route("**/answers/anna", hold)  # the server acknowledges nothing
+        page.click("#no")
+        assert page.inner_text("#saved") == "saving…"
+        page.click("#next")
+        assert page.inner_text("#saved") == ""
+        page.click("#back")
+        assert page.inner_text("#saved") == "saving…"
+        while not held:
+            page.wait_for_timeout(50)
+        held[0].continue_()
+        saved(page)
+    context.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_fewer_latents_than_were_asked_for_are_said(tmp_path: Path) -> None:
     assert f"a: {count} latents of 10000, all that fire" in said
 
 
+def test_every_rater_has_items(tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae", 1)
+
+    def make(**changes: Any) -> dict[str, list[str]]:
+        settings = replace(RatingStudySettings(contexts=2, sequences=5), **changes)
+        made = make_rating_study([saved], tmp_path / "set", settings=settings, context_size=32)
+        return read_study(made[0])["raters"]
+
+    with pytest.raises(ValueError, match="give more of them, fewer raters or a larger overlap"):
+        make(latents=100, raters="59", overlap=0.0)  # of 43 latents some never fire
+    assert not (tmp_path / "set").exists()
+    assert {len(items) for items in make(latents=1, raters="5", overlap=1.0).values()} == {1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +104,7 @@ def test_fewer_latents_than_were_asked_for_are_said(tmp_path: Path) -> None:
         (["--contexts", "1"], "contexts is 1"),
         (["--latents", "0"], "latents is 0 and strata 4; give at least 1 and 1"),
         (["--strata", "0"], "latents is 20 and strata 0; give at least 1 and 1"),
+        (["--latents", "1"], "1 are too few latents for 5 raters"),
         (["--key_path", "set/key.json"], "which raters are given"),
     ],
 )

@@ -12,7 +12,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
-from jumprelu_plugin.studies.comparison import Group, compare_groups
+from jumprelu_plugin.studies.comparison import Group, compare_groups, comparison_table
 from jumprelu_plugin.studies.rating.agreement import RatedLatent, label_ratings, rater_agreement
 from jumprelu_plugin.studies.rating.ratings import append_change
 from jumprelu_plugin.studies.rating.report import unblind
@@ -87,6 +87,19 @@ def test_groups_are_compared_by_odds_and_ranks() -> None:
     )
 
 
+def test_an_infinite_odds_ratio_is_told_from_none() -> None:
+    def group(yes: int, no: int) -> Group:
+        scores = [1.0] * yes + [0.0] * no
+        return Group(scores, [s > 0.5 for s in scores], [0.01] * len(scores))
+
+    groups = {"all": group(7, 0), "none": group(0, 5), "as well": group(0, 11), "some": group(3, 8)}
+    rows = comparison_table(compare_groups(groups)).rows
+    shown = {row[0]: row[2] for row in rows}
+    assert re.fullmatch(r"∞ \[\d+\.\d\d, ∞\]", shown["all − none"])
+    assert shown["none − as well"] == "not defined"
+    assert re.fullmatch(r"0\.00 \[0\.00, \d+\.\d\d\]", shown["none − some"])
+
+
 def rate(folder: Path, rater: str, answers: str) -> None:
     for number, answer in enumerate(answers):
         rating = {"y": "yes", "m": "maybe", "n": "no"}.get(answer)
@@ -101,7 +114,7 @@ def test_report_command(tmp_path: Path) -> None:
     rate(folder, "anna", "yyynnm-")
     rate(folder, "ben", "yymnn-n")
     with (folder / "ratings" / "ben.jsonl").open("ab") as file:
-        file.write(b'{"item": "i5", "rati')
+        file.write(b'{"item": "i4", "text": "sea \\ud800"}\n{"item": "i5", "rati')
     (folder / "ratings" / "stranger.jsonl").write_text("{}")
     done = CliRunner().invoke(app, ["study", "report", str(folder)])
     assert done.exit_code == 0, done.output

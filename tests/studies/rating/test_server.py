@@ -151,6 +151,26 @@ def test_forms_and_large_bodies_are_refused(server: RatingServer) -> None:
     assert ask(server, "PUT", "/answers/anna", change)[0] == 501
 
 
+@pytest.mark.parametrize("length", ["", "²", "1" * 5003, "-1", "+7", "0x7"])
+def test_an_odd_content_length_is_refused(
+    server: RatingServer, length: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    head = f"POST /answers/anna HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        connection.sendall(head.encode("latin-1"))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_lone_surrogate_is_replaced(server: RatingServer) -> None:
+    status, text = ask(server, "POST", "/answers/anna", {"item": "i1", "text": "\ud800 \U0001f30a"})
+    assert (status, json.loads(text)) == (200, {"text": "? \U0001f30a"})
+    with server.answers_path("ben").open("w") as file:  # of a server that let it through
+        file.write('{"item": "i2", "text": "sea \\udfff"}\n')
+    assert read_answers(server.answers_path("ben")).by_item == {"i2": {"text": "sea ?"}}
+
+
 def test_a_port_in_use_is_an_error(server: RatingServer) -> None:
     with pytest.raises(OSError, match=f"port {server.server_port} .*--port"):
         RatingServer(server.folder, server.server_port)
