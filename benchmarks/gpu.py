@@ -1,6 +1,7 @@
 """What a GPU makes of a training step: time, memory and kernels, beside the trainers it replaces.
 
     python -m benchmarks.gpu steps     whole steps at three shapes and at L0 10 to 1000
+    python -m benchmarks.gpu clt       whole steps of a cross-layer transcoder
     python -m benchmarks.gpu profile   the time of each kernel in a step
     python -m benchmarks.gpu harvest   tokens a second through a model, with 0 to 8 dictionaries
 
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.gpu_clt import STEP_KERNELS, CLTShape, TimedCLT
 from benchmarks.tables import terminal
 from benchmarks.trainers import (
     AUTO,
@@ -152,29 +154,35 @@ def time_product(precision: str, shape: Shape, repeats: int) -> dict[str, Any]:
 
 
 def time_trainer(name: str, shape: Shape, repeats: int) -> dict[str, Any]:
-    """Whole steps, forward and backward alone, and the peak memory of both."""
+    """The steps of a trainer at a shape, and the path it took."""
     torch.manual_seed(0)
     with tf32(name == STOCK_TF32):
         trainer: TimedTrainer = (TRAINERS | GPU_TRAINERS)[name](shape)
-        for _ in range(WARM_UP.get(name, 3)):
-            trainer.step()
-        on_gpu = torch.device(shape.device).type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(shape.device)
-        seconds = timed(trainer.step, shape.device, repeats)
-        peak = torch.cuda.max_memory_allocated(shape.device) if on_gpu else None
-        passes = timed(trainer.forward_backward, shape.device, max(2, repeats // 2))
+        found = time_steps(trainer, shape.device, shape.batch, WARM_UP.get(name, 3), repeats)
+    choice = getattr(getattr(trainer, "sae", None), "path_choice", None)
+    return {**found, "path": getattr(choice, "current", None)}
+
+
+def time_steps(
+    trainer: TimedTrainer, device: str, batch: int, warm_up: int, repeats: int
+) -> dict[str, Any]:
+    """Whole steps, forward and backward alone, and the peak memory of both."""
+    for _ in range(warm_up):
+        trainer.step()
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = timed(trainer.step, device, repeats)
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    passes = timed(trainer.forward_backward, device, max(2, repeats // 2))
     median = statistics.median(seconds)
     return {
         "seconds": seconds,
         "median_seconds": median,
-        "tokens_per_second": shape.batch / median,
+        "tokens_per_second": batch / median,
         "forward_backward_seconds": statistics.median(passes),
         "peak_bytes": peak,
         "measured_l0": trainer.l0(),
-        "path": getattr(
-            getattr(getattr(trainer, "sae", None), "path_choice", None), "current", None
-        ),
     }
 
 
@@ -195,6 +203,26 @@ def steps(
         for name in trainers:
             case = {"part": part, "trainer": name, **asdict(shape)}
             recorder.try_(case, lambda n=name, s=shape: time_trainer(n, s, repeats))
+
+
+@app.command()
+def clt(
+    device: Device = "cuda", small: Small = False, output: Output = RESULTS, minutes: Minutes = 1.0
+) -> None:
+    """Whole steps of a cross-layer transcoder by each of its step kernels."""
+    recorder, repeats = Recorder.of(output, device, minutes), 2 if small else 5
+    shape = CLTShape(6, 768, 16384, 2048, 40, device)
+    if small:
+        shape = CLTShape(2, 7, 11, 5, 3, device)
+    for kernel in STEP_KERNELS:
+        case = {"part": "clt", "trainer": f"train-clt, {kernel}", **asdict(shape)}
+        recorder.try_(case, lambda k=kernel: time_clt(k, shape, repeats))
+
+
+def time_clt(step_kernel: str, shape: CLTShape, repeats: int) -> dict[str, Any]:
+    """The steps of a cross-layer transcoder."""
+    torch.manual_seed(0)
+    return time_steps(TimedCLT(shape, step_kernel), shape.device, shape.batch, 3, repeats)
 
 
 def kernel_times(name: str, shape: Shape) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.trainers import STOCK, TRITON
 
 DOCUMENT = ROOT / "docs" / "results.md"
 FIGURE = FIGURES / "gpu.png"
-NOT_MEASURED = "Not measured: there are no records of a GPU yet."
+NOT_MEASURED = "Not measured: there are no records of it on a GPU yet."
 SIZES = ("d_in", "d_sae", "batch", "l0")
 
 
@@ -92,6 +92,25 @@ def l0(records: Records) -> str:
     return table(("L0", *IN_SWEEP), rows)
 
 
+def clt(records: Records) -> str:
+    """A cross-layer transcoder's step by each of its kernels."""
+    chosen = [r for r in latest(records, "clt") if "error" not in r]
+    if not chosen:
+        return ""
+    r = chosen[0]
+    rows = [
+        (
+            r["trainer"],
+            f"{1e3 * r['median_seconds']:.1f}",
+            f"{r['tokens_per_second']:,.0f}",
+            "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.1f}",
+        )
+        for r in sorted(chosen, key=lambda r: r["median_seconds"])
+    ]
+    title = f"{r['layers']} layers, {_title(r)} ({r['device_name']})"
+    return f"{title}\n\n{table(('', 'ms/step', 'tokens/s', 'peak GB'), rows)}"
+
+
 def harvest(records: Records) -> str:
     """Tokens a second against the number of dictionaries."""
     chosen = [r for r in latest(records, "harvest") if "error" not in r]
@@ -130,6 +149,7 @@ BLOCKS = {
     "shapes": shapes,
     "figure": picture,
     "l0": l0,
+    "clt": clt,
     "harvest": harvest,
     "kernels": kernels,
 }

@@ -10,7 +10,7 @@
 #
 # 1. the tests that need a GPU, and the kernels' tests compiled (6 minutes at most)
 # 2. whole steps beside the trainers they replace, at three shapes and at L0 10 to 1000 (8)
-# 3. the time of each kernel (2), and tokens a second with dictionaries trained (3)
+# 3. steps of a cross-layer transcoder (1), the time of each kernel (2), and tokens a second with dictionaries trained (3)
 # Then the tables and the figure of docs/results.md are drawn from the records.
 #
 # A part that fails or runs out of time does not stop the others; the exit status is 1 if one did.
@@ -60,7 +60,8 @@ if [ -z "$small" ]; then
 fi
 bench=(python3 -m benchmarks.gpu)
 options=(--device "$device" --output "$records" $small)
-part "steps" 480 "${bench[@]}" steps "${options[@]}" --minutes 6.5
+part "steps" 450 "${bench[@]}" steps "${options[@]}" --minutes 6
+part "a cross-layer transcoder" 80 "${bench[@]}" clt "${options[@]}" --minutes 1
 part "kernels" 130 "${bench[@]}" profile "${options[@]}" --minutes 1.5
 part "harvest" 160 "${bench[@]}" harvest "${options[@]}" --minutes 2
 [ -n "$small" ] || part "tables" 40 python3 -m benchmarks.gpu_report --records "$records"

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu_report
 from benchmarks.gpu import AT_SHAPES, DICTIONARIES, IN_SWEEP, PRODUCTS
+from benchmarks.gpu_clt import STEP_KERNELS
 from benchmarks.tables import read
 from benchmarks.trainers import SPARSIFY, STOCK, TRITON
 from jumprelu_plugin.records import append_jsonl
@@ -44,8 +45,11 @@ def test_the_page_is_drawn_from_records(tmp_path: Path) -> None:
     append_jsonl(
         path, record("profile", trainer=TRITON, kernel_milliseconds=spent, all_milliseconds=2.7)
     )
+    clt = {"layers": 3, "tokens_per_second": 7e3, "peak_bytes": 3e9, "median_seconds": 0.013}
+    append_jsonl(path, record("clt", trainer="train-clt, triton", **clt))
     gpu_report.main(path, page, tmp_path / "gpu.png")
     text = page.read_text()
+    assert "| train-clt, triton | 13.0 | 7,000 | 3.0 |" in text and "3 layers, d_in 29" in text
     assert "Measured on A GPU at commit 0123456789" in text and "| 4 | 31,000 |" in text
     assert f"| {TRITON} | 3.00 | 7.0 | 17,667 |" in text and "_screen_kernel" in text
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
@@ -67,5 +71,6 @@ def test_the_script_runs_at_tiny_sizes_on_a_cpu(tmp_path: Path) -> None:
     assert set(failed) <= {SPARSIFY}, failed  # which need not be installed
     assert {r["trainer"] for r in records if r["part"] == "l0"} == set(IN_SWEEP)
     assert [r["dictionaries"] for r in records if r["part"] == "harvest"] == list(DICTIONARIES)
+    assert len([r for r in records if r["part"] == "clt"]) == len(STEP_KERNELS)
     assert any("kernel_milliseconds" in r for r in records)
     assert all(r["device_name"] == "cpu" and r["provenance"]["versions"] for r in records)
