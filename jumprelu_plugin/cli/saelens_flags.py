@@ -28,9 +28,11 @@ from jumprelu_plugin.cli.field_help import field_help
 from jumprelu_plugin.models.number_lists import whole_numbers
 from jumprelu_plugin.recipes import get_recipe
 from jumprelu_plugin.training.health.schedule import usual_learning_rate
-from jumprelu_plugin.training.requirements import require_possible_numbers
+from jumprelu_plugin.training.requirements import require_possible_numbers, sequences_of
 
 DEFAULT_ARCHITECTURE = "jumprelu"
+# In the buffer, where nothing says how many sequences it holds and the default is less than one.
+MIXED_BATCHES = 4
 
 # What SAELens has no help for.
 UNDOCUMENTED = {
@@ -57,6 +59,8 @@ UNDOCUMENTED = {
 CHANGED = {
     "lr": "learning rate. Where none is given, train, train-many and check find that of an SAE or "
     "transcoder with target_l0 from the run's size.",
+    "n_batches_in_buffer": "sequences that are mixed before they are trained on; where 20 hold "
+    "less than a batch, four batches.",
     "compile_sae": "compile the training step with torch.compile; not of this package's "
     "architectures, which have their own kernels.",
 }
@@ -79,8 +83,9 @@ class Command:
 def run_config(given: Sequence[str], recipe: str | None, command: Command) -> Any:
     """SAELens' config from its flags, and from a recipe where they leave something out.
 
-    Where neither names `lr`, it follows from the run's size for an SAE that trains in the units
-    which that rule is for (`control.learning_rate`).
+    Where neither says how many sequences are mixed, and SAELens' default does not hold a batch, it
+    is four batches. Where neither names `lr`, it follows from the run's size for an SAE that trains
+    in the units which that rule is for (`control.learning_rate`).
 
     Raises:
         ValueError: as `parse_flags` does, a number that cannot be, or there is no such recipe.
@@ -91,8 +96,14 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     # The user's own flags come last, and the last one counts.
     flags = [*(chosen.flags() if chosen else ()), *given]
     cfg = parse_flags(flags or ["--help"], command)
+    named = {flag.partition("=")[0] for flag in given}
+    # SAELens' default is 20 sequences, whatever a batch takes.
+    too_small = cfg.n_batches_in_buffer < sequences_of(cfg, batches=1)
+    if too_small and "--n_batches_in_buffer" not in named:
+        flags = [*flags, f"--n_batches_in_buffer={sequences_of(cfg, batches=MIXED_BATCHES)}"]
+        cfg = parse_flags(flags, command)
     require_possible_numbers(cfg)
-    if not any(flag.partition("=")[0] == "--lr" for flag in given):
+    if "--lr" not in named:
         rate = usual_learning_rate(cfg) if chosen is None else chosen.learning_rate_of(cfg)
         if rate is not None and rate != cfg.lr:  # read again, for what SAELens derives from lr
             cfg = parse_flags([*flags, f"--lr={rate}"], command)

@@ -59,13 +59,24 @@ def require_possible_numbers(cfg: Any) -> None:
 
 
 def _require_a_batch_in_the_buffer(cfg: Any) -> None:
-    positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    rows, batch = cfg.n_batches_in_buffer * positions, cfg.train_batch_size_tokens
-    if 0 < rows < batch:
+    batch, enough = cfg.train_batch_size_tokens, sequences_of(cfg, batches=1)
+    if cfg.n_batches_in_buffer < enough:
+        rows = cfg.n_batches_in_buffer * _positions(cfg)
         raise ValueError(
             f"the mixing buffer holds {rows} rows (n_batches_in_buffer · context_size) and one "
-            f"batch takes {batch}: give n_batches_in_buffer={-(-batch // positions)} or more"
+            f"batch takes {batch}: give n_batches_in_buffer={enough} or more"
         )
+
+
+def sequences_of(cfg: Any, *, batches: int) -> int:
+    """The `n_batches_in_buffer` that holds so many batches; 0 where a sequence has no token."""
+    positions = _positions(cfg)
+    return -(-batches * cfg.train_batch_size_tokens // positions) if positions else 0
+
+
+def _positions(cfg: Any) -> int:
+    """Of a sequence, those that are trained on."""
+    return len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:

@@ -108,6 +108,18 @@ def test_without_a_target_the_learning_rate_is_that_of_an_l0_of_40(name: str) ->
     assert rates[0] == rates[1] == learning_rate(D_IN, D_SAE, 40.0, BATCH, 7_001)
 
 
+@each
+def test_its_run_has_a_buffer_that_holds_its_batches(recipe: Recipe) -> None:
+    given = ["--d_in", "23", "--d_sae", "331", "--training_tokens", "1000000", "--target_l0", "9"]
+    size = ["--context_size", "113"]
+    cfg = run_config([*given, *size], recipe.name, Command())
+    batch = cfg.train_batch_size_tokens
+    sequences = 20 if batch <= 20 * 113 else -(-4 * batch // 113)
+    assert cfg.n_batches_in_buffer == sequences and sequences * 113 >= batch
+    kept = run_config([*given, *size, "--n_batches_in_buffer=577"], recipe.name, Command())
+    assert kept.n_batches_in_buffer == 577
+
+
 def test_flags_of_ones_own_win() -> None:
     given = [
         "--d_in", "23", "--d_sae", "331", "--lr_decay_steps=3", "--l0_warm_up_steps", "5",

@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "buffer smaller than a batch": (
         {"n_batches_in_buffer": 2},
-        ["26 rows", "takes 31", "raise n_batches_in_buffer"],
+        ["26 rows", "takes 31", "give n_batches_in_buffer=3 or more"],
     ),
     "output folder of another SAE": (
         {"output_path": "{root}/sae"},
