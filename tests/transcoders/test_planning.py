@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,23 @@ def test_processes_divide_the_layers_and_say_what_they_exchange(model: Any, tmp_
         plan_transcoders(tmp_path, settings, processes=layers + 1, model=model, dataset=text)
     with pytest.raises(ValueError, match="processes is 0"):
         plan_transcoders(tmp_path, settings, processes=0, model=model, dataset=text)
+
+
+def test_a_pass_that_processes_do_not_divide_is_said(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "store_batch_size_prompts is 5, which 2 processes do not divide"
+    plans: list[tuple[Any, Any, Any]] = [
+        (plan_clt, partial(plan_clt, model_parallel_size=2), clt),
+        (plan_transcoders, partial(plan_transcoders, processes=2), per_layer),
+    ]
+    for on_one, on_two, of in plans:
+        settings = of.settings(store_batch_size_prompts=5, d_sae=60, target_l0=5.0)
+        on_one(tmp_path / "p", settings, model=model, dataset=of.text())
+        assert said not in caplog.text
+        on_two(tmp_path / "p", settings, model=model, dataset=of.text())
+        assert caplog.text.count(said) == 1
+        caplog.clear()
 
 
 def test_a_gpu_that_is_named_is_what_the_run_must_fit_on(model: Any, tmp_path: Path) -> None:

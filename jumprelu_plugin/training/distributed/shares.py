@@ -64,10 +64,7 @@ def require_even_batch(cfg: Any, replicas: int) -> None:
 
 def pass_findings(cfg: Any, processes: int) -> list[Finding]:
     """What the processes run the model on more than once, as one config has it."""
-    prompts = cfg.store_batch_size_prompts
-    if processes == 1:
-        return []
-    if cfg.prefetch_llm_batches:
+    if processes > 1 and cfg.prefetch_llm_batches:
         return [
             Finding(
                 "note",
@@ -77,7 +74,15 @@ def pass_findings(cfg: Any, processes: int) -> list[Finding]:
                 "leave it out, and each runs its share",
             )
         ]
-    share = share_of_pass(prompts, processes)
+    return shared_pass_findings(cfg.store_batch_size_prompts, processes)
+
+
+def shared_pass_findings(prompts: int, processes: int) -> list[Finding]:
+    """What the processes run the model on more than once where they share each pass.
+
+    Args:
+        prompts: sequences of a pass.
+    """
     if prompts < processes:
         return [
             Finding(
@@ -88,6 +93,7 @@ def pass_findings(cfg: Any, processes: int) -> list[Finding]:
                 f"give --store_batch_size_prompts {processes}, or a multiple of it",
             )
         ]
+    share = share_of_pass(prompts, processes)
     if share * processes == prompts:
         return []
     return [

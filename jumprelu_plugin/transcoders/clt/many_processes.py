@@ -25,7 +25,7 @@ from jumprelu_plugin.training.distributed.harvest import SharedHarvest
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.runner import digest_of_text
-from jumprelu_plugin.training.distributed.shares import require_even_batch
+from jumprelu_plugin.training.distributed.shares import require_even_batch, shared_pass_findings
 from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.training.health.schedule import density_findings
@@ -112,6 +112,7 @@ def _train(
     launch.agree(lambda: LatentLayout(cfg.d_sae, shards))
     if launch.rank == 0:
         log_findings(density_findings(training, training.resolve(cfg.d_sae)))
+        log_findings(shared_pass_findings(settings.store_batch_size_prompts, launch.size))
     chunk, estimate = launch.agree(lambda: within_memory(model, cfg, here, replicas, shards))
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))

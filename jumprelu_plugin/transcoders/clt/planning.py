@@ -10,7 +10,8 @@ from jumprelu_plugin.models.devices import require_device
 from jumprelu_plugin.training.distributed.hardware import hardware
 from jumprelu_plugin.training.distributed.layout import LatentLayout
 from jumprelu_plugin.training.distributed.planning import parameters_before
-from jumprelu_plugin.training.distributed.shares import require_positive
+from jumprelu_plugin.training.distributed.shares import require_positive, shared_pass_findings
+from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.memory import usual_entries
 from jumprelu_plugin.transcoders.clt.forecast import clt_step_times, clt_traffic
 from jumprelu_plugin.transcoders.clt.many_processes import checked_training
@@ -89,6 +90,7 @@ def plan_clt(
         prompts=settings.store_batch_size_prompts,
     )
     processes = replicas * shards
+    log_findings(shared_pass_findings(settings.store_batch_size_prompts, processes))
     numbers = [
         ("steps", f"{schedule_of(settings).steps:,} of {batch:,} tokens"),
         (

@@ -26,6 +26,8 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
 from jumprelu_plugin.training.distributed.runner import digest_of_text
+from jumprelu_plugin.training.distributed.shares import shared_pass_findings
+from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.runner import quiet
 from jumprelu_plugin.transcoders.output_folder import (
     METRICS_FILENAME,
@@ -102,6 +104,8 @@ def _train(
     configs = launch.agree(lambda: {n: config_of(p, widths, here) for n, p in pairs.items()})
     hooks = pair_widths(model, [pairs[name] for name in mine])
     here, estimate = within_memory(model, {name: configs[name] for name in mine}, hooks, here)
+    if launch.rank == 0:
+        log_findings(shared_pass_findings(settings.store_batch_size_prompts, launch.size))
     log(f"memory of each of {launch.size} processes: {estimate}, beside Python and PyTorch")
     dataset, held_out = launch.agree(lambda: texts_of(model, here, dataset))
     launch.agree_on("text", digest_of_text(dataset))

@@ -11,6 +11,8 @@ from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.distributed.division import handed_over
 from jumprelu_plugin.training.distributed.hardware import hardware
+from jumprelu_plugin.training.distributed.shares import shared_pass_findings
+from jumprelu_plugin.training.health.findings import log_findings
 from jumprelu_plugin.training.health.memory import size
 from jumprelu_plugin.training.health.schedule import steps_taken
 from jumprelu_plugin.transcoders.memory import transcoder_parameters
@@ -86,6 +88,7 @@ def plan_transcoders(
         ),
         ("learning rate", f"{run.lr:g}"),
     ]
+    log_findings(shared_pass_findings(settings.store_batch_size_prompts, processes))
     if processes > 1:
         sent = handed_over(
             batch,
