@@ -108,7 +108,7 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
         if rate is not None and rate != cfg.lr:  # read again, for what SAELens derives from lr
             cfg = parse_flags([*flags, f"--lr={rate}"], command)
     if chosen is not None:
-        chosen.adapt_to_run(cfg, given)
+        chosen.adapt_to_run(cfg, named)
     return cfg
 
 

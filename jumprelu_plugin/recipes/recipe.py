@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -96,13 +96,13 @@ class Recipe:
         warm_up = round(self.l0_warm_up_fraction * steps)
         return warm_up or self.sae.get("l0_warm_up_steps", 0)
 
-    def adapt_to_run(self, cfg: LanguageModelSAERunnerConfig[Any], flags: Sequence[str]) -> None:
+    def adapt_to_run(self, cfg: LanguageModelSAERunnerConfig[Any], given: Collection[str]) -> None:
         """Set the fields of `cfg` beside `lr` that depend on the run's length and on widths.
 
-        Fields that the user's `flags` set stay as they are.
+        Args:
+            given: names of the user's own flags, whose fields stay as they are.
         """
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
-        given = {flag.partition("=")[0] for flag in flags}
         if "--lr_decay_steps" not in given:
             cfg.lr_decay_steps = self.lr_decay_steps(steps)
         sae_fields = self.matryoshka_fields(cfg.sae.d_sae)
