@@ -42,12 +42,12 @@ from jumprelu_plugin.saes.storage import StoredParameters, by_latent
 from jumprelu_plugin.saes.validation import EFFECT_RULES, SAE_RULES, require
 from jumprelu_plugin.step.choose import PathChoice
 from jumprelu_plugin.step.counting import PairCount
-from jumprelu_plugin.step.dense import DenseEntries, encode_dense
+from jumprelu_plugin.step.dense import DenseEntries
+from jumprelu_plugin.step.encoding import encode
 from jumprelu_plugin.step.entries import BufferOverflow, Entries
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
-from jumprelu_plugin.step.sparse import encode_sparse
 
 # Of a step that is not finite.
 _REMEDIES = {
@@ -262,17 +262,20 @@ class JumpReLUTrainingSAE(StoredParameters):
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         hooked = any(len(p._forward_hooks) or len(p._backward_hooks) for p in points)
         # A user's hook on the pre-activations or activations gets all of them: dense.
-        if path == "dense" or hooked:
-            entries = encode_dense(x, W_enc, b_enc, b_pre)
+        entries = encode(
+            "dense" if hooked else path,
+            x,
+            W_enc,
+            b_enc,
+            b_pre,
+            threshold,
+            bandwidth,
+            self.pair_buffers,
+            keep_mean=self.resolved.pre_act_loss_coefficient > 0,
+        )
+        if isinstance(entries, DenseEntries):
             entries.z = self.hook_sae_acts_pre(entries.z)
-            return entries
-        inputs = (x, W_enc, b_enc, b_pre, threshold, bandwidth)
-        keep_mean = self.resolved.pre_act_loss_coefficient > 0
-        if path == "triton" and x.dtype == torch.float32:
-            from jumprelu_plugin.step.kernels.entries import encode_buffered  # imports Triton
-
-            return encode_buffered(*inputs, self.pair_buffers, keep_mean=keep_mean)
-        return encode_sparse(*inputs, screen=path != "sparse", keep_mean=keep_mean)
+        return entries
 
     def _require_finite(self, loss: Tensor, rows: Tensor, step: int) -> None:
         """Refuse a step that is not finite: at once, or on a GPU before it updates anything."""

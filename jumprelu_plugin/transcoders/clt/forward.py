@@ -14,13 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jumprelu_plugin.step.dense import encode_dense
-from jumprelu_plugin.step.entries import Entries
+from jumprelu_plugin.step.encoding import encode
 from jumprelu_plugin.step.kernels.buffers import PairBuffers
 from jumprelu_plugin.step.losses import Step
 from jumprelu_plugin.step.processes import ONE_PROCESS, OneProcess
-from jumprelu_plugin.step.sparse import encode_sparse
-from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder, SourceLayer
+from jumprelu_plugin.transcoders.clt.model import CrossLayerTranscoder
 
 
 class _SumOfLater(torch.autograd.Function):
@@ -70,7 +68,7 @@ def forward(
     for source, x, bandwidth, of_limit, room in layers:
         # A node of its own in the graph, so that the gradient of θ can be hooked.
         threshold = source.threshold.view(-1)
-        entries = _encode(source, x, threshold, bandwidth, path, room)
+        entries = encode(path, x, source.W_enc, source.b_enc, None, threshold, bandwidth, room)
         activations = entries.activations(threshold, bandwidth, to_input)
         step = Step(
             entries,
@@ -86,21 +84,3 @@ def forward(
     biases = torch.cat([source.b_dec for source in model.sources])
     total: Tensor = _SumOfLater.apply(*written)  # type: ignore[assignment]
     return steps, processes.sum_over_shards(total) + biases
-
-
-def _encode(
-    source: SourceLayer,
-    x: Tensor,
-    threshold: Tensor,
-    bandwidth: float,
-    path: str,
-    buffers: PairBuffers,
-) -> Entries:
-    if path == "dense":
-        return encode_dense(x, source.W_enc, source.b_enc, None)
-    read = (x, source.W_enc, source.b_enc, None, threshold, bandwidth)
-    if path == "triton" and x.dtype == torch.float32:
-        from jumprelu_plugin.step.kernels.entries import encode_buffered  # imports Triton
-
-        return encode_buffered(*read, buffers)
-    return encode_sparse(*read, screen=path != "sparse")
