@@ -60,6 +60,10 @@ Steps = Annotated[
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps the activations.")]
 Sites = Annotated[list[str] | None, typer.Option(help="Hooks; by default the reported ones.")]
 L0s = Annotated[list[int] | None, typer.Option(help="Target L0s.")]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option("--lr", help="Learning rates to try; the tuned or computed one if not given."),
+]
 
 
 def learning_rate_of(
@@ -92,8 +96,12 @@ def run(
     splice: bool,
     cache: Path | None,
     d_sae: int | None = None,
+    rates: list[float] | None = None,
 ) -> list[Record]:
-    """The record of every (architecture, L0, seed) at every site; missing ones are measured."""
+    """The record of every (architecture, L0, seed) at every site; missing ones are measured.
+
+    With `rates` there is one of each case for each learning rate.
+    """
     chosen = MODELS[model]
     width, steps = d_sae or chosen.d_sae, steps or chosen.steps
 
@@ -131,11 +139,11 @@ def run(
     for site in sites:
         d_in = activations(site, "train", chosen.sequences).shape[1]
         for architecture, l0, seed in cases:
-            lr = learning_rate_of(model, architecture, d_in, width, l0, steps)
-            case = {"model": model, "site": site, "architecture": architecture, "target_l0": l0}
-            case |= {"seed": seed, **settings, "lr": lr}
-            measured = functools.partial(measure, site, architecture, l0, seed, lr)
-            records.append(file.record(case, measured, provenance(seed=seed)))
+            for lr in rates or [learning_rate_of(model, architecture, d_in, width, l0, steps)]:
+                case = {"model": model, "site": site, "architecture": architecture, "target_l0": l0}
+                case |= {"seed": seed, **settings, "lr": lr}
+                measured = functools.partial(measure, site, architecture, l0, seed, lr)
+                records.append(file.record(case, measured, provenance(seed=seed)))
     return records
 
 
@@ -175,6 +183,7 @@ def compare(
     sites: Sites = None,
     cache: Cache = None,
     only: Annotated[list[str] | None, typer.Option(help="Architectures; all if not given.")] = None,
+    lr: Rates = None,
     output: Annotated[Path, typer.Option(help="Records.")] = RESULTS / "compare.jsonl",
 ) -> None:
     """The plugin and SAELens' architectures at the same L0s, on the same tokens."""
@@ -182,7 +191,7 @@ def compare(
     names = tuple(only or COMPARED)
     levels = tuple(l0 or COMPARED_L0)
     cases = [(name, level, seed) for seed in range(seeds) for level in levels for name in names]
-    records = run(output, model, chosen, cases, steps, splice=True, cache=cache)
+    records = run(output, model, chosen, cases, steps, splice=True, cache=cache, rates=lr)
     metrics = ("l0", "fvu", "delta_lm_loss", "dead_share", "share_above_10_percent")
     for level in levels:
         show(
