@@ -220,7 +220,7 @@ class JumpReLUTrainingRunner(LanguageModelSAETrainingRunner):
         hidden: dict[str, Any] = {"resume_from_checkpoint": None}
         store = self.activations_store
         if isinstance(store, ResumableActivationsStore):
-            store.ahead = self.passes_ahead()
+            store.feed(self.cfg.device, self.passes_ahead())
             if store.ahead:
                 self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
             # SAELens would put a queue behind the mixing buffer, where no checkpoint sees it.

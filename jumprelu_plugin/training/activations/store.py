@@ -45,13 +45,20 @@ class MixingBuffer(Iterator[Tensor]):
         source: activations as they come from the model, [rows, d_in] each, without end.
         mix_fraction: share of `size` that stays behind to be mixed with what comes next; with 0
             nothing is shuffled.
+        gpu: where batches go. Rows that wait on the host then lie in page-locked memory, from which
+            a copy is queued behind the step before it, and the host does not wait for it.
 
     Raises:
         ValueError: a size smaller than a batch, or a fraction outside [0, 1].
     """
 
     def __init__(
-        self, size: int, batch_size: int, source: Iterator[Tensor], mix_fraction: float
+        self,
+        size: int,
+        batch_size: int,
+        source: Iterator[Tensor],
+        mix_fraction: float,
+        gpu: torch.device | None = None,
     ) -> None:
         if size < batch_size:
             raise ValueError(
@@ -61,7 +68,7 @@ class MixingBuffer(Iterator[Tensor]):
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction is {mix_fraction}; expected 0 to 1")
         self.size, self.batch_size, self.mix_fraction = size, batch_size, mix_fraction
-        self._source = source
+        self._source, self._gpu = source, gpu
         self.waiting: Float[Tensor, "rows d_in"] | None = None
         self.serving: Float[Tensor, "rows d_in"] | None = None
 
@@ -70,7 +77,7 @@ class MixingBuffer(Iterator[Tensor]):
             self._refill()
         assert self.serving is not None
         batch, self.serving = self.serving[: self.batch_size], self.serving[self.batch_size :]
-        return batch
+        return batch if self._gpu is None else batch.to(self._gpu, non_blocking=True)
 
     @torch.no_grad()
     def _refill(self) -> None:
@@ -81,10 +88,18 @@ class MixingBuffer(Iterator[Tensor]):
                 break
         rows = torch.cat(parts)
         if self.mix_fraction > 0:
-            rows = rows[torch.randperm(len(rows))]
+            order = torch.randperm(len(rows)).to(rows.device)
+            rows = torch.index_select(rows, 0, order, out=self._room_for(rows))
+        elif self._gpu is not None:
+            rows = self._room_for(rows).copy_(rows)
         served = max(1, (len(rows) - int(self.size * self.mix_fraction)) // self.batch_size)
         self.serving = rows[: served * self.batch_size]
         self.waiting = rows[served * self.batch_size :]
+
+    def _room_for(self, rows: Tensor) -> Tensor:
+        """An empty tensor like `rows`, page-locked where batches go to a GPU from the host."""
+        page_locked = self._gpu is not None and rows.device.type == "cpu"
+        return torch.empty_like(rows, pin_memory=page_locked)
 
 
 class ResumableActivationsStore(CheckedText):
@@ -101,6 +116,7 @@ class ResumableActivationsStore(CheckedText):
 
     save_buffer: bool = True
     ahead: int = 0  # passes of the model that a thread makes in advance
+    gpu: torch.device | None = None  # where batches go
     _reader: ReadAhead | None = None
     _sequences_read: int = 0  # in this pass over the text
 
@@ -115,7 +131,14 @@ class ResumableActivationsStore(CheckedText):
             self.train_batch_size_tokens,
             source,
             self.activations_mixing_fraction,
+            self.gpu,
         )
+
+    def feed(self, device: str | torch.device, ahead: int) -> None:
+        """From the next data loader on, bring batches to `device` while the step before runs, where
+        it is a GPU, and make `ahead` passes of the model in advance."""
+        found = torch.device(device)
+        self.gpu, self.ahead = found if found.type == "cuda" else None, ahead
 
     def stop_reading(self) -> None:
         """End the thread that reads ahead, where there is one."""

@@ -223,7 +223,7 @@ class JumpReLUMultiTrainingRunner(MultiSAETrainingRunner):
                 id=logs.wandb_id,
             )
         store = self.activations_store
-        store.ahead = passes_ahead(self.cfg)
+        store.feed(self.cfg.device, passes_ahead(self.cfg))
         if store.ahead:
             self.evaluator = PausingEvaluator(self.evaluator, store)  # type: ignore[assignment]
         batches = InterruptibleIterator(

@@ -37,6 +37,26 @@ def test_the_buffer_gives_what_saelens_buffer_gives(fraction: float) -> None:
         assert torch.equal(mine, wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_batches_for_a_gpu_are_those_of_the_host(fraction: float) -> None:
+    def source() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        while True:
+            yield torch.randn(53, 7, generator=generator)
+
+    torch.manual_seed(11)
+    plain = MixingBuffer(197, 13, source(), fraction)
+    expected = [next(plain) for _ in range(60)]
+    torch.manual_seed(11)
+    buffer = MixingBuffer(197, 13, source(), fraction, torch.device("cuda"))
+    found = [next(buffer) for _ in range(60)]
+    assert buffer.serving is not None and buffer.serving.is_pinned()
+    assert all(batch.device.type == "cuda" for batch in found)
+    for batch, wanted in zip(found, expected, strict=True):
+        assert torch.equal(batch.cpu(), wanted)
+
+
 def test_the_store_gives_what_saelens_store_gives(model: Any, tmp_path: Path) -> None:
     cfg = config(tmp_path)
     theirs = ActivationsStore.from_config(model, cfg, override_dataset=token_rows())
