@@ -9,6 +9,7 @@ exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -74,11 +75,15 @@ class PausingEvaluator:
 def passes_ahead(cfg: Any) -> int:
     """Passes of the model that wait while training goes on.
 
-    As many as `cfg.prefetch_llm_batches` says; one by default where the model or the mixing buffer
-    is on another device than what is trained, so that one works while the other does.
+    As many as `cfg.prefetch_llm_batches` says. By default it is as many as fill the mixing buffer
+    again where the model or the buffer is on another device than what is trained, so that one works
+    while the other does; none where all are on one.
     """
     asked = cfg.prefetch_llm_batches
     if asked:
         return int(asked)
     others = (cfg.llm_device or cfg.device, cfg.act_store_device or cfg.device)
-    return int(not all(same_device(name, cfg.device) for name in others))
+    if all(same_device(name, cfg.device) for name in others):
+        return 0
+    sequences = cfg.n_batches_in_buffer * (1 - cfg.activations_mixing_fraction)
+    return max(1, math.ceil(sequences / cfg.store_batch_size_prompts))

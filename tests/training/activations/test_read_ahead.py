@@ -136,9 +136,9 @@ def test_an_error_in_the_thread_is_raised_after_what_came_before() -> None:
         (False, None, "cuda", 0),
         (False, "cuda", "cuda", 0),
         (False, "cuda:0", "cuda:0", 0),
-        (False, "cpu", "cuda", 1),
-        (False, "cuda:1", "cuda", 1),
-        (False, "cuda", "cpu", 1),
+        (False, "cpu", "cuda", 4),  # 44 · (1 - 0.75) sequences, 3 a pass
+        (False, "cuda:1", "cuda", 4),
+        (False, "cuda", "cpu", 4),
         (True, "cuda", "cuda", 1),
         (5, "cpu", "cpu", 5),
     ],
@@ -151,5 +151,8 @@ def test_it_is_on_by_default_where_devices_differ(
         device="cuda",
         llm_device=model_device,
         act_store_device=buffer_device,
+        n_batches_in_buffer=44,
+        activations_mixing_fraction=0.75,
+        store_batch_size_prompts=3,
     )
     assert passes_ahead(cfg) == expected
