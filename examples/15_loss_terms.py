@@ -1,10 +1,11 @@
 """Terms of the loss, each a field of the config: Matryoshka prefixes, penalties on dense latents.
 
-Trains four SAEs on the same activations at the same L0. The plain one has no extra term. With
+Trains five SAEs on the same activations at the same L0. The plain one has no extra term. With
 `matryoshka_widths` the first latents reconstruct much of the input alone, and fire on much of the
-text to do so. With `density_penalty_scale` as well they fire less. The recipe `default` has
-prefixes and `max_latent_density`. The fifth SAE follows Anthropic's recipe of January 2025, whose
-decoder rows are free in training and normalized at the end. Writes ./output/15_loss_terms.
+text to do so. With `density_penalty_scale` as well they fire less, and with `max_latent_density`,
+which the recipe `default` has, none may fire often. The fifth SAE follows Anthropic's recipe of
+January 2025, whose decoder rows are free in training and normalized at the end. Writes
+./output/15_loss_terms.
 """
 
 import os

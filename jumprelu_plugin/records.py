@@ -254,6 +254,15 @@ def whole_folder(
         _sync(path.parent)
 
 
+# Where `whole_files` writes, in the folder that it writes for.
+UNFINISHED = ".unfinished"
+
+
+def was_cut_short(folder: str | Path) -> bool:
+    """Whether a process was killed while it wrote to `folder` with `whole_files`."""
+    return Path(folder, UNFINISHED).is_dir()
+
+
 @contextmanager
 def whole_files(folder: str | Path, *, last: str | None = None) -> Iterator[Path]:
     """An empty folder to write into, whose entries then move into `folder`, beside what is there.
@@ -263,7 +272,7 @@ def whole_files(folder: str | Path, *, last: str | None = None) -> Iterator[Path
     process at a time may write to a folder so.
     """
     folder = Path(folder)
-    unfinished = folder / ".unfinished"
+    unfinished = folder / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir(parents=True)
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import NoneType
 from typing import Any, get_args
@@ -95,13 +95,8 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     chosen = None if recipe is None else get_recipe(recipe)
     # The user's own flags come last, and the last one counts.
     flags = [*(chosen.flags() if chosen else ()), *given]
-    cfg = parse_flags(flags or ["--help"], command)
     named = {flag.partition("=")[0] for flag in given}
-    # SAELens' default is 20 sequences, whatever a batch takes.
-    too_small = cfg.n_batches_in_buffer < sequences_of(cfg, batches=1)
-    if too_small and "--n_batches_in_buffer" not in named:
-        flags = [*flags, f"--n_batches_in_buffer={sequences_of(cfg, batches=MIXED_BATCHES)}"]
-        cfg = parse_flags(flags, command)
+    flags, cfg = with_a_batch_in_the_buffer(flags or ["--help"], named, command)
     require_possible_numbers(cfg)
     if "--lr" not in named:
         rate = usual_learning_rate(cfg) if chosen is None else chosen.learning_rate_of(cfg)
@@ -110,6 +105,24 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     if chosen is not None:
         chosen.adapt_to_run(cfg, named)
     return cfg
+
+
+def with_a_batch_in_the_buffer(
+    flags: list[str], named: Collection[str], command: Command
+) -> tuple[list[str], LanguageModelSAERunnerConfig[Any]]:
+    """The flags and their config, with four batches in the mixing buffer where none of the user's
+    flags (`named`) says how many, and SAELens' default does not hold one.
+
+    Raises:
+        ValueError, SystemExit: as `parse_flags` does.
+    """
+    cfg = parse_flags(flags, command)
+    # SAELens' default is 20 sequences, whatever a batch takes.
+    too_small = cfg.n_batches_in_buffer < sequences_of(cfg, batches=1)
+    if too_small and "--n_batches_in_buffer" not in named:
+        flags = [*flags, f"--n_batches_in_buffer={sequences_of(cfg, batches=MIXED_BATCHES)}"]
+        cfg = parse_flags(flags, command)
+    return flags, cfg
 
 
 def parse_flags(

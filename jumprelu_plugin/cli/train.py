@@ -226,7 +226,11 @@ def finetune(
     Widths, hook, model and text are the SAE's own where its files say them. Without --target_l0
     and --l0_coefficient the training holds the L0 that the SAE has.
     """
-    from jumprelu_plugin.cli.saelens_flags import normalized, parse_flags
+    from jumprelu_plugin.cli.saelens_flags import (
+        normalized,
+        parse_flags,
+        with_a_batch_in_the_buffer,
+    )
     from jumprelu_plugin.finetune.runner import FinetuningRunner, pretrained_flags
 
     command = _command(context, "jumprelu finetune SOURCE")
@@ -235,7 +239,9 @@ def finetune(
     if source.startswith("-"):
         raise ValueError(f"give the SAE first: jumprelu finetune SOURCE, then {source} and others")
     given = normalized(context.args)
-    cfg = parse_flags([*pretrained_flags(source, given), *given], command)
+    flags = [*pretrained_flags(source, given), *given]
+    named = {flag.partition("=")[0] for flag in given}
+    _, cfg = with_a_batch_in_the_buffer(flags, named, command)
     FinetuningRunner(
         source,
         cfg,

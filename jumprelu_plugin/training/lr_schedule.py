@@ -17,6 +17,17 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 
+# Of SAELens' config, what a run resumes with its own of.
+SCHEDULE_FIELDS = (
+    "lr",
+    "lr_end",
+    "lr_scheduler_name",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "n_restart_cycles",
+    "adam_beta1",
+    "adam_beta2",
+)
 # What makes a schedule of PyTorch's the one it is; the rest of its state says how far it is.
 _SHAPE = (
     "base_lrs",

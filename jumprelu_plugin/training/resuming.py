@@ -130,13 +130,25 @@ def _why_fresh(
     for path, recorded in candidates:
         if recorded is None:
             continue
-        for name in sorted({*wanted, *recorded}):
+        # Which dictionaries there are comes first: what is said of each follows from it.
+        for name in sorted({*wanted, *recorded}, key=lambda name: (name != "saes", name)):
             if wanted.get(name) != recorded.get(name):
                 return (
                     f"no checkpoint below {below} is of this run; {path}, the newest, has "
                     f"{name}={recorded.get(name)!r}, and this run {wanted.get(name)!r}"
                 )
     return f"there is no whole checkpoint of this run below {below}"
+
+
+def changed_settings(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of a run that a checkpoint's config (`saved`) and this run's both say, and
+    differently: its value and this run's, by name."""
+    there, now = _identity(saved), _identity(here)
+    return {
+        name: (there[name], now[name])
+        for name in sorted(there.keys() & now.keys())
+        if there[name] != now[name]
+    }
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any] | None:

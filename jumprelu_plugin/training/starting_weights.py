@@ -17,7 +17,8 @@ from sae_lens.saes.sae import TrainingSAE
 from jumprelu_plugin.records import read_json
 from jumprelu_plugin.saes.tensor_files import explained
 from jumprelu_plugin.saes.validation import require_types
-from jumprelu_plugin.training.resuming import plain, refuse_damaged
+from jumprelu_plugin.training.lr_schedule import SCHEDULE_FIELDS
+from jumprelu_plugin.training.resuming import changed_settings, plain, refuse_damaged
 
 _WHAT = ("architecture", "d_in", "d_sae")
 # What a weight means depends on these.
@@ -36,6 +37,8 @@ _READ = (
 )
 # They may be called otherwise after a move, so another name is said and not refused.
 _NAMED = ("model_name", "dataset_path")
+# Said elsewhere (`lr_schedule`), or nothing of the training.
+_SAID_OR_FREE = (*_NAMED, *SCHEDULE_FIELDS, "training_tokens", "output_path", "saes")
 # Our checkpoints hold parameters as the optimizer sees them, and the bandwidth in use.
 _STORED = ("log_threshold", "hyperparameter_units", "jumprelu_bandwidth", "jumprelu_bandwidth_std")
 
@@ -59,7 +62,10 @@ def refuse_wrong_checkpoint(cfg: Any, sae_cfg: Any = None) -> None:
 
 
 def refuse_wrong_checkpoint_of_all(cfg: Any) -> None:
-    """As `refuse_wrong_checkpoint`, of a run over several dictionaries."""
+    """As `refuse_wrong_checkpoint`, of a run over several dictionaries.
+
+    A checkpoint may hold others too, at the same hooks: a run goes on without one that diverged.
+    """
     folder = cfg.resume_from_checkpoint
     if folder is None:
         return
@@ -70,6 +76,16 @@ def refuse_wrong_checkpoint_of_all(cfg: Any) -> None:
     for name, each in cfg.saes.items():
         _refuse_other_sae(str(Path(folder, name)), each, remedy)
     _refuse_other_activations(folder, cfg, remedy)
+
+
+def refuse_past_the_end(trainer: Any, checkpoint: str | Path) -> None:
+    """Raise ValueError if a trainer took from a checkpoint more samples than it is to train on."""
+    done, wanted = trainer.n_training_samples, trainer.cfg.total_training_samples
+    if done > wanted:
+        raise ValueError(
+            f"the checkpoint {checkpoint} has trained on {done:,} tokens and training_tokens is "
+            f"{wanted:,}: give more than the checkpoint has, or an earlier checkpoint"
+        )
 
 
 def _require_checkpoint(given: str, folder: str) -> None:
@@ -142,6 +158,8 @@ def _refuse_other_activations(folder: str, cfg: Any, remedy: str) -> None:
     if not Path(folder, RUNNER_CFG_FILENAME).is_file():
         return  # a checkpoint of an early SAELens
     saved, here = read_json(Path(folder, RUNNER_CFG_FILENAME)), plain(cfg.to_dict())
+    if _hooks(saved) == _hooks(here):  # in this order rows of the mixing buffer hold them
+        saved = {**saved, **_of_the_same(saved, here)}
     for field in _READ:
         if field in saved and field in here:
             _require_same(folder, field, saved[field], here[field], remedy)
@@ -153,6 +171,32 @@ def _refuse_other_activations(folder: str, cfg: Any, remedy: str) -> None:
                 f"the checkpoint {folder} has {field} {found!r} and this run {wanted!r}: the run "
                 "goes on with this run's"
             )
+    changed = {
+        name: values
+        for name, values in changed_settings(saved, here).items()
+        if name.rpartition(".")[2] not in _SAID_OR_FREE
+    }
+    if changed:
+        listed = ", ".join(f"{name} {there!r} ({now!r})" for name, (there, now) in changed.items())
+        logger.warning(
+            f"the checkpoint {folder} was trained with other settings, which this run changes to "
+            f"those in brackets: {listed}"
+        )
+
+
+def _hooks(config: Mapping[str, Any]) -> list[Any] | None:
+    """The hooks of a run over several dictionaries, in their order; None of any other run."""
+    found = config.get("hook_names")
+    return list(dict.fromkeys(found.values())) if isinstance(found, dict) else None
+
+
+def _of_the_same(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says by dictionary, of those that this run trains."""
+    return {
+        field: {name: saved[field][name] for name in here[field] if name in saved[field]}
+        for field in ("hook_names", "hook_head_indices")
+        if isinstance(saved.get(field), dict) and isinstance(here.get(field), dict)
+    }
 
 
 def _output_hook(config: Mapping[str, Any]) -> Any:

@@ -109,8 +109,8 @@ def _refuse_other_vocabulary(row: torch.Tensor, model: Any) -> None:
     size = getattr(getattr(model, "cfg", None), "d_vocab", None)
     if size is not None and not ((row >= 0) & (row < size)).all():
         raise ValueError(
-            f"the tokenized text holds token {int(row.max())}, and the model has {size} tokens: it "
-            "was tokenized for another model"
+            f"the tokenized text holds tokens {int(row.min())} to {int(row.max())}, and the model "
+            f"has {size} tokens: it was tokenized for another model"
         )
 
 

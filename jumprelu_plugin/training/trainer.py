@@ -38,6 +38,7 @@ from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import stop_signals_to
 from jumprelu_plugin.training.lr_schedule import own_schedule
 from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
+from jumprelu_plugin.training.starting_weights import refuse_past_the_end
 
 PROGRESS_EVERY = 10
 
@@ -190,6 +191,7 @@ class JumpReLUTrainer(SAETrainer[Any, Any]):
         require_plain_tensors(folder / TRAINER_STATE_FILENAME)
         with explained(folder, "resume from an earlier one, or start anew"), own_schedule(self):
             super().load_trainer_state(folder)
+        refuse_past_the_end(self, folder)
         if self.checkpoints is not None:
             self.checkpoints.last = folder
         done = self.n_training_samples

@@ -366,6 +366,27 @@ def test_a_dictionary_of_another_hook_is_warned_of(
     assert "worse than their mean" in caplog.text
 
 
+def test_the_command_mixes_four_batches_where_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+
+    class Seen:
+        def __init__(self, source: str, cfg: Any, **_: Any):
+            configs.append(cfg)
+
+        def run(self) -> None: ...
+
+    monkeypatch.setattr("jumprelu_plugin.finetune.runner.FinetuningRunner", Seen)
+    pretrained_sae(True).save_model(tmp_path / "sae")
+    flags = ["--context_size", "31", "--log_to_wandb", "False"]
+    for more in ([], ["--n_batches_in_buffer", "3"]):
+        CliRunner().invoke(app, ["finetune", str(tmp_path / "sae"), *flags, *more])
+    said_nothing, three = configs
+    assert said_nothing.n_batches_in_buffer == -(-4 * said_nothing.train_batch_size_tokens // 31)
+    assert three.n_batches_in_buffer == 3
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     for arguments, said in (
         (["--hook_name", "x"], "give the SAE first"),

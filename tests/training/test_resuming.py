@@ -187,6 +187,35 @@ def test_auto_starts_fresh_beside_other_runs_and_says_how_they_differ(
     assert runner.cfg.checkpoint_path != str(killed)
 
 
+def test_a_checkpoint_that_is_named_says_what_this_run_changes(
+    model: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, last = numbered(killed)
+    changed = short(tmp_path / "changed", resume_from_checkpoint=str(last), seed=7)
+    same_target = changed.sae.target_l0
+    changed.sae.target_l0 = same_target + 2
+    with caplog.at_level("WARNING"):
+        train(model, changed)
+    said = f"sae.target_l0 {same_target!r} ({same_target + 2!r}), seed 42 (7)"
+    assert said in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        train(model, short(tmp_path / "same", resume_from_checkpoint=str(last)))
+    assert "other settings" not in caplog.text
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused(
+    model: Any, killed: Path, tmp_path: Path
+) -> None:
+    _, last = numbered(killed)
+    cfg = short(tmp_path / "shorter", resume_from_checkpoint=str(last))
+    cfg.training_tokens = 28 * BATCH
+    said = rf"has trained on {29 * BATCH:,} tokens and training_tokens is {28 * BATCH:,}"
+    with pytest.raises(ValueError, match=said):
+        train(model, cfg)
+    assert not (tmp_path / "shorter" / "output" / "cfg.json").exists()
+
+
 def test_auto_without_a_checkpoint_starts_fresh_and_without_a_folder_is_refused(
     model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def make_rating_study(
                     **drawn.__dict__,
                 }
         _require_items(len(key), raters, settings)
-        deal = _deal(list(key), raters, settings)
+        deal = _deal(key, raters, settings)
         source = provenance(
             settings.seed, model_digest(saes[0].saved.model), data_digest=digest(tokens)
         )
@@ -202,11 +202,15 @@ def _require_items(items: int, raters: Sequence[str], settings: RatingStudySetti
 
 
 def _deal(
-    items: Sequence[str], raters: Sequence[str], settings: RatingStudySettings
+    items: Collection[str], raters: Sequence[str], settings: RatingStudySettings
 ) -> dict[str, list[str]]:
-    """Each rater's items, in an order of their own."""
+    """Each rater's items, in an order of their own.
+
+    It follows from the items' names, which are random, and not from their order: the seed and the
+    order of SAEs and strata would tell whoever knows them which item is of which.
+    """
     draw = random.Random(settings.seed)
-    shuffled = draw.sample(list(items), len(items))
+    shuffled = draw.sample(sorted(items), len(items))
     common = _common(len(shuffled), raters, settings)
     deal = {}
     for number, rater in enumerate(raters):

@@ -15,16 +15,11 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 
+from jumprelu_plugin.training.lr_schedule import SCHEDULE_FIELDS
+
 # Fields of SAELens' runner config that each dictionary may have its own of.
 OWN_FIELDS = (
-    "lr",
-    "lr_end",
-    "lr_scheduler_name",
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "n_restart_cycles",
-    "adam_beta1",
-    "adam_beta2",
+    *SCHEDULE_FIELDS,
     "dead_feature_window",
     "feature_sampling_window",
     "seed",

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from jumprelu_plugin.models.firing import hook_widths
 from jumprelu_plugin.models.sequences import fitting_context
-from jumprelu_plugin.records import provenance, whole_files, write_json
+from jumprelu_plugin.records import provenance, was_cut_short, whole_files, write_json
 from jumprelu_plugin.training.activations.multi_hook import MultiHookStore, for_hooks
 from jumprelu_plugin.training.activations.read_ahead import PausingEvaluator, passes_ahead
 from jumprelu_plugin.training.checkpoints import (
@@ -369,7 +369,9 @@ def refuse_before_the_model(configs: Mapping[str, LanguageModelSAERunnerConfig[A
     if first.output_path is None:
         return
     refuse_used_output_folder(first.output_path)
-    for name in (RECORD_FILENAME, *configs):
+    # Killed while the SAEs moved into their places: they are written again.
+    replaced = () if was_cut_short(first.output_path) else tuple(configs)
+    for name in (RECORD_FILENAME, *replaced):
         if Path(first.output_path, name).exists():
             raise ValueError(
                 f"the output folder {first.output_path} already holds {name}; give another "

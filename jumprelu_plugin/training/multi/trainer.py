@@ -38,6 +38,7 @@ from jumprelu_plugin.training.health.reporting import report
 from jumprelu_plugin.training.interruption import InterruptibleIterator
 from jumprelu_plugin.training.lr_schedule import own_schedule
 from jumprelu_plugin.training.metrics_file import append_metrics, finite_numbers
+from jumprelu_plugin.training.starting_weights import refuse_past_the_end
 
 
 class MultiTrainer(MultiSAETrainer):
@@ -81,9 +82,20 @@ class MultiTrainer(MultiSAETrainer):
         self.monitors = {name: Monitor.of(sae, steps) for name, sae in self.saes.items()}
         try:
             return super().fit()
+        except _StepError as error:
+            raise ValueError(f"{error}{self._how_the_others_go_on()}") from error
         finally:
             for monitor in self.monitors.values():
                 monitor.close()
+
+    def _how_the_others_go_on(self) -> str:
+        last = None if self.checkpoints is None else self.checkpoints.last
+        if len(self.saes) == 1 or last is None:
+            return ""
+        return (
+            ". The others can go on without it where their hooks are the same: leave it out and "
+            f"give --resume_from_checkpoint {last}"
+        )
 
     @override
     @torch.no_grad()
@@ -214,6 +226,7 @@ class MultiTrainer(MultiSAETrainer):
             for name, trainer in self.trainers.items():
                 schedules.enter_context(own_schedule(trainer, of=name))
             super().load_checkpoint(path)
+        refuse_past_the_end(self, path)
         if self.checkpoints is not None:
             self.checkpoints.last = Path(path)
         # Otherwise each threshold already behind would be saved again, one a step.
@@ -236,7 +249,11 @@ class _NamedTrainer(SAETrainer[Any, Any]):
         try:
             return super().step(batch)
         except ValueError as error:
-            raise ValueError(f"{self._name}: {error}") from error
+            raise _StepError(f"{self._name}: {error}") from error
+
+
+class _StepError(ValueError):
+    """A step of one dictionary that could not be made."""
 
 
 def fit_until_stopped(trainer: MultiTrainer, batches: InterruptibleIterator) -> dict[str, Any]:

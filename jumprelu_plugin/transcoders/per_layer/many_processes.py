@@ -21,7 +21,7 @@ from typing import Any
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from jumprelu_plugin.models.devices import require_device
-from jumprelu_plugin.records import whole_files
+from jumprelu_plugin.records import UNFINISHED, whole_files
 from jumprelu_plugin.training.activations.hook_pairs import pair_widths
 from jumprelu_plugin.training.checkpoints import refuse_negative_minutes
 from jumprelu_plugin.training.distributed.launch import Launch, joined, without_sigterm
@@ -125,7 +125,7 @@ def _train(
         )
     launch.from_the_first(lambda: start_output_folder(output, settings))
     first = launch.rank == 0
-    with whole_files(output) if first else nullcontext(output / ".unfinished") as unfinished:
+    with whole_files(output) if first else nullcontext(output / UNFINISHED) as unfinished:
         launch.wait()  # for the first to have made it
         part = unfinished / f"process_{launch.rank}"
         runner.cfg.output_path = str(part)

@@ -132,6 +132,50 @@ def test_two_tabs_and_a_killed_server_lose_nothing(browser: Any, tmp_path: Path)
     context.close()
 
 
+def test_enter_after_a_click_rates_no_other_latent(browser: Any, tmp_path: Path) -> None:
+    folder, context = write_study(tmp_path / "set", items=3), browser.new_context()
+    with running(folder) as port:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/rate/anna")
+        page.wait_for_selector("#contexts p")
+        page.click("#yes")
+        saved(page)
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert page.inner_text("#progress") == "1 of 3 rated"
+        page.keyboard.press("N")  # as with Caps Lock
+        saved(page)
+        assert {i: a["rating"] for i, a in answers(folder).items()} == {"i0": "yes", "i1": "no"}
+    context.close()
+
+
+def test_a_browser_that_keeps_nothing(browser: Any, tmp_path: Path) -> None:
+    folder, context = write_study(tmp_path / "set", items=3), browser.new_context()
+    page = context.new_page()
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', {get() { throw new Error('blocked'); }})"
+    )
+    said = "document.getElementById('saved').textContent"
+    posts: list[Any] = []
+    page.on("request", lambda each: posts.append(each) if each.method == "POST" else None)
+    with running(folder) as port:
+        page.goto(f"http://127.0.0.1:{port}/rate/anna")
+        page.wait_for_selector("#contexts p")
+        page.click("#yes")
+        until(page, f"{said} === 'saved'")
+        assert answers(folder)["i0"]["rating"] == "yes"
+    for _ in range(10):
+        page.click("#no")
+    until(page, f"{said}.includes('kept in this page alone')")
+    posts.clear()
+    page.wait_for_timeout(4000)
+    assert 1 <= len(posts) <= 3  # one that is tried again every 1.5 s
+    with running(folder, port):
+        until(page, f"{said} === 'saved'")
+        assert answers(folder)["i0"]["rating"] == "no"
+    context.close()
+
+
 def test_saved_is_said_of_what_is_saved_alone(browser: Any, tmp_path: Path) -> None:
     context = browser.new_context()
     with running(write_study(tmp_path / "set", items=3)) as port:

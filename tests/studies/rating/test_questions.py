@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from jumprelu_plugin.cli.app import app
 from jumprelu_plugin.models.options import ModelOptions
-from jumprelu_plugin.studies.rating.questions import make_rating_study, read_study
+from jumprelu_plugin.studies.rating.questions import _deal, make_rating_study, read_study
 from jumprelu_plugin.studies.rating.settings import RatingStudySettings
 from jumprelu_plugin.studies.sampling.saes import load_study_saes
 from tests.studies.rating.studies import save_sae
@@ -68,6 +68,15 @@ def test_raters_share_the_overlap_and_divide_the_rest(made: tuple[Path, Path]) -
     assert sorted(map(len, sets)) == [10, 11, 11]
     assert len({tuple(i for i in items if i in set.intersection(*sets))
                 for items in deal.values()}) > 1  # fmt: skip
+
+
+def test_the_order_of_the_saes_says_nothing_of_who_rates_what_when(
+    made: tuple[Path, Path],
+) -> None:
+    names = list(read_key(made)["items"])  # one SAE's after another's, by density
+    deal = _deal(names, SETTINGS.rater_names(), SETTINGS)
+    assert deal == _deal(names[::-1], SETTINGS.rater_names(), SETTINGS)
+    assert deal == read_study(made[0])["raters"]
 
 
 def test_fewer_latents_than_were_asked_for_are_said(tmp_path: Path) -> None:

@@ -340,11 +340,49 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "output").exists()
 
 
-def test_the_dictionary_that_diverges_is_named(model: Any, tmp_path: Path) -> None:
-    configs = dictionaries(tmp_path)
-    configs["high"].lr = 1e30
-    with pytest.raises(ValueError, match="^high: the loss became .*the training diverged"):
-        train(model, configs)
+def test_the_dictionary_that_diverges_is_named_and_the_others_can_go_on(
+    model: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = dictionaries(tmp_path / "first", n_checkpoints=3)
+    update = MultiTrainer._update_pbar
+
+    def diverges(self: MultiTrainer, *args: Any, **kwargs: Any) -> None:
+        update(self, *args, **kwargs)
+        if self.n_training_steps == 14:
+            self.saes["high"].W_enc.data.fill_(float("inf"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiTrainer, "_update_pbar", diverges)
+        said = "^high: .*The others can go on without it.* give --resume_from_checkpoint (.*)$"
+        with pytest.raises(ValueError, match=said) as raised:
+            train(model, configs)
+    last = str(raised.value).rpartition(" ")[2]
+    assert Path(last).name == str(12 * BATCH)
+    left = dictionaries(tmp_path / "second", resume_from_checkpoint=last)
+    del left["high"]
+    train(model, left)
+    found = weights(tmp_path / "second" / "output")
+    assert len(found) == 2 * 5
+    for name, value in found.items():
+        assert torch.equal(value, weights(whole)[name]), name
+    without_a_hook = dictionaries(tmp_path / "third", resume_from_checkpoint=last)
+    del without_a_hook["mlp"]
+    with pytest.raises(ValueError, match="has hook_names .*and this run"):
+        train(model, without_a_hook)
+
+
+def test_a_run_that_was_killed_while_it_moved_its_result_goes_on(
+    model: Any, whole: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "output" / "low"
+    moved.mkdir(parents=True)
+    (moved / "stale").write_text("")
+    with pytest.raises(ValueError, match="already holds low"):
+        train(model, dictionaries(tmp_path))
+    (tmp_path / "output" / ".unfinished" / "high").mkdir(parents=True)
+    train(model, dictionaries(tmp_path))
+    assert not (moved / "stale").exists()
+    assert weights(tmp_path / "output").keys() == weights(whole).keys()
 
 
 def test_relative_folders(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
