@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Generator
 from typing import Any
 
@@ -20,7 +21,8 @@ class CheckedText(ActivationsStore):
 
     Raises:
         ValueError: on a batch, if the text does not fill one sequence, a hundred batches in a row
-            hold no token that is kept, or a row of tokenized text is short or of another model.
+            hold no token that is kept, a row of tokenized text is short or of another model, or
+            another row holds no text.
     """
 
     order: str = ""  # how the text's rows have been shuffled, for a message
@@ -28,17 +30,24 @@ class CheckedText(ActivationsStore):
 
     @override
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
-        rows = super()._iterate_raw_dataset()
-        if not self.is_dataset_tokenized:
-            return rows
-        return self._checked(rows)
-
-    def _checked(self, rows: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        for number, row in enumerate(rows):
-            tokens = torch.as_tensor(row[: self.context_size], dtype=torch.long)
-            name = f"row {number} of the tokenized text{self.order}"
-            require_row(tokens, name, self.context_size, self.model)
+        tokenized = self.is_dataset_tokenized
+        require = self._require_tokens if tokenized else self._require_text
+        what = "the tokenized text" if tokenized else "the text"
+        for number, row in enumerate(super()._iterate_raw_dataset()):
+            require(row, f"row {number} of {what}{self.order}")
             yield row
+
+    def _require_tokens(self, row: Any, name: str) -> None:
+        tokens = torch.as_tensor(row[: self.context_size], dtype=torch.long)
+        require_row(tokens, name, self.context_size, self.model)
+
+    def _require_text(self, row: Any, name: str) -> None:
+        # With a chat template a row may be a conversation.
+        if not isinstance(row, str) and not getattr(self, "use_chat_formatting", False):
+            raise ValueError(
+                f"{name} holds {reprlib.repr(row)} in its column {self.tokens_column!r}, and no "
+                "text: drop such rows (dataset.filter), or give another dataset"
+            )
 
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:

@@ -92,3 +92,15 @@ def test_a_row_that_cannot_be_read_is_named(
     store = resumable(ActivationsStore.from_config(model, cfg, override_dataset=rows), cfg)
     with pytest.raises(ValueError, match=message):
         next(store)
+
+
+@pytest.mark.parametrize("row", [None, ""])
+def test_a_row_without_text_is_named(row: str | None, model: Any, tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    rows = Dataset.from_dict({"text": ["The people of the sea. "] * 3 + [row] + ["More. "] * 400})
+    store = resumable(ActivationsStore.from_config(model, cfg, override_dataset=rows), cfg)
+    if row is None:
+        with pytest.raises(ValueError, match="row 3 of the text holds None in its column 'text'"):
+            next(store)
+    else:
+        assert len(next(store))
