@@ -183,7 +183,8 @@ def test_what_rows_of_tokens_cannot_heed_is_refused(
 
 def test_rows_tokenized_for_another_model_are_refused(model: Any, tmp_path: Path) -> None:
     rows = Dataset.from_dict({"tokens": [[BOS] + [VOCABULARY + 4] * 12] * 37})
-    with pytest.raises(ValueError, match=f"tokens {BOS} to {VOCABULARY + 4}.*has {VOCABULARY} tokens"):
+    said = f"tokens {BOS} to {VOCABULARY + 4}.*has {VOCABULARY} tokens"
+    with pytest.raises(ValueError, match=said):
         runner.JumpReLUTrainingRunner(config(tmp_path), rows, model)
 
 
