@@ -47,8 +47,8 @@ COMPARED_L0 = (20, 40, 80)
 BATCH = 1024
 # Of the baselines: the best of three on a tuning site. On layer 3 of the embedded model 3e-3 was
 # best for `batchtopk`, and on layer 18 of SmolLM2 for `batchtopk` and `topk`
-# (results/baseline_learning_rates.jsonl); on Gemma 3's layer 7 FVU of `batchtopk` was 0.0398, 0.0336
-# and 0.0342 at 1e-3, 2e-3 and 4e-3.
+# (results/baseline_learning_rates.jsonl). On Gemma 3's layer 7 FVU of `batchtopk` was 0.0398,
+# 0.0336 and 0.0342 at 1e-3, 2e-3 and 4e-3.
 BASELINE_LEARNING_RATE = 3e-3
 LEARNING_RATES = {(GEMMA3, BATCHTOPK): 2e-3, (GEMMA3, "topk"): 2e-3}
 HELD_OUT_SEQUENCES, SPLICED_SEQUENCES = 320, 64
