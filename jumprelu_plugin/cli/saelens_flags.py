@@ -95,7 +95,7 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     chosen = None if recipe is None else get_recipe(recipe)
     # The user's own flags come last, and the last one counts.
     flags = [*(chosen.flags() if chosen else ()), *given]
-    named = {flag.partition("=")[0] for flag in given}
+    named = flag_names(given)
     flags, cfg = with_a_batch_in_the_buffer(flags or ["--help"], named, command)
     require_possible_numbers(cfg)
     if "--lr" not in named:
@@ -105,6 +105,11 @@ def run_config(given: Sequence[str], recipe: str | None, command: Command) -> An
     if chosen is not None:
         chosen.adapt_to_run(cfg, named)
     return cfg
+
+
+def flag_names(flags: Sequence[str]) -> set[str]:
+    """The names of flags that may be written --NAME=VALUE, and the values that stand alone."""
+    return {flag.partition("=")[0] for flag in flags}
 
 
 def with_a_batch_in_the_buffer(

@@ -227,6 +227,7 @@ def finetune(
     and --l0_coefficient the training holds the L0 that the SAE has.
     """
     from jumprelu_plugin.cli.saelens_flags import (
+        flag_names,
         normalized,
         parse_flags,
         with_a_batch_in_the_buffer,
@@ -240,8 +241,7 @@ def finetune(
         raise ValueError(f"give the SAE first: jumprelu finetune SOURCE, then {source} and others")
     given = normalized(context.args)
     flags = [*pretrained_flags(source, given), *given]
-    named = {flag.partition("=")[0] for flag in given}
-    _, cfg = with_a_batch_in_the_buffer(flags, named, command)
+    _, cfg = with_a_batch_in_the_buffer(flags, flag_names(given), command)
     FinetuningRunner(
         source,
         cfg,

@@ -171,6 +171,10 @@ def _refuse_other_activations(folder: str, cfg: Any, remedy: str) -> None:
                 f"the checkpoint {folder} has {field} {found!r} and this run {wanted!r}: the run "
                 "goes on with this run's"
             )
+    _say_other_settings(folder, saved, here)
+
+
+def _say_other_settings(folder: str, saved: dict[str, Any], here: dict[str, Any]) -> None:
     changed = {
         name: values
         for name, values in changed_settings(saved, here).items()

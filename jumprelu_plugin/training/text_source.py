@@ -14,7 +14,7 @@ from datasets import DatasetDict, load_dataset, load_from_disk
 from sae_lens import logger
 from sae_lens.training.activations_store import ActivationsStore
 
-from jumprelu_plugin.models.sequences import text_at, written_by_save_to_disk
+from jumprelu_plugin.models.sequences import require_row, text_at, written_by_save_to_disk
 
 
 def local_dataset(path: str, *, streaming: bool) -> Any:
@@ -86,7 +86,7 @@ def refuse_unread_fields(cfg: Any, store: ActivationsStore) -> None:
             )
     first: Any = next(iter(store.dataset))
     row = torch.as_tensor(first[store.tokens_column])[: cfg.context_size]
-    _refuse_other_vocabulary(row, store.model)
+    require_row(row, "the first row of the tokenized text", cfg.context_size, store.model)
     bos = getattr(getattr(store.model, "tokenizer", None), "bos_token_id", None)
     if bos is not None and (row[0] == bos) != cfg.prepend_bos:
         logger.warning(
@@ -102,15 +102,6 @@ def _refuse_separator_of_another_model(token: Any, model: Any) -> None:
         raise ValueError(
             f"sequence_separator_token is {token}, and the model has {size} tokens: give one of "
             "its own, or bos, eos or sep"
-        )
-
-
-def _refuse_other_vocabulary(row: torch.Tensor, model: Any) -> None:
-    size = getattr(getattr(model, "cfg", None), "d_vocab", None)
-    if size is not None and not ((row >= 0) & (row < size)).all():
-        raise ValueError(
-            f"the tokenized text holds tokens {int(row.min())} to {int(row.max())}, and the model "
-            f"has {size} tokens: it was tokenized for another model"
         )
 
 

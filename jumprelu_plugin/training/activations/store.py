@@ -45,8 +45,8 @@ class MixingBuffer(Iterator[Tensor]):
         source: activations as they come from the model, [rows, d_in] each, without end.
         mix_fraction: share of `size` that stays behind to be mixed with what comes next; with 0
             nothing is shuffled.
-        gpu: where batches go. Rows that wait on the host then lie in page-locked memory, from which
-            a copy is queued behind the step before it, and the host does not wait for it.
+        gpu: where batches go, if rows wait on the host. They then lie in page-locked memory, from
+            which a copy is queued behind the step before it, and the host does not wait for it.
 
     Raises:
         ValueError: a size smaller than a batch, or a fraction outside [0, 1].
@@ -98,8 +98,7 @@ class MixingBuffer(Iterator[Tensor]):
 
     def _room_for(self, rows: Tensor) -> Tensor:
         """An empty tensor like `rows`, page-locked where batches go to a GPU from the host."""
-        page_locked = self._gpu is not None and rows.device.type == "cpu"
-        return torch.empty_like(rows, pin_memory=page_locked)
+        return torch.empty_like(rows, pin_memory=self._gpu is not None)
 
 
 class ResumableActivationsStore(CheckedText):
@@ -116,7 +115,7 @@ class ResumableActivationsStore(CheckedText):
 
     save_buffer: bool = True
     ahead: int = 0  # passes of the model that a thread makes in advance
-    gpu: torch.device | None = None  # where batches go
+    gpu: torch.device | None = None  # where batches go, if the mixing buffer is on the host
     _reader: ReadAhead | None = None
     _sequences_read: int = 0  # in this pass over the text
 
@@ -135,10 +134,11 @@ class ResumableActivationsStore(CheckedText):
         )
 
     def feed(self, device: str | torch.device, ahead: int) -> None:
-        """From the next data loader on, bring batches to `device` while the step before runs, where
-        it is a GPU, and make `ahead` passes of the model in advance."""
-        found = torch.device(device)
-        self.gpu, self.ahead = found if found.type == "cuda" else None, ahead
+        """From the next data loader on, bring batches from the host to `device`, if it is a GPU,
+        while the step before runs, and make `ahead` passes of the model in advance."""
+        to, waits_on = torch.device(device), torch.device(self.device)
+        self.gpu = to if to.type == "cuda" and waits_on.type == "cpu" else None
+        self.ahead = ahead
 
     def stop_reading(self) -> None:
         """End the thread that reads ahead, where there is one."""

@@ -369,9 +369,9 @@ def refuse_before_the_model(configs: Mapping[str, LanguageModelSAERunnerConfig[A
     if first.output_path is None:
         return
     refuse_used_output_folder(first.output_path)
-    # Killed while the SAEs moved into their places: they are written again.
-    replaced = () if was_cut_short(first.output_path) else tuple(configs)
-    for name in (RECORD_FILENAME, *replaced):
+    # SAEs that a killed run had moved into their places are written again.
+    saes = () if was_cut_short(first.output_path) else tuple(configs)
+    for name in (RECORD_FILENAME, *saes):
         if Path(first.output_path, name).exists():
             raise ValueError(
                 f"the output folder {first.output_path} already holds {name}; give another "
